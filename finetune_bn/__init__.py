@@ -1,0 +1,28 @@
+"""How the BatchNorm layers of pretrained backbones are treated when they are fine-tuned.
+
+Plan, convert, revert: plain functions on a `torch.nn.Module` that need torch alone. Lightning callbacks are in
+`finetune_bn.callbacks`, tasks in `finetune_bn.tasks`, data modules in `finetune_bn.data`, timm backbones with their
+weights in `finetune_bn.backbones`.
+"""
+
+from finetune_bn.convert import convert, revert
+from finetune_bn.errors import FinetuneBNError
+from finetune_bn.plans import Plan, plan
+from finetune_bn.policies import Freeze, FreezeAffine, Keep, NormalizeOnly, Policy, Rule, Rules
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FinetuneBNError",
+    "Freeze",
+    "FreezeAffine",
+    "Keep",
+    "NormalizeOnly",
+    "Plan",
+    "Policy",
+    "Rule",
+    "Rules",
+    "convert",
+    "plan",
+    "revert",
+]

@@ -1,0 +1,268 @@
+"""Carry out a plan on a model, prove that its outputs are the same, and undo it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from finetune_bn.errors import ConversionMismatch, NoBatchNormMatched, UnsupportedLayer, complaint
+from finetune_bn.functional import TOLERANCE, at_least_float32
+from finetune_bn.layers.frozen import FrozenBatchNorm
+from finetune_bn.layers.live import hold_affine, is_held, release_affine
+from finetune_bn.layers.norm_act import frozen_class
+from finetune_bn.plans import Plan, PlanRow, check_model, plan, refusal
+from finetune_bn.policies import Freeze, FreezeAffine, Keep, NormalizeOnly, Policy
+from finetune_bn.probe import Probe, distance, find_probes, quietly
+
+log = logging.getLogger("finetune_bn")
+
+
+@dataclass(frozen=True)
+class _Swap:
+    """A layer of the model, what stands in its place, and what is done to that in place afterwards."""
+
+    name: str
+    old: nn.Module
+    new: nn.Module
+    then: Callable[[], None] | None = None
+
+
+def convert(
+    model: nn.Module, policy: Policy | Plan, *, example_input: Any = None, verify: bool = True
+) -> nn.Module:
+    """Do to the BatchNorm layers of `model` what the policy says, in place, and return the model.
+
+    All or nothing: everything is validated before the first layer is touched, and on any error the model is as it
+    was. A conversion that claims the same function proves it: every new layer against the old one on random input,
+    and the network against itself on `example_input` (timm models and Lightning modules with an `example_input_array`
+    need none), both in eval mode. Names, hooks, devices, dtypes, shared layers, `requires_grad` and the state-dict
+    keys stay. Converting again changes the policy of what was converted; the same plan twice changes nothing.
+
+    Args:
+        model: any module, before `torch.compile`, DDP or FSDP wrap it. A BatchNorm itself is replaced: use the
+            returned module.
+        policy: a policy such as `Freeze(affine="none")`, `Rules`, or a `Plan` made earlier, also from a checkpoint.
+        example_input: a tensor, tuple or dict that `model.forward` takes.
+        verify: False skips both proofs.
+
+    Raises:
+        NoBatchNormMatched: no BatchNorm in the model, or a rule or plan that fits none of it.
+        UnsupportedLayer: the policy asks of a layer what it cannot do; all such layers are named.
+        ConversionMismatch: the outputs would differ; the first layer that breaks them is named.
+        FinetuneBNError: an argument is wrong.
+    """
+    the_plan = policy if isinstance(policy, Plan) else plan(model, policy, example_input)
+    swaps = _build(model, the_plan)
+    return _swap(model, swaps, example_input, verify)
+
+
+def revert(model: nn.Module, *, example_input: Any = None, verify: bool = True) -> nn.Module:
+    """Turn every converted layer of `model` back into the BatchNorm it was, with today's values, in place.
+
+    Untouched layers come back bit for bit, trained ones compute the same function in eval mode. Call it on a part of
+    a model (`model.layer4`) to revert that part.
+
+    Args:
+        model: a module with converted layers; a converted root is replaced: use the returned module.
+        example_input: a tensor, tuple or dict that `model.forward` takes, for the proof; see `convert`.
+        verify: False skips the proof of equal outputs.
+
+    Raises:
+        NoBatchNormMatched: nothing in the model was converted.
+    """
+    check_model(model)
+    swaps = []
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenBatchNorm):
+            bn = module.to_batch_norm()
+            swaps.append(_Swap(name, module, bn, _releaser(bn) if is_held(bn) else None))
+        elif is_held(module):
+            swaps.append(_Swap(name, module, module, _releaser(module)))
+    if not swaps:
+        raise NoBatchNormMatched(
+            complaint("model", type(model).__name__, "a model with layers that `convert` changed", "Nothing to revert.")
+        )
+    return _swap(model, swaps, example_input, verify)
+
+
+def _freeze(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
+    assert isinstance(policy, Freeze)
+    if isinstance(layer, FrozenBatchNorm) and layer.affine_kind == policy.affine:
+        return layer, None
+    bn = _as_batch_norm(layer)
+    return frozen_class(bn).from_batch_norm(bn, policy.affine), None
+
+
+def _hold(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
+    bn = _as_batch_norm(layer)
+    return bn, lambda: hold_affine(bn, reset=isinstance(policy, NormalizeOnly))
+
+
+_BUILDERS: dict[type[Policy], Callable[[nn.Module, Policy], tuple[nn.Module, Callable[[], None] | None]]] = {
+    Keep: lambda layer, policy: (layer, None),
+    Freeze: _freeze,
+    FreezeAffine: _hold,
+    NormalizeOnly: _hold,
+}
+
+
+def _build(model: nn.Module, the_plan: Plan) -> list[_Swap]:
+    """Validate the whole plan against the model and make the new layers, without touching the model."""
+    check_model(model)
+    rows = [row for row in the_plan.rows if row.policy is not None]
+    layers = [_find(model, row) for row in rows]
+    problems = {row.names[0]: refusal(layer, row.policy) for row, layer in zip(rows, layers, strict=True) if row.policy}
+    refused = {name: why for name, why in problems.items() if why}
+    if refused:
+        kept = ", ".join(f'("{name}", Keep())' for name in list(refused)[:3])
+        reasons = "\n".join(f"  {name or '(root)'}: {why}" for name, why in refused.items())
+        raise UnsupportedLayer(
+            f"policy: {len(refused)} of {len(rows)} BatchNorm layers cannot take it, so nothing was changed.\n{reasons}\n"
+            f"Give them another policy by rules, as Rules([{kept}, ...])."
+        )
+    swaps = []
+    for row, layer in zip(rows, layers, strict=True):
+        assert row.policy is not None
+        new, then = _BUILDERS[type(row.policy)](layer, row.policy)
+        if new is not layer or then is not None:
+            swaps.append(_Swap(row.names[0], layer, new, then))
+    return swaps
+
+
+def _find(model: nn.Module, row: PlanRow) -> nn.Module:
+    try:
+        found = [model.get_submodule(name) for name in row.names]
+    except AttributeError:
+        found = []
+    same = bool(found) and all(module is found[0] for module in found)
+    if not same or not isinstance(found[0], (_BatchNorm, FrozenBatchNorm)) or found[0].num_features != row.num_features:
+        given = f"{' = '.join(row.names)}: {row.kind} with {row.num_features} channels"
+        raise NoBatchNormMatched(
+            complaint("plan", given, f"the BatchNorm layers of this {type(model).__name__}", "It was made for another model.")
+        )
+    return found[0]
+
+
+def _as_batch_norm(layer: nn.Module) -> _BatchNorm:
+    if isinstance(layer, FrozenBatchNorm):
+        return layer.to_batch_norm()
+    assert isinstance(layer, _BatchNorm)
+    return layer
+
+
+def _releaser(module: nn.Module) -> Callable[[], None]:
+    def release() -> None:
+        assert isinstance(module, _BatchNorm)
+        release_affine(module)
+
+    return release
+
+
+def _swap(model: nn.Module, swaps: Sequence[_Swap], example_input: Any, verify: bool) -> nn.Module:
+    """Put the new layers in place; where outputs must stay the same and do not, put the old ones back and raise."""
+    replacements = [(swap.old, swap.new) for swap in swaps if swap.new is not swap.old]
+    proofs: list[tuple[Probe, list[Tensor]]] = []
+    if verify and replacements and not any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
+        for swap in swaps:
+            _prove_layer(swap)
+        proofs = _run_probes(model, find_probes(model, example_input))
+    converted = _replace(model, replacements)
+    try:
+        for probe, before in proofs:
+            _prove_network(converted, probe, before, replacements)
+    except BaseException:
+        _replace(converted, [(new, old) for old, new in replacements])
+        raise
+    for swap in swaps:
+        if swap.then is not None:
+            swap.then()
+    return converted
+
+
+def _replace(model: nn.Module, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> nn.Module:
+    """Replace modules by identity under every name they have, and return the (possibly new) root."""
+    new_of = {id(old): new for old, new in pairs}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in new_of:
+                parent._modules[name] = new_of[id(child)]
+    return new_of.get(id(model), model)
+
+
+def _run_probes(model: nn.Module, probes: Sequence[Probe]) -> list[tuple[Probe, list[Tensor]]]:
+    results = []
+    for probe in probes:
+        try:
+            results.append((probe, probe.run(model)))
+        except Exception as error:
+            if probe.given:
+                raise
+            log.info("no proof on the whole network, the input size in its pretrained_cfg does not fit: %s", error)
+    return results
+
+
+def _prove_layer(swap: _Swap) -> None:
+    """Compare old and new layer, both in eval mode, on an input drawn from the layer's own statistics."""
+    if swap.new is swap.old:
+        return
+    stats = swap.old
+    mean, sd = at_least_float32(stats.running_mean), at_least_float32(stats.running_var).sqrt()  # type: ignore[arg-type]
+    dims = {"1d": 3, "3d": 5}.get(type(swap.old).__name__[-2:], 4)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, mean.numel(), *[2] * (dims - 2), generator=generator).to(mean.device, mean.dtype)
+    per_channel = [1, -1] + [1] * (dims - 2)
+    x = (noise * sd.view(per_channel) + mean.view(per_channel)).to(stats.running_mean.dtype)  # type: ignore[arg-type]
+    outputs = []
+    for layer in (swap.old, swap.new):
+        with quietly(layer):
+            outputs.append([layer.forward(x.clone())])  # past the hooks: they are not part of the function
+    _check(distance(outputs[1], outputs[0]), x.dtype, f"layer {swap.name or '(root)'} ({type(swap.old).__name__})")
+
+
+def _prove_network(
+    model: nn.Module, probe: Probe, before: list[Tensor], replacements: Sequence[tuple[nn.Module, nn.Module]]
+) -> None:
+    after = probe.run(model)
+    dtype = next((t.dtype for t in before if t.is_floating_point()), torch.float32)
+    off = distance(after, before)
+    if off <= TOLERANCE[dtype]:
+        return
+    names = {id(module): name for name, module in model.named_modules()}
+    new_first = _layer_outputs(model, probe, [new for _, new in replacements])
+    _replace(model, [(new, old) for old, new in replacements])
+    old_first = _layer_outputs(model, probe, [old for old, _ in replacements])
+    _replace(model, replacements)
+    culprit = "a layer that the probe input does not reach"
+    for (_, new), a, b in zip(replacements, new_first, old_first, strict=True):
+        if distance(a, b) > TOLERANCE[dtype]:
+            culprit = f"layer {names.get(id(new), '')!r}"
+            break
+    _check(off, dtype, f"the network, first at {culprit}")
+
+
+def _layer_outputs(model: nn.Module, probe: Probe, layers: Sequence[nn.Module]) -> list[list[Tensor]]:
+    outputs: list[list[Tensor]] = [[] for _ in layers]
+    handles = [
+        layer.register_forward_hook(lambda m, args, out, i=i: outputs[i].append(out.detach().clone()))  # type: ignore[misc]
+        for i, layer in enumerate(layers)
+    ]
+    try:
+        probe.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _check(off: float, dtype: torch.dtype, where: str) -> None:
+    if not off <= TOLERANCE[dtype]:
+        raise ConversionMismatch(
+            f"{where}: outputs before and after differ by {off:.2g} of the largest value; allowed for {dtype}: "
+            f"{TOLERANCE[dtype]:.0e}. Nothing was changed. Leave the layer out by a rule with Keep(), or report it."
+        )

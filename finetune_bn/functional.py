@@ -1,0 +1,146 @@
+"""The tensor maths of a BatchNorm (BN) layer with fixed statistics, free of modules.
+
+Notation, per channel c of an input of shape [N, C, ...]:
+
+    scale = weight * rsqrt(running_var + eps)        (gamma')
+    shift = bias - running_mean * scale              (beta')
+    y     = x * scale + shift
+
+A missing `weight` counts as ones, a missing `bias` as zeros, as in `torch.nn.functional.batch_norm`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Largest |a - b| / max|b| between the outputs of two networks that compute the same function in another order.
+# The one place for it: conversions, tests and scripts all compare by this table.
+TOLERANCE: dict[torch.dtype, float] = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 5e-2,
+}
+
+
+def scale_shift(
+    weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return (gamma', beta') of a BN in eval mode, each of shape [C] and in float32 or higher.
+
+    Differentiable in `weight` and `bias`.
+    """
+    mean, var = at_least_float32(running_mean), at_least_float32(running_var)
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = at_least_float32(weight) * scale
+    shift = -mean * scale
+    if bias is not None:
+        shift = at_least_float32(bias) + shift
+    return scale, shift
+
+
+def solve_affine(
+    scale: Tensor, shift: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the (weight, bias) with which a BN of the given statistics computes `x * scale + shift`.
+
+    The inverse of `scale_shift`; float32 or higher.
+    """
+    mean, var = at_least_float32(running_mean), at_least_float32(running_var)
+    return scale * torch.sqrt(var + eps), shift + mean * scale
+
+
+def canonical_statistics(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the statistics under which `weight` is gamma' and `bias` is beta': mean 0, variance 1 - eps.
+
+    `1 - eps` and not 1, because BN adds `eps` again: in float32 and float64 their sum rounds to exactly 1.
+    """
+    return torch.zeros_like(running_mean), torch.full_like(running_var, 1.0 - eps)
+
+
+def is_canonical(running_mean: Tensor, running_var: Tensor, eps: float) -> bool:
+    """Tell whether the statistics are those of `canonical_statistics`, bit for bit."""
+    mean, var = canonical_statistics(running_mean, running_var, eps)
+    return torch.equal(running_mean, mean) and torch.equal(running_var, var)
+
+
+def canonicalize(
+    weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (weight, bias, running_mean, running_var) of the same function with canonical statistics.
+
+    Idempotent: values that are canonical already come back bit for bit. The dtypes are kept.
+    """
+    if is_canonical(running_mean, running_var, eps):
+        return weight, bias, running_mean, running_var
+    mean, var = canonical_statistics(running_mean, running_var, eps)
+    scale, shift = scale_shift(weight, bias, running_mean, running_var, eps)
+    # In half precision 1 - eps + eps is not 1: solving for the statistics as stored keeps the function all the same.
+    new_weight, new_bias = solve_affine(scale, shift, mean, var, eps)
+    return new_weight.to(weight.dtype), new_bias.to(bias.dtype), mean, var
+
+
+def frozen_batch_norm(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalize `x` of shape [N, C, ...] by fixed statistics: BN in eval mode, bit for bit.
+
+    The forward pass *is* PyTorch's eval-mode kernel: parameters in float32 act on bfloat16 or float16 activations
+    in float32, and dtype and memory format of `x` are kept. What differs is backward: `F.batch_norm` keeps `x`
+    even where nothing needs it, this keeps [C] numbers unless `weight` is being trained.
+    """
+    constant_scale = weight is None or not weight.requires_grad
+    if not torch.jit.is_scripting() and constant_scale and torch.is_grad_enabled():
+        if x.requires_grad or (bias is not None and bias.requires_grad):
+            # A tensor made afresh in each call: in-place writes to the buffers between forward and backward
+            # (DDP broadcasts them) cannot invalidate what backward needs.
+            scale, _ = scale_shift(weight, None, running_mean, running_var, eps)
+            return _ConstantScaleBatchNorm.apply(x, bias, scale, running_mean, running_var, weight, eps)  # type: ignore[no-any-return]
+    return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+
+class _ConstantScaleBatchNorm(torch.autograd.Function):
+    """Eval-mode BN whose scale is not trained: backward keeps the scale, not the activation."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, bias, scale = inputs[:3]
+        ctx.save_for_backward(scale)
+        ctx.x_dtype = x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (scale,) = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            per_channel = [1, -1] + [1] * (grad.dim() - 2)
+            grad_x = grad * scale.to(ctx.x_dtype).view(per_channel)
+        if ctx.needs_input_grad[1]:
+            other_dims = [d for d in range(grad.dim()) if d != 1]
+            grad_bias = grad.sum(other_dims, dtype=scale.dtype).to(ctx.bias_dtype)
+        return grad_x, grad_bias, None, None, None, None, None
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return `tensor` in float32, or as it is where its dtype is float32 or wider."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

@@ -1,0 +1,327 @@
+"""Frozen BatchNorm: gamma' x + beta' with constant or learnable gamma', beta', stored as the BN it stands for."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.functional import canonical_statistics, canonicalize, frozen_batch_norm, is_canonical, solve_affine
+
+Affine = Literal["none", "shift", "merged", "original"]
+AFFINE_KINDS: tuple[Affine, ...] = get_args(Affine)
+LEARNABLE: dict[Affine, tuple[str, ...]] = {
+    "none": (),
+    "shift": ("bias",),
+    "merged": ("weight", "bias"),
+    "original": ("weight", "bias"),
+}
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+class FrozenBatchNorm(nn.Module):
+    """A BatchNorm in eval mode, for good, for inputs of shape [N, C, ...].
+
+    It computes `y = x * scale + shift` with `scale = weight * rsqrt(running_var + eps)` and
+    `shift = bias - running_mean * scale`, bit for bit what `torch.nn.BatchNorm` computes in eval mode, and it ignores
+    `train()`. It keeps BN's five state-dict names, so checkpoints load `strict=True` both ways. It is not a
+    `_BatchNorm`: stochastic weight averaging, `update_bn`, SyncBatchNorm conversion and Lightning's fine-tuning
+    callbacks leave it alone. Constants are buffers, so that no `requires_grad_(True)` brings them back to life.
+
+    | affine | trained | meaning |
+    |---|---|---|
+    | `none` | nothing | gamma', beta' constant |
+    | `shift` | `bias` | beta' learnable; backward still keeps no activation |
+    | `merged` | `weight` = gamma', `bias` = beta' | statistics brought to mean 0, variance 1 - eps |
+    | `original` | `weight` = gamma, `bias` = beta | BN's own affine learnable over fixed statistics |
+
+    Args:
+        num_features: number of channels C.
+        eps: added to `running_var`.
+        momentum: kept for the BN that `to_batch_norm` makes; not used here.
+        affine: what is trained, see the table.
+        device: where the tensors are made.
+        dtype: dtype of the tensors.
+
+    Raises:
+        FinetuneBNError: `affine` is none of the four words.
+    """
+
+    _version = 2  # as BatchNorm's: from version 2 on a state dict holds num_batches_tracked
+    track_running_stats = True
+    __jit_unused_properties__ = ["affine", "has_source_statistics"]  # noqa: RUF012 (torch.jit looks for a list)
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: Affine = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_affine(affine)
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine_kind: Affine = affine
+        ones, zeros = (fill(num_features, device=device, dtype=dtype) for fill in (torch.ones, torch.zeros))
+        mean, var = zeros.clone(), ones.clone()
+        if affine == "merged":
+            mean, var = canonical_statistics(mean, var, eps)
+        tracked = torch.zeros((), dtype=torch.long, device=device)
+        self._register({"weight": ones, "bias": zeros}, mean, var, tracked)
+        self._source: tuple[_BatchNorm, ...] = ()
+
+    @classmethod
+    def from_batch_norm(cls, bn: _BatchNorm, affine: Affine = "none") -> Self:
+        """Return the frozen layer of the same eval-mode function; `bn` is not changed.
+
+        The learnable tensors of `shift` and `original` are the very Parameters of `bn` (an optimizer that holds them
+        goes on training them), everything else is a copy. Hooks come along. `bn` itself is kept inside, outside of
+        the module tree, for `to_batch_norm`. Ask `why_not_frozen` first.
+        """
+        frozen = cls.__new__(cls)
+        nn.Module.__init__(frozen)
+        frozen.num_features, frozen.eps, frozen.momentum = bn.num_features, bn.eps, bn.momentum
+        frozen.affine_kind = affine
+        weight, bias = bn.weight, bn.bias
+        assert bn.running_mean is not None and bn.running_var is not None
+        mean, var = bn.running_mean.detach().clone(), bn.running_var.detach().clone()
+        if affine == "merged" and not bn.weight.is_meta:
+            values = canonicalize(weight.detach(), bias.detach(), mean, var, bn.eps)
+            weight, bias = (
+                nn.Parameter(value.clone(), requires_grad=old.requires_grad)
+                for value, old in zip(values, (bn.weight, bn.bias), strict=False)
+            )
+            mean, var = values[2:]
+        tracked = None if bn.num_batches_tracked is None else bn.num_batches_tracked.clone()
+        frozen._register({"weight": weight, "bias": bias}, mean, var, tracked)
+        frozen._source = (bn,)
+        frozen.training = bn.training
+        share_hooks(bn, frozen)
+        return frozen
+
+    def _register(
+        self, affine: dict[str, Tensor | None], mean: Tensor, var: Tensor, num_batches_tracked: Tensor | None
+    ) -> None:
+        for name, tensor in affine.items():
+            if tensor is None or name not in LEARNABLE[self.affine_kind]:
+                self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+            else:
+                self.register_parameter(name, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
+        self.register_buffer("running_mean", mean)
+        self.register_buffer("running_var", var)
+        self.register_buffer("num_batches_tracked", num_batches_tracked)
+
+    @property
+    def affine(self) -> bool:
+        """Whether there is a `weight`, torch's meaning of the word; what is trained is `affine_kind`."""
+        return self.weight is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x * scale + shift` in the dtype and memory format of `x` [N, C, ...]."""
+        self._check_input_dim(x)
+        return frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {x.dim()}D input)")
+
+    def to_batch_norm(self) -> _BatchNorm:
+        """Return the BatchNorm of the same eval-mode function: the one this was made from, with today's values.
+
+        Class, hooks, momentum and `requires_grad` are those of the original. An untouched layer comes back bit for
+        bit; a trained `merged` layer is solved back for the statistics it had before the conversion.
+        """
+        bn = self._source[0] if self._source else self._new_batch_norm()
+        with torch.no_grad():
+            for name, value in self._values_for(bn).items():
+                _store(bn, name, value)
+        bn.training = self.training
+        share_hooks(self, bn)
+        return bn
+
+    def _values_for(self, bn: _BatchNorm) -> dict[str, Tensor | None]:
+        """Return the five values with which `bn` computes what this layer computes now."""
+        names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        now: dict[str, Tensor | None] = {name: getattr(self, name) for name in names}
+        if self.affine_kind != "merged" or self.weight.is_meta or not self.has_source_statistics:
+            return now
+        old = [getattr(bn, name).detach().to(self.weight) for name in names[:4]]
+        untouched = canonicalize(old[0], old[1], old[2], old[3], self.eps)
+        solved = solve_affine(self.weight.detach(), self.bias.detach(), old[2], old[3], self.eps)
+        for i, name in enumerate(names[:2]):
+            # Where nothing was trained the old number is the exact answer; solving would round it.
+            now[name] = torch.where(getattr(self, name) == untouched[i], old[i], solved[i].to(old[i].dtype))
+        return now | {"running_mean": old[2], "running_var": old[3]}
+
+    @property
+    def has_source_statistics(self) -> bool:
+        """Whether the statistics before the conversion are still known (a reloaded `merged` layer has lost them)."""
+        if self.affine_kind != "merged":
+            return True
+        return bool(self._source) and not is_canonical(
+            self._source[0].running_mean, self._source[0].running_var, self.eps
+        )
+
+    def _new_batch_norm(self) -> _BatchNorm:
+        like = self.running_mean
+        return nn.SyncBatchNorm(self.num_features, self.eps, self.momentum, device=like.device, dtype=like.dtype)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        version = local_metadata.get("version")
+        if (version is None or version < 2) and self.num_batches_tracked is not None:
+            state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+        trouble = _bad_statistics(state_dict.get(prefix + "running_mean"), state_dict.get(prefix + "running_var"))
+        if trouble:
+            error_msgs.append(f"{prefix}{trouble}; a frozen layer needs finite statistics with running_var >= 0")
+            return
+        if self.affine_kind == "merged":
+            self._canonicalize_entries(state_dict, prefix, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _canonicalize_entries(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+        """Bring a vanilla BN's four entries to canonical form before they are copied in."""
+        keys = [prefix + name for name in ("weight", "bias", "running_mean", "running_var")]
+        given = [state_dict.get(key) for key in keys]
+        if given[2] is None and given[3] is None:
+            return
+        if any(value is None for value in given):
+            error_msgs.append(
+                f"{prefix.rstrip('.')}: a layer with affine='merged' takes weight, bias, running_mean and running_var "
+                f"together; missing {[k for k, v in zip(keys, given, strict=True) if v is None]}"
+            )
+            return
+        own = (self.weight, self.bias, self.running_mean, self.running_var)
+        if any(value.shape != mine.shape for value, mine in zip(given, own, strict=True)):
+            return  # load_state_dict reports the shapes
+        vanilla = [value.detach().to(mine) for value, mine in zip(given, own, strict=True)]
+        state_dict.update(zip(keys, canonicalize(*vanilla, self.eps), strict=True))
+        source = self._source[0] if self._source else self._new_batch_norm()
+        with torch.no_grad():
+            for name, value in zip(("weight", "bias", "running_mean", "running_var"), vanilla, strict=True):
+                _store(source, name, value)
+        self._source = (source,)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in `print(model)`."""
+        return f"{self.num_features}, eps={self.eps}, affine={self.affine_kind!r}"
+
+
+class FrozenBatchNorm1d(FrozenBatchNorm):
+    """`FrozenBatchNorm` for [N, C] or [N, C, L]."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() != 2 and x.dim() != 3:
+            raise ValueError(f"expected 2D or 3D input (got {x.dim()}D input)")
+
+    def _new_batch_norm(self) -> _BatchNorm:
+        like = self.running_mean
+        return nn.BatchNorm1d(self.num_features, self.eps, self.momentum, device=like.device, dtype=like.dtype)
+
+
+class FrozenBatchNorm2d(FrozenBatchNorm):
+    """`FrozenBatchNorm` for [N, C, H, W]."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() != 4:
+            raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+
+    def _new_batch_norm(self) -> _BatchNorm:
+        like = self.running_mean
+        return nn.BatchNorm2d(self.num_features, self.eps, self.momentum, device=like.device, dtype=like.dtype)
+
+
+class FrozenBatchNorm3d(FrozenBatchNorm):
+    """`FrozenBatchNorm` for [N, C, D, H, W]."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() != 5:
+            raise ValueError(f"expected 5D input (got {x.dim()}D input)")
+
+    def _new_batch_norm(self) -> _BatchNorm:
+        like = self.running_mean
+        return nn.BatchNorm3d(self.num_features, self.eps, self.momentum, device=like.device, dtype=like.dtype)
+
+
+def check_affine(affine: str) -> None:
+    """Raise unless `affine` is one of the four kinds."""
+    if affine not in AFFINE_KINDS:
+        raise FinetuneBNError(
+            complaint("affine", affine, ", ".join(map(repr, AFFINE_KINDS)), "Use 'none' to train neither of the two.")
+        )
+
+
+def why_not_frozen(bn: _BatchNorm, affine: Affine) -> str | None:
+    """Return why `bn` cannot become a frozen layer of this kind, or None where it can."""
+    if bn.running_mean is None or bn.running_var is None:
+        return "has no running statistics (track_running_stats=False), so there is nothing to freeze it at"
+    trouble = _bad_statistics(bn.running_mean, bn.running_var)
+    if trouble:
+        return f"its {trouble}"
+    missing = [name for name in LEARNABLE[affine] if getattr(bn, name) is None]
+    if missing and (affine != "original" or len(missing) == 2):
+        return f"has no {' and no '.join(missing)} that affine={affine!r} could train; affine='none' would fit"
+    return None
+
+
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Let both modules hold the same hook tables, so that the handles users keep still remove their hooks."""
+    for name in _HOOKS:
+        if name in source.__dict__:
+            target.__dict__[name] = source.__dict__[name]
+
+
+def _bad_statistics(mean: Tensor | None, var: Tensor | None) -> str | None:
+    if mean is not None and not mean.is_meta and not torch.isfinite(mean).all():
+        return f"running_mean has {int((~torch.isfinite(mean)).sum())} values that are NaN or infinite"
+    if var is not None and not var.is_meta and not (torch.isfinite(var) & (var >= 0)).all():
+        return f"running_var has {int((~(torch.isfinite(var) & (var >= 0))).sum())} values that are NaN, infinite or negative"
+    return None
+
+
+def _store(bn: _BatchNorm, name: str, value: Tensor | None) -> None:
+    """Write `value` into a tensor of `bn`, in place where device and dtype allow it."""
+    tensor = getattr(bn, name)
+    if tensor is None or value is None or tensor is value:
+        return
+    if tensor.device == value.device and tensor.dtype == value.dtype:
+        tensor.copy_(value)
+    elif isinstance(tensor, nn.Parameter):
+        tensor.data = value.detach().clone()
+    else:
+        setattr(bn, name, value.detach().clone())

@@ -1,0 +1,52 @@
+"""BatchNorm that goes on normalizing by the batch, with gamma and beta held constant."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_MARK = "_finetune_bn_before"
+
+
+def hold_affine(bn: _BatchNorm, *, reset: bool) -> None:
+    """Stop training `weight` and `bias` of `bn`; with `reset`, set them to 1 and 0 as well.
+
+    In place, and the layer stays the BatchNorm it is: its statistics are live, so SyncBatchNorm conversion, weight
+    averaging and `update_bn` must go on seeing it. What was there before is kept for `release_affine`.
+    """
+    release_affine(bn)
+    before = {}
+    for name, constant in (("weight", 1.0), ("bias", 0.0)):
+        parameter = getattr(bn, name)
+        if parameter is None:
+            continue
+        before[name] = (parameter.requires_grad, parameter.detach().clone() if reset else None)
+        parameter.requires_grad_(False)
+        if reset:
+            with torch.no_grad():
+                parameter.fill_(constant)
+    setattr(bn, _MARK, before)
+
+
+def is_held(module: nn.Module) -> bool:
+    """Tell whether `hold_affine` was applied to the module."""
+    return hasattr(module, _MARK)
+
+
+def release_affine(bn: _BatchNorm) -> None:
+    """Undo `hold_affine`: `requires_grad` and, where they were reset, the values of `weight` and `bias`."""
+    for name, (requires_grad, value) in getattr(bn, _MARK, {}).items():
+        parameter = getattr(bn, name)
+        parameter.requires_grad_(requires_grad)
+        if value is not None:
+            with torch.no_grad():
+                parameter.copy_(value)
+    if is_held(bn):
+        delattr(bn, _MARK)
+
+
+def changes_function(bn: _BatchNorm) -> bool:
+    """Tell whether setting gamma to 1 and beta to 0 changes what the layer computes."""
+    pairs = ((bn.weight, 1.0), (bn.bias, 0.0))
+    return any(p is not None and not p.is_meta and bool((p != constant).any()) for p, constant in pairs)

@@ -1,0 +1,255 @@
+"""A dry run as data: what a policy would do to each BatchNorm layer of a model, and why."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils import parametrize
+
+from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
+from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm, why_not_frozen
+from finetune_bn.layers.live import changes_function
+from finetune_bn.layers.norm_act import has_known_forward
+from finetune_bn.policies import (
+    Freeze,
+    Keep,
+    NormalizeOnly,
+    Policy,
+    Rule,
+    Rules,
+    check_policy,
+    policy_from_dict,
+)
+from finetune_bn.probe import find_probes
+from finetune_bn.sites import BatchNormSite, find_batch_norms, find_lookalikes, locate, timm_stages
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What happens to one layer.
+
+    Attributes:
+        names: all its names in the model.
+        kind: class name of the layer.
+        num_features: number of channels C; 0 where the layer is none that we know.
+        policy: what happens to it; None where nothing does.
+        reason: why; for a refused row, what stands in the way.
+        refused: whether `convert` will refuse the whole plan because of this layer.
+        position: what computes the layer's input, as far as a probe input told.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    num_features: int
+    policy: Policy | None
+    reason: str
+    refused: bool = False
+    position: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain data."""
+        action = None if self.policy is None else self.policy.to_dict()
+        return {
+            "names": list(self.names),
+            "kind": self.kind,
+            "num_features": self.num_features,
+            "action": action,
+            "reason": self.reason,
+            "refused": self.refused,
+            "position": self.position,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to each BatchNorm layer of a model; `print` it, store it, or hand it to `convert`.
+
+    Attributes:
+        model: class name of the model it was made for.
+        rows: one a layer, in the order of definition.
+    """
+
+    model: str
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def refused(self) -> tuple[PlanRow, ...]:
+        """The rows because of which `convert` would refuse."""
+        return tuple(row for row in self.rows if row.refused)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data, for checkpoints and JSON."""
+        return {"model": self.model, "rows": [row.to_dict() for row in self.rows]}
+
+    def to_json(self) -> str:
+        """Return the plan as a JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Return the plan that `to_dict` described."""
+        rows = []
+        for row in data["rows"]:
+            policy = None if row["action"] is None else policy_from_dict(row["action"])
+            rest = {k: row[k] for k in ("kind", "num_features", "reason", "refused", "position")}
+            rows.append(PlanRow(tuple(row["names"]), policy=policy, **rest))
+        return cls(data["model"], tuple(rows))
+
+    def __str__(self) -> str:
+        header = ("layer", "type", "C", "position", "what happens", "why")
+        body = [
+            (
+                " = ".join(name or "(root)" for name in row.names),
+                row.kind,
+                str(row.num_features or ""),
+                row.position,
+                _action(row),
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        shown = [i for i in range(len(header)) if i in (0, 4) or any(line[i] for line in body)]
+        widths = [max(len(line[i]) for line in [header, *body]) for i in shown]
+        lines = ["  ".join(line[i].ljust(w) for i, w in zip(shown, widths, strict=True)).rstrip() for line in body]
+        top = "  ".join(header[i].ljust(w) for i, w in zip(shown, widths, strict=True)).rstrip()
+        counts = Counter(_action(row) for row in self.rows)
+        total = ", ".join(f"{n} x {action}" for action, n in counts.most_common())
+        return "\n".join([f"{self.model}: {total}", top, "-" * len(top), *lines])
+
+
+def plan(model: nn.Module, policy: Policy, example_input: Any = None) -> Plan:
+    """Tell what `convert(model, policy)` would do to each BatchNorm layer; the model is not changed.
+
+    Args:
+        model: any module; not one that is already wrapped by `torch.compile`, DDP or FSDP.
+        policy: a policy such as `Freeze(affine="none")`, or `Rules`.
+        example_input: a tensor, tuple or dict that `model.forward` takes, to find out what feeds each layer. Not
+            needed for timm models, nor for Lightning modules with an `example_input_array`.
+
+    Raises:
+        NoBatchNormMatched: the model has no BatchNorm, or a rule applies to no layer.
+        FinetuneBNError: the model, the policy or the example input is none.
+    """
+    check_model(model)
+    policy = check_policy(policy)
+    sites = find_batch_norms(model)
+    if not sites:
+        known = Counter(type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__)
+        raise NoBatchNormMatched(
+            complaint("model", type(model).__name__, "a model with BatchNorm layers", f"Norm layers in it: {dict(known)}.")
+        )
+    rules = policy.rules if isinstance(policy, Rules) else (Rule(policy, name="*"),)
+    choices = _choose(model, sites, [rule for rule in rules if isinstance(rule, Rule)])
+    probes = [] if any(p.is_meta for p in model.parameters()) else find_probes(model, example_input)
+    positions = locate(model, sites, probes) if probes else {}
+    rows = [
+        _row(site, rule, positions.get(site.names[0], ""), named_rule=isinstance(policy, Rules))
+        for site, rule in zip(sites, choices, strict=True)
+    ]
+    for name, module in find_lookalikes(model):
+        why = f"left alone: {type(module).__module__}.{type(module).__name__} is no torch BatchNorm"
+        rows.append(PlanRow((name,), type(module).__name__, 0, None, why))
+    return Plan(type(model).__name__, tuple(rows))
+
+
+def check_model(model: object) -> None:
+    """Raise unless `model` is a module whose layers can be replaced."""
+    if not isinstance(model, nn.Module):
+        raise FinetuneBNError(complaint("model", model, "a torch.nn.Module"))
+    late = "Convert first, wrap afterwards."
+    wrappers = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+    if type(model).__name__ in wrappers or isinstance(model, torch.jit.ScriptModule):
+        raise FinetuneBNError(complaint("model", type(model).__name__, "the module before it is wrapped", late))
+
+
+def refusal(bn: nn.Module, policy: Policy) -> str | None:
+    """Return why `policy` cannot be carried out on a layer, or None where it can."""
+    if isinstance(policy, Keep):
+        return None
+    if any(isinstance(t, UninitializedTensorMixin) for t in [*bn.parameters(False), *bn.buffers(False)]):
+        return "is not initialized yet (a lazy layer): run the model once first"
+    if isinstance(bn, FrozenBatchNorm):
+        bn = bn._source[0] if bn._source else bn._new_batch_norm()
+    if parametrize.is_parametrized(bn):
+        return "has parametrized tensors (torch.nn.utils.parametrize): remove the parametrizations first"
+    if not has_known_forward(bn):  # type: ignore[arg-type]
+        return f"is a subclass with a forward of its own ({type(bn).__module__}.{type(bn).__qualname__})"
+    if isinstance(policy, Freeze):
+        return why_not_frozen(bn, policy.affine)  # type: ignore[arg-type]
+    if bn.weight is None and bn.bias is None:
+        return "has no weight and no bias to hold constant; Keep() would do the same"
+    if isinstance(policy, NormalizeOnly) and not policy.change_function and changes_function(bn):  # type: ignore[arg-type]
+        return (
+            "its gamma and beta are not 1 and 0: resetting them changes what the pretrained layer computes; "
+            "NormalizeOnly(change_function=True) does it all the same, FreezeAffine() keeps the values"
+        )
+    return None
+
+
+def _choose(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequence[Rule]) -> list[Rule | None]:
+    """Return the deciding rule for each site; raise where a rule decides nothing or names of one layer disagree."""
+    names = [name for site in sites for name in site.names]
+    stages = timm_stages(model, names) if any(rule.stage is not None for rule in rules) else {}
+
+    def first(name: str, site: BatchNormSite) -> Rule | None:
+        return next((r for r in rules if r.matches([name], site.kind, stages.get(name))), None)
+
+    choices: list[Rule | None] = []
+    for site in sites:
+        answers = [first(name, site) for name in site.names]
+        policies = {answer.policy if answer else None for answer in answers}
+        if len(policies) > 1:
+            raise UnsupportedLayer(
+                f"rules: the layer shared as {', '.join(site.names)} gets different policies under its names; "
+                "write a rule that matches all of them."
+            )
+        choices.append(answers[0])
+    for rule in rules:
+        matched = [s for s in sites if any(rule.matches([n], s.kind, stages.get(n)) for n in s.names)]
+        if not matched:
+            close = difflib.get_close_matches(rule.name or "", names, n=3, cutoff=0.3)
+            seen = f"types {sorted({s.kind for s in sites})}, stages {sorted(set(stages.values()))}"
+            remedy = f"Close names: {close}." if close else f"There are: {names[:5]}..., {seen}."
+            raise NoBatchNormMatched(complaint("rule", rule.describe(), "conditions that match a layer", remedy))
+        if rule.name != "*" and not any(choice is rule for choice in choices):
+            raise NoBatchNormMatched(
+                complaint(
+                    "rule",
+                    rule.describe(),
+                    "a rule that decides at least one layer",
+                    "Rules before it decide all that it matches: the first match wins, so put the special one first.",
+                )
+            )
+    return choices
+
+
+def _row(site: BatchNormSite, rule: Rule | None, position: str, named_rule: bool) -> PlanRow:
+    if rule is None:
+        return PlanRow(site.names, site.kind, site.num_features, None, "left alone: no rule matches", False, position)
+    problem = refusal(site.module, rule.policy)
+    because = f"rule {rule.describe()}" if named_rule else ""
+    if isinstance(rule.policy, Freeze) and not problem:
+        because = "; ".join(filter(None, (because, _training_note(site.module, rule.policy))))
+    return PlanRow(
+        site.names, site.kind, site.num_features, rule.policy, problem or because, problem is not None, position
+    )
+
+
+def _training_note(bn: nn.Module, policy: Freeze) -> str:
+    off = [n for n in LEARNABLE[policy.affine] if getattr(bn, n) is not None and not getattr(bn, n).requires_grad]
+    live = not isinstance(bn, FrozenBatchNorm)
+    return f"{' and '.join(off)} keep requires_grad=False" if off and live else ""
+
+
+def _action(row: PlanRow) -> str:
+    if row.refused:
+        return "REFUSED"
+    return "left alone" if row.policy is None else row.policy.describe()

@@ -1,0 +1,178 @@
+"""What may happen to a BatchNorm layer, as data: one frozen dataclass a policy, and rules that pick among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.layers.frozen import Affine, check_affine
+
+
+class Policy:
+    """What happens to the BatchNorm layers that it is applied to."""
+
+    def describe(self) -> str:
+        """Return the policy in a few words, for tables."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the policy as plain data, for checkpoints and JSON; `policy_from_dict` is the inverse."""
+        return {"policy": type(self).__name__} | dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Keep(Policy):
+    """Leave the layer as it is: batch statistics in training. For large, i.i.d. batches."""
+
+    def describe(self) -> str:
+        """Return the policy in a few words, for tables."""
+        return "keep"
+
+
+@dataclass(frozen=True)
+class Freeze(Policy):
+    """Fix the statistics for good: gamma' x + beta', in training as in evaluation. The default for small batches.
+
+    Args:
+        affine: what is trained: `none` (gamma', beta' constant), `shift` (beta' alone, costs no activation memory),
+            `merged` (gamma' and beta'), `original` (BN's own gamma and beta over the fixed statistics).
+    """
+
+    affine: Affine = "none"
+
+    def __post_init__(self) -> None:
+        check_affine(self.affine)
+
+    def describe(self) -> str:
+        """Return the policy in a few words, for tables."""
+        return f"freeze, affine={self.affine}"
+
+
+@dataclass(frozen=True)
+class FreezeAffine(Policy):
+    """Batch statistics in training, gamma and beta constant at their pretrained values."""
+
+    def describe(self) -> str:
+        """Return the policy in a few words, for tables."""
+        return "live statistics, affine constant"
+
+
+@dataclass(frozen=True)
+class NormalizeOnly(Policy):
+    """Batch statistics in training, gamma = 1 and beta = 0 constant.
+
+    Args:
+        change_function: a pretrained layer has other values of gamma and beta, and setting them to 1 and 0 throws
+            part of the pretraining away. Refused unless this is true.
+    """
+
+    change_function: bool = False
+
+    def describe(self) -> str:
+        """Return the policy in a few words, for tables."""
+        return "normalize only (gamma=1, beta=0)"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A policy for the layers that meet all of the conditions given.
+
+    Args:
+        policy: what happens to them.
+        name: pattern for the layer's name, as `layer4.*` or `*.downsample.1`; `*` matches dots as well.
+        stage: timm stage, a number of its coarse `group_matcher`: 0 is the stem.
+        type: class name of the layer, as `BatchNorm1d` or `BatchNormAct2d`.
+    """
+
+    policy: Policy
+    name: str | None = None
+    stage: int | None = None
+    type: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, Policy) or isinstance(self.policy, Rules):
+            raise FinetuneBNError(
+                complaint("rule.policy", self.policy, "a policy such as Keep() or Freeze(affine='none'), not Rules")
+            )
+        if self.name is None and self.stage is None and self.type is None:
+            raise FinetuneBNError(
+                complaint("rule", self.policy, "at least one of name, stage, type", "Use name='*' for all layers.")
+            )
+
+    def matches(self, names: Sequence[str], kind: str, stage: int | None) -> bool:
+        """Tell whether a layer with these names, class name and timm stage meets the conditions."""
+        return (
+            (self.name is None or any(fnmatch.fnmatchcase(n, self.name) for n in names))
+            and (self.type is None or kind == self.type)
+            and (self.stage is None or stage == self.stage)
+        )
+
+    def describe(self) -> str:
+        """Return the conditions as text, for reasons and errors."""
+        given = {"name": self.name, "stage": self.stage, "type": self.type}
+        return ", ".join(f"{key}={value!r}" for key, value in given.items() if value is not None)
+
+
+@dataclass(frozen=True)
+class Rules(Policy):
+    """A list of rules; the first one that matches a layer decides. A layer that none matches is left alone.
+
+    Args:
+        rules: `Rule` objects, or pairs (name pattern, policy).
+    """
+
+    rules: Sequence[Rule | tuple[str, Policy]]
+
+    def __post_init__(self) -> None:
+        rules = []
+        for i, rule in enumerate(self.rules):
+            if isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str):
+                rule = Rule(name=rule[0], policy=rule[1])
+            if not isinstance(rule, Rule):
+                raise FinetuneBNError(complaint(f"rules[{i}]", rule, "a Rule, or a pair (name pattern, policy)"))
+            rules.append(rule)
+        if not rules:
+            raise FinetuneBNError(complaint("rules", self.rules, "at least one rule", "Use Keep() to do nothing."))
+        object.__setattr__(self, "rules", tuple(rules))
+
+    def describe(self) -> str:
+        """Return the policy in a few words, for tables."""
+        return f"{len(self.rules)} rules"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rules as plain data."""
+        entries = [dataclasses.asdict(r) | {"policy": r.policy.to_dict()} for r in self.rules if isinstance(r, Rule)]
+        return {"policy": "Rules", "rules": entries}
+
+
+_BY_NAME: dict[str, type[Policy]] = {p.__name__: p for p in (Keep, Freeze, FreezeAffine, NormalizeOnly, Rules)}
+
+
+def policy_from_dict(data: dict[str, Any]) -> Policy:
+    """Return the policy that `to_dict` described.
+
+    Raises:
+        FinetuneBNError: no policy of that name, or arguments it does not take.
+    """
+    name, arguments = data.get("policy"), {k: v for k, v in data.items() if k != "policy"}
+    if name not in _BY_NAME:
+        raise FinetuneBNError(complaint("policy", name, ", ".join(_BY_NAME)))
+    if name == "Rules":
+        entries = [Rule(**r | {"policy": policy_from_dict(r["policy"])}) for r in arguments["rules"]]
+        return Rules(entries)
+    try:
+        return _BY_NAME[name](**arguments)
+    except TypeError as error:
+        raise FinetuneBNError(complaint("policy", data, f"the arguments of {name}")) from error
+
+
+def check_policy(policy: object) -> Policy:
+    """Return `policy` if it is one, else raise an error that names those there are."""
+    if isinstance(policy, Policy):
+        return policy
+    hint = "Write it with parentheses: an object, not a class." if isinstance(policy, type) else ""
+    raise FinetuneBNError(complaint("policy", policy, ", ".join(f"{name}(...)" for name in _BY_NAME), hint))

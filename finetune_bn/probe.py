@@ -1,0 +1,125 @@
+"""Run a model once, quietly: eval mode, no gradients, no trace left in modes or random state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from finetune_bn.errors import FinetuneBNError, complaint
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An input for one module of a model.
+
+    Attributes:
+        name: name of the module within the model; "" for the model itself.
+        args: positional arguments of its `forward`.
+        kwargs: keyword arguments of its `forward`.
+        given: whether the user passed the input; one that was guessed may fail without harm.
+    """
+
+    name: str
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    given: bool = True
+
+    def run(self, model: nn.Module) -> list[Tensor]:
+        """Return the tensors that the probed module of `model` returns in eval mode.
+
+        Raises:
+            FinetuneBNError: the module refuses the user's input.
+        """
+        with quietly(model):
+            try:
+                output = model.get_submodule(self.name)(*self.args, **self.kwargs)
+            except Exception as error:
+                shapes = [tuple(leaf.shape) for leaf in tree_leaves((self.args, self.kwargs)) if torch.is_tensor(leaf)]
+                raise FinetuneBNError(
+                    complaint(
+                        "example_input",
+                        shapes,
+                        f"what {type(model).__name__}.forward takes",
+                        f"The model said: {type(error).__name__}: {error}",
+                    )
+                ) from error
+        return [leaf.detach() for leaf in tree_leaves(output) if torch.is_tensor(leaf)]
+
+
+def find_probes(model: nn.Module, example_input: Any = None) -> list[Probe]:
+    """Return inputs for the model, or for the parts of it whose input size is known.
+
+    Args:
+        model: the model to probe.
+        example_input: a tensor, a tuple of positional or a dict of keyword arguments. None looks for Lightning's
+            `example_input_array` and for the input size in the `pretrained_cfg` of timm models, however deep.
+    """
+    if example_input is None:
+        example_input = getattr(model, "example_input_array", None)
+    if example_input is not None:
+        if isinstance(example_input, dict):
+            return [Probe("", kwargs=example_input)]
+        return [Probe("", tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,))]
+    probes: list[Probe] = []
+    for name, module in model.named_modules():
+        config = getattr(module, "pretrained_cfg", None)
+        size = config.get("input_size") if isinstance(config, dict) else None
+        inside_another = any(name.startswith(f"{p.name}.") or not p.name for p in probes)
+        if not size or inside_another:
+            continue
+        like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randn(1, *size, generator=generator).to(like.device, like.dtype)
+        probes.append(Probe(name, (image,), given=False))
+    return probes
+
+
+@contextlib.contextmanager
+def quietly(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no autocast, for the time of the block; modes and random state are restored.
+
+    The modes are set flag by flag: a model's own `train()` may do more than flip them.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[d.index or 0 for d in devices]))
+        stack.enter_context(torch.no_grad())
+        for kind in {"cpu", *(d.type for d in devices)}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        torch.manual_seed(0)
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def distance(outputs: list[Tensor], reference: list[Tensor]) -> float:
+    """Return the largest |output - reference| / max|reference| over the tensors; inf where they do not line up.
+
+    NaN on both sides counts as equal, NaN on one side as infinitely far.
+    """
+    if len(outputs) != len(reference):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(outputs, reference, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        if torch.equal(a, b) or not a.numel():
+            continue
+        wide = torch.float64 if a.device.type != "mps" else torch.float32
+        difference = (a.to(wide) - b.to(wide)).abs().nan_to_num(0.0)
+        if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
+            return float("inf")
+        scale = b.to(wide).nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        worst = max(worst, float((difference.max() / scale).cpu()))
+    return worst

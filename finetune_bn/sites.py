@@ -1,0 +1,134 @@
+"""Find the BatchNorm layers of a model, all their names, and where in the data flow they sit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.layers.frozen import FrozenBatchNorm
+from finetune_bn.probe import Probe, quietly
+
+
+@dataclass(frozen=True)
+class BatchNormSite:
+    """A BatchNorm layer of a model, live or frozen.
+
+    Attributes:
+        names: all names under which the model holds it; "" is the root. More than one where it is shared.
+        kind: class name.
+        num_features: number of channels C.
+        module: the layer.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    num_features: int
+    module: nn.Module = field(repr=False, compare=False)
+
+
+def find_batch_norms(model: nn.Module) -> list[BatchNormSite]:
+    """Return the BatchNorm layers of `model`, live and frozen, in the order of definition."""
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (_BatchNorm, FrozenBatchNorm)):
+            modules[id(module)] = module
+            names.setdefault(id(module), []).append(name)
+    return [
+        BatchNormSite(tuple(names[key]), type(module).__name__, int(module.num_features), module)  # type: ignore[arg-type]
+        for key, module in modules.items()
+    ]
+
+
+def find_lookalikes(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return layers that keep running statistics, or call themselves BatchNorm, and are none that we know."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, (_BatchNorm, FrozenBatchNorm)):
+            continue
+        has_statistics = any(module._buffers.get(key) is not None for key in ("running_mean", "running_var"))
+        if has_statistics or (not any(module.children()) and "BatchNorm" in type(module).__name__):
+            found.append((name, module))
+    return found
+
+
+def timm_stages(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+    """Return the stage of each named layer that lies in a timm model, by its coarse `group_matcher`.
+
+    Raises:
+        FinetuneBNError: the model holds no timm model, so there are no stages.
+    """
+    stages: dict[str, int] = {}
+    owners = [(n, m) for n, m in model.named_modules() if callable(getattr(m, "group_matcher", None))]
+    if not owners:
+        raise FinetuneBNError(
+            complaint("rule.stage", type(model).__name__, "models that hold a timm model", "Use a name pattern instead.")
+        )
+    from timm.models import group_modules
+
+    for prefix, owner in owners:
+        stage_of = group_modules(owner, owner.group_matcher(coarse=True), reverse=True)  # type: ignore[operator]
+        start = f"{prefix}." if prefix else ""
+        for name in names:
+            stage = stage_of.get(name[len(start) :]) if name.startswith(start) else None
+            if stage is not None:
+                stages.setdefault(name, int(stage))
+    return stages
+
+
+def locate(model: nn.Module, sites: Sequence[BatchNormSite], probes: Sequence[Probe]) -> dict[str, str]:
+    """Tell, by running the probes, what computed the input of each site.
+
+    A tensor that a leaf module returned and that arrives at a BN unchanged makes that module the BN's producer; any
+    other input comes from an operation between modules (add, concat, view). Keyed by the site's first name.
+    """
+    positions: dict[str, str] = {}
+    by_module = {id(site.module): site.names[0] for site in sites}
+    made: dict[int, tuple[torch.Tensor, int, str]] = {}
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if torch.is_tensor(output):
+                # The tensor is held as long as its id is, and its version tells in-place changes.
+                made[id(output)] = (output, output._version, f"{_role(module)} {name}")
+
+        return hook
+
+    def arrive(module: nn.Module, args: tuple[Any, ...]) -> None:
+        site = by_module[id(module)]
+        tensor, version, producer = made.get(id(args[0]) if args else 0, (None, 0, ""))
+        fresh = tensor is not None and tensor._version == version
+        here = f"behind {producer}" if fresh else "behind an operation between modules"
+        positions[site] = here if positions.get(site, here) == here else "behind several"
+
+    handles = [m.register_forward_hook(remember(n)) for n, m in model.named_modules() if not any(m.children())]
+    handles += [site.module.register_forward_pre_hook(arrive) for site in sites]
+    try:
+        for probe in probes:
+            with quietly(model):
+                model.get_submodule(probe.name)(*probe.args, **probe.kwargs)
+            made.clear()
+    except Exception:
+        if any(probe.given for probe in probes):
+            probe.run(model)  # raises with the input named
+    finally:
+        for handle in handles:
+            handle.remove()
+        made.clear()
+    return positions
+
+
+def _role(module: nn.Module) -> str:
+    if isinstance(module, _ConvNd):
+        return "conv"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    kind = type(module).__name__
+    return "pool" if "Pool" in kind else kind
