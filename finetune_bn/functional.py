@@ -144,3 +144,16 @@ class _ConstantScaleBatchNorm(torch.autograd.Function):
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Return `tensor` in float32, or as it is where its dtype is float32 or wider."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def between_image_spread(features: Tensor) -> float:
+    """Return by how much images differ in their features, relative to the features' size; 0 for a constant.
+
+    The root mean square over channels of the standard deviation over images, divided by that of the features.
+
+    Args:
+        features: one row an image, [N, C] with N >= 2.
+    """
+    wide = at_least_float32(features)
+    size = wide.square().mean().sqrt().clamp_min(torch.finfo(wide.dtype).tiny)
+    return float(wide.std(0, correction=0).square().mean().sqrt() / size)

@@ -1,0 +1,272 @@
+"""Convert the BatchNorm layers of any LightningModule before its optimizer exists, and keep them converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from typing_extensions import override
+
+from finetune_bn.callbacks.collapse import CollapseWatch
+from finetune_bn.convert import convert
+from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, complaint
+from finetune_bn.layers.live import is_held
+from finetune_bn.plans import Plan, plan
+from finetune_bn.policies import Freeze, Policy, check_policy
+from finetune_bn.sites import find_batch_norms
+
+CHECKPOINT_KEY = "finetune_bn"
+
+
+class BatchNormConversion(Callback):
+    """Convert the BatchNorm layers of the model when the Trainer starts, and keep them that way.
+
+    Works with any LightningModule, also with one that builds its network in `setup` or `configure_model`. The layers
+    are converted before the optimizer is made and before the network is copied, wrapped or compiled. The plan goes
+    into the checkpoint; a resumed run replays the plan of its checkpoint. Frozen layers cannot be brought back to
+    life by `train()`, `requires_grad_(True)`, `BackboneFinetuning`, weight averaging or `sync_batchnorm`.
+
+    It also watches for a network that has collapsed, which happens silently when the learning rate is too high for
+    frozen layers, and says so once, with the remedy.
+
+    Args:
+        policy: What happens to the BatchNorm layers: Freeze (the default), Keep, FreezeAffine, NormalizeOnly, or
+            Rules that pick among them by layer name, timm stage and layer type.
+        module: Attribute path of the part to convert, such as `net` or `model.backbone`. Names in rules are relative
+            to it. By default the whole LightningModule.
+        verify: Prove on a sample input that the outputs are the same after the conversion.
+        watch_every_n_steps: How often a training batch is looked at for signs of collapse; 0 never looks.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        module: str | None = None,
+        verify: bool = True,
+        watch_every_n_steps: int = 50,
+    ) -> None:
+        super().__init__()
+        self.policy = check_policy(Freeze() if policy is None else policy)
+        if watch_every_n_steps < 0:
+            raise FinetuneBNError(complaint("watch_every_n_steps", watch_every_n_steps, "0 (never) or more"))
+        self.module = module
+        self.verify = verify
+        self.plan: Plan | None = None
+        self.watch = CollapseWatch(watch_every_n_steps)
+        self._intercepted: list[tuple[pl.LightningModule, str]] = []
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether signs of collapse were seen in this run."""
+        return self.watch.collapsed
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        _check_order(trainer.callbacks, self)  # type: ignore[attr-defined]
+        has_layers = bool(find_batch_norms(self._target(pl_module) or nn.Module()))
+        if has_layers:
+            self._convert(pl_module)
+        if not has_layers or is_overridden("configure_model", pl_module):
+            self._intercept(pl_module, "configure_model", after=lambda: self._convert(pl_module))
+        # Called with the checkpoint just before its weights are loaded, in every stage and for every module.
+        self._intercept(pl_module, "on_load_checkpoint", before=lambda c: self._replay(c, pl_module))
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started(pl_module)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started(pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._hold_again(pl_module)
+        self.watch.before_batch(self._target(pl_module), batch_idx)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.watch.after_batch()
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if not trainer.sanity_checking:
+            self.watch.before_batch(self._target(pl_module), batch_idx)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.watch.after_batch()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.watch.after_batch()
+        self._release()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.watch.detach()
+        self._release()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.plan is None else {"plan": self.plan.to_dict(), "module": self.module}
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[CHECKPOINT_KEY] = self.state_dict()
+
+    def _target(self, pl_module: pl.LightningModule) -> nn.Module | None:
+        try:
+            return pl_module.get_submodule(self.module or "")
+        except AttributeError:
+            return None
+
+    def _convert(self, pl_module: pl.LightningModule) -> None:
+        target = self._target(pl_module)
+        if target is None:
+            parts = [name for name, _ in pl_module.named_children()]
+            raise FinetuneBNError(complaint("module", self.module, f"a submodule of {type(pl_module).__name__}: {parts}"))
+        self.plan = plan(target, self.policy)
+        self._apply(pl_module, target, self.plan)
+
+    def _apply(self, pl_module: pl.LightningModule, target: nn.Module, the_plan: Plan) -> None:
+        converted = convert(target, the_plan, verify=self.verify)
+        if converted is not target:
+            parent, _, name = (self.module or "").rpartition(".")
+            setattr(pl_module.get_submodule(parent), name, converted)
+        rank_zero_info(f"BatchNormConversion: {str(the_plan).splitlines()[0]}")
+        for row in the_plan.rows:
+            if row.policy is None:
+                rank_zero_warn(f"BatchNormConversion: {' = '.join(row.names)} ({row.kind}) {row.reason}.")
+
+    def _replay(self, checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> None:
+        state = checkpoint.get(CHECKPOINT_KEY)
+        if not state or state == self.state_dict():
+            return
+        saved = Plan.from_dict(state["plan"])
+        if self.plan is not None and [r.policy for r in saved.rows] != [r.policy for r in self.plan.rows]:
+            rank_zero_warn(
+                "BatchNormConversion: the checkpoint was made under another policy than this run asks for "
+                f"({self.policy.describe()}); the checkpoint's is replayed:\n{str(saved).splitlines()[0]}\n"
+                "To train from its weights under a new policy, load the weights and do not pass ckpt_path."
+            )
+        self.module = state["module"]
+        target = self._target(pl_module)
+        if target is None:
+            raise NoBatchNormMatched(complaint("ckpt_path", self.module, "a checkpoint of the same LightningModule"))
+        self.plan = saved
+        self._apply(pl_module, target, saved)
+
+    def _started(self, pl_module: pl.LightningModule) -> None:
+        """The network stands and is loaded: a conversion that never happened must not go unnoticed."""
+        self._release()
+        if self.plan is None:
+            self._convert(pl_module)
+
+    def _hold_again(self, pl_module: pl.LightningModule) -> None:
+        """Hold what another callback has set free: gamma and beta of a live BN stay Parameters, so it can."""
+        freed = []
+        for name, layer in (self._target(pl_module) or pl_module).named_modules():
+            if is_held(layer) and any(p.requires_grad for p in layer.parameters(recurse=False)):
+                for parameter in layer.parameters(recurse=False):
+                    parameter.requires_grad_(False)
+                freed.append(name)
+        if freed:
+            rank_zero_warn(
+                f"BatchNormConversion: something set requires_grad=True on the constant gamma and beta of {len(freed)} "
+                f"layers ({', '.join(freed[:3])}...); they are held again."
+            )
+
+    def _intercept(
+        self,
+        pl_module: pl.LightningModule,
+        name: str,
+        before: Callable[..., None] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        """Run our part before or after a hook of the module, for as long as the Trainer sets up."""
+        original = getattr(pl_module, name)
+
+        def hook(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                before(*args, **kwargs)
+            result = original(*args, **kwargs)
+            if after is not None:
+                after()
+            return result
+
+        pl_module.__dict__[name] = hook
+        self._intercepted.append((pl_module, name))
+
+    def _release(self) -> None:
+        while self._intercepted:
+            pl_module, name = self._intercepted.pop()
+            pl_module.__dict__.pop(name, None)
+
+
+def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
+    """Convert a freshly built module by the plan in a checkpoint, before its weights are loaded.
+
+    For the `on_load_checkpoint` of an own LightningModule, so that `load_from_checkpoint` returns the network as it
+    was trained. Without it the checkpoint loads all the same, into BatchNorm layers of the same eval-mode function.
+
+    Args:
+        checkpoint: the dictionary that Lightning passes to `on_load_checkpoint`.
+        pl_module: the LightningModule, its network built.
+
+    Returns:
+        Whether the checkpoint held a plan.
+    """
+    state = checkpoint.get(CHECKPOINT_KEY)
+    if not state:
+        return False
+    target = pl_module.get_submodule(state["module"] or "")
+    converted = convert(target, Plan.from_dict(state["plan"]), verify=False)
+    if converted is not target:
+        parent, _, name = state["module"].rpartition(".")
+        setattr(pl_module.get_submodule(parent), name, converted)
+    return True
+
+
+def _check_order(callbacks: Sequence[Callback], own: Callback) -> None:
+    """Weight averaging copies the module in its own `setup`: what is converted later is not in the copy."""
+    before = callbacks[: callbacks.index(own)]
+    early = [type(c).__name__ for c in before if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
+    if early:
+        raise FinetuneBNError(
+            complaint(
+                "callbacks",
+                [type(c).__name__ for c in callbacks],
+                f"BatchNormConversion before {early[0]}",
+                f"{early[0]} copies the network when it is set up, so the copy would keep its BatchNorm layers.",
+            )
+        )
