@@ -1,0 +1,60 @@
+# Two commands are all that a fresh machine needs: `make run` and `make test`. Both install into $(VENV) first.
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+PY  := $(VENV)/bin/python
+RUN := $(VENV)/bin/finetune-bn fit --config configs/quickstart.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help run test slow sweep check install clean distclean
+
+help:  ## print this list
+	@echo "make TARGET [ARGS='more arguments of the command'] [PYTHON=python3.12]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: $(VENV)/.demo  ## the main job: fine-tune EfficientNet-Lite0 with frozen BatchNorm on the emoji, on this machine
+	$(RUN) $(ARGS)
+
+test: $(VENV)/.dev  ## the tests
+	$(PY) -m pytest -q $(ARGS)
+
+slow: $(VENV)/.dev  ## the tests that take minutes
+	$(PY) -m pytest -q -m slow $(ARGS)
+
+sweep: $(VENV)/.demo  ## convert and revert one net of every timm family that has BatchNorm (ARGS=--all: every net)
+	$(PY) scripts/sweep_timm.py $(ARGS)
+
+check: $(VENV)/.dev  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+install: $(VENV)/.dev  ## only install, with everything for development
+
+clean:  ## remove caches and build output; runs/ is yours and stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and remove the virtual environment too
+	rm -rf $(VENV)
+
+# A virtual environment that was made halfway would pass for a whole one the next time, so it is removed.
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is missing or older than 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "Creating the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "$(PYTHON) cannot make one; on Debian: apt-get install python3-venv" >&2; exit 1; }
+
+# The stamps make a second run start at once; they are made only by an installation that went through.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing finetune_bn with the extra [demo] into $(VENV) (torch is large: this takes some minutes)"
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing finetune_bn with the extra [dev] into $(VENV) (torch is large: this takes some minutes)"
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.demo
