@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -37,7 +41,7 @@ class Trainer(pl.Trainer):
         """
         conversion = next(c for c in self.callbacks if isinstance(c, BatchNormConversion))  # type: ignore[attr-defined]
         model.configure_model()
-        the_plan = plan(model.get_submodule(conversion.module or ""), conversion.policy)
+        the_plan = plan(conversion.target(model), conversion.policy)
         text = the_plan.to_json() if format == "json" else str(the_plan)
         if output is None:
             print(text)
@@ -64,7 +68,12 @@ class FinetuneBNCLI(LightningCLI):
             trainer_class=Trainer,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_kwargs={"prog": "finetune-bn", "description": "Fine-tune backbones with their BatchNorm layers in hand."},
+            parser_kwargs={
+                "prog": "finetune-bn",
+                "description": "Fine-tune backbones with their BatchNorm layers in hand.",
+                "exit_on_error": False,
+                **{name: {"exit_on_error": False} for name in self.subcommands()},
+            },
             args=args,
             run=run,
         )
@@ -93,5 +102,43 @@ def main(args: Any = None) -> None:
     """Run the command; a mistake in the config or the data ends in one line, not in a traceback."""
     try:
         FinetuneBNCLI(args)
-    except FinetuneBNError as error:
-        sys.exit(f"finetune-bn: error: {error}")
+    except ArgumentError as error:
+        sys.exit(f"finetune-bn: error: {readable(str(error))}")
+    except Exception as error:
+        # jsonargparse wraps what a constructor raises; an error of ours is meant for the user, any other is a fault.
+        own = _own_error(error)
+        if own is None:
+            raise
+        sys.exit(f"finetune-bn: error: {own}")
+
+
+def readable(message: str) -> str:
+    """Return what is wrong with a config, out of jsonargparse's account of every type that it tried.
+
+    Args:
+        message: the text of its error.
+    """
+    noise = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
+    lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(noise)]
+    text = " ".join(kept).replace("typing.Literal", "one of ").replace("Expected a one of", "expected one of")
+    text = re.sub(r'Parser key "([^"]*)":', r"\1:", text)
+    unknown = re.search(r"class_path '([\w.]+)'.*Option '([\w.]+)' is not accepted", text)
+    if unknown:
+        text += f". {_suggestion(*unknown.groups())}"
+    return f"{text}\nSee `finetune-bn fit --help`, and configs/ for examples."
+
+
+def _suggestion(class_path: str, option: str) -> str:
+    module, _, name = class_path.rpartition(".")
+    known: set[str] = set()
+    for cls in inspect.getmro(getattr(sys.modules.get(module), name, object)):
+        known |= set(inspect.signature(cls.__init__).parameters) - {"self", "args", "kwargs"}
+    close = difflib.get_close_matches(option, known, n=2)
+    return f"Did you mean {' or '.join(close)}?" if close else f"{name} takes {', '.join(sorted(known))}."
+
+
+def _own_error(error: BaseException | None) -> FinetuneBNError | None:
+    while error is not None and not isinstance(error, FinetuneBNError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -11,14 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from finetune_bn.errors import ConversionMismatch, NoBatchNormMatched, UnsupportedLayer, complaint
+from finetune_bn.errors import (
+    ConversionMismatch,
+    FinetuneBNError,
+    NoBatchNormMatched,
+    UnsupportedLayer,
+    complaint,
+)
 from finetune_bn.functional import TOLERANCE, at_least_float32
 from finetune_bn.layers.frozen import FrozenBatchNorm
-from finetune_bn.layers.live import hold_affine, is_held, release_affine
+from finetune_bn.layers.live import hold_affine, is_held, release_affine, train_again
 from finetune_bn.layers.norm_act import frozen_class
 from finetune_bn.plans import Plan, PlanRow, check_model, plan, refusal
 from finetune_bn.policies import Freeze, FreezeAffine, Keep, NormalizeOnly, Policy
-from finetune_bn.probe import Probe, distance, find_probes, quietly
+from finetune_bn.probe import Probe, can_run, distance, find_probes, quietly
+from finetune_bn.sites import find_batch_norms
 
 log = logging.getLogger("finetune_bn")
 
@@ -33,9 +40,7 @@ class _Swap:
     then: Callable[[], None] | None = None
 
 
-def convert(
-    model: nn.Module, policy: Policy | Plan, *, example_input: Any = None, verify: bool = True
-) -> nn.Module:
+def convert(model: nn.Module, policy: Policy | Plan, *, example_input: Any = None, verify: bool = True) -> nn.Module:
     """Do to the BatchNorm layers of `model` what the policy says, in place, and return the model.
 
     All or nothing: everything is validated before the first layer is touched, and on any error the model is as it
@@ -96,7 +101,9 @@ def _freeze(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], N
     if isinstance(layer, FrozenBatchNorm) and layer.affine_kind == policy.affine:
         return layer, None
     bn = _as_batch_norm(layer)
-    return frozen_class(bn).from_batch_norm(bn, policy.affine), None
+    frozen = frozen_class(bn).from_batch_norm(bn, policy.affine)
+    # What an earlier policy held constant is trained again where this one says so.
+    return frozen, (lambda: train_again(bn, frozen)) if is_held(bn) else None
 
 
 def _hold(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
@@ -115,6 +122,10 @@ _BUILDERS: dict[type[Policy], Callable[[nn.Module, Policy], tuple[nn.Module, Cal
 def _build(model: nn.Module, the_plan: Plan) -> list[_Swap]:
     """Validate the whole plan against the model and make the new layers, without touching the model."""
     check_model(model)
+    listed = {name for row in the_plan.rows for name in row.names}
+    unlisted = [site.names[0] for site in find_batch_norms(model) if not listed.intersection(site.names)]
+    if unlisted:
+        log.warning("%d BatchNorm layers are not in the plan and are left alone: %s", len(unlisted), unlisted)
     rows = [row for row in the_plan.rows if row.policy is not None]
     layers = [_find(model, row) for row in rows]
     problems = {row.names[0]: refusal(layer, row.policy) for row, layer in zip(rows, layers, strict=True) if row.policy}
@@ -123,7 +134,8 @@ def _build(model: nn.Module, the_plan: Plan) -> list[_Swap]:
         kept = ", ".join(f'("{name}", Keep())' for name in list(refused)[:3])
         reasons = "\n".join(f"  {name or '(root)'}: {why}" for name, why in refused.items())
         raise UnsupportedLayer(
-            f"policy: {len(refused)} of {len(rows)} BatchNorm layers cannot take it, so nothing was changed.\n{reasons}\n"
+            f"policy: {len(refused)} of {len(rows)} BatchNorm layers cannot take it, so nothing was changed.\n"
+            f"{reasons}\n"
             f"Give them another policy by rules, as Rules([{kept}, ...])."
         )
     swaps = []
@@ -144,7 +156,9 @@ def _find(model: nn.Module, row: PlanRow) -> nn.Module:
     if not same or not isinstance(found[0], (_BatchNorm, FrozenBatchNorm)) or found[0].num_features != row.num_features:
         given = f"{' = '.join(row.names)}: {row.kind} with {row.num_features} channels"
         raise NoBatchNormMatched(
-            complaint("plan", given, f"the BatchNorm layers of this {type(model).__name__}", "It was made for another model.")
+            complaint(
+                "plan", given, f"the BatchNorm layers of this {type(model).__name__}", "It was made for another model."
+            )
         )
     return found[0]
 
@@ -168,7 +182,7 @@ def _swap(model: nn.Module, swaps: Sequence[_Swap], example_input: Any, verify: 
     """Put the new layers in place; where outputs must stay the same and do not, put the old ones back and raise."""
     replacements = [(swap.old, swap.new) for swap in swaps if swap.new is not swap.old]
     proofs: list[tuple[Probe, list[Tensor]]] = []
-    if verify and replacements and not any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
+    if verify and replacements and can_run(model):
         for swap in swaps:
             _prove_layer(swap)
         proofs = _run_probes(model, find_probes(model, example_input))
@@ -213,7 +227,7 @@ def _prove_layer(swap: _Swap) -> None:
         return
     stats = swap.old
     mean, sd = at_least_float32(stats.running_mean), at_least_float32(stats.running_var).sqrt()  # type: ignore[arg-type]
-    dims = {"1d": 3, "3d": 5}.get(type(swap.old).__name__[-2:], 4)
+    dims = next((d for d in (4, 3, 5, 2) if _takes(swap.old, d) and _takes(swap.new, d)), 4)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(4, mean.numel(), *[2] * (dims - 2), generator=generator).to(mean.device, mean.dtype)
     per_channel = [1, -1] + [1] * (dims - 2)
@@ -225,33 +239,49 @@ def _prove_layer(swap: _Swap) -> None:
     _check(distance(outputs[1], outputs[0]), x.dtype, f"layer {swap.name or '(root)'} ({type(swap.old).__name__})")
 
 
+def _takes(layer: nn.Module, dims: int) -> bool:
+    try:
+        layer._check_input_dim(torch.empty([1] * dims))  # type: ignore[operator]
+    except ValueError:
+        return False
+    return True
+
+
 def _prove_network(
     model: nn.Module, probe: Probe, before: list[Tensor], replacements: Sequence[tuple[nn.Module, nn.Module]]
 ) -> None:
-    after = probe.run(model)
+    try:
+        after = probe.run(model)
+    except FinetuneBNError as error:
+        raise ConversionMismatch(
+            f"the network: it took the probe input before, and with the new layers it raises {error.__cause__!r}. "
+            "Nothing was changed. Leave the layers it asks about out by a rule with Keep(), or report it."
+        ) from error
     dtype = next((t.dtype for t in before if t.is_floating_point()), torch.float32)
     off = distance(after, before)
     if off <= TOLERANCE[dtype]:
         return
-    names = {id(module): name for name, module in model.named_modules()}
-    new_first = _layer_outputs(model, probe, [new for _, new in replacements])
-    _replace(model, [(new, old) for old, new in replacements])
-    old_first = _layer_outputs(model, probe, [old for old, _ in replacements])
+    names = {id(module): name or "(root)" for name, module in model.named_modules()}
+    new_outputs = _layer_outputs(model, probe, [new for _, new in replacements])
+    model = _replace(model, [(new, old) for old, new in replacements])
+    old_outputs = _layer_outputs(model, probe, [old for old, _ in replacements])
     _replace(model, replacements)
-    culprit = "a layer that the probe input does not reach"
-    for (_, new), a, b in zip(replacements, new_first, old_first, strict=True):
-        if distance(a, b) > TOLERANCE[dtype]:
-            culprit = f"layer {names.get(id(new), '')!r}"
+    culprit = "the model's own code behind the last new layer"
+    for i, reference in old_outputs.items():
+        if distance(new_outputs.get(i, []), reference) > TOLERANCE[dtype]:
+            culprit = f"layer {names[id(replacements[i][1])]!r}"
             break
     _check(off, dtype, f"the network, first at {culprit}")
 
 
-def _layer_outputs(model: nn.Module, probe: Probe, layers: Sequence[nn.Module]) -> list[list[Tensor]]:
-    outputs: list[list[Tensor]] = [[] for _ in layers]
-    handles = [
-        layer.register_forward_hook(lambda m, args, out, i=i: outputs[i].append(out.detach().clone()))  # type: ignore[misc]
-        for i, layer in enumerate(layers)
-    ]
+def _layer_outputs(model: nn.Module, probe: Probe, layers: Sequence[nn.Module]) -> dict[int, list[Tensor]]:
+    """Return what each layer returned, keyed by its index and in the order of the first calls."""
+    outputs: dict[int, list[Tensor]] = {}
+
+    def hook(i: int) -> Callable[..., None]:
+        return lambda module, args, output: outputs.setdefault(i, []).append(output.detach().clone())
+
+    handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
     try:
         probe.run(model)
     finally:

@@ -92,13 +92,15 @@ def frozen_batch_norm(
 
     The forward pass *is* PyTorch's eval-mode kernel: parameters in float32 act on bfloat16 or float16 activations
     in float32, and dtype and memory format of `x` are kept. What differs is backward: `F.batch_norm` keeps `x`
-    even where nothing needs it, this keeps [C] numbers unless `weight` is being trained.
+    even where nothing needs it, this keeps [C] numbers unless `weight` is being trained. Reverse mode may be nested as
+    deep as wanted; forward mode (`torch.func.jvp`) raises where `x` or `bias` requires grad and `weight` does not.
     """
-    constant_scale = weight is None or not weight.requires_grad
-    if not torch.jit.is_scripting() and constant_scale and torch.is_grad_enabled():
-        if x.requires_grad or (bias is not None and bias.requires_grad):
-            # A tensor made afresh in each call: in-place writes to the buffers between forward and backward
-            # (DDP broadcasts them) cannot invalidate what backward needs.
+    if not torch.jit.is_scripting() and not torch.jit.is_tracing() and torch.is_grad_enabled():  # type: ignore[no-untyped-call]
+        # What backward needs is made afresh in each call: in-place writes to the buffers between forward and
+        # backward (DDP broadcasts them) cannot invalidate it.
+        if weight is not None and weight.requires_grad:
+            running_mean, running_var = running_mean.clone(), running_var.clone()
+        elif x.requires_grad or (bias is not None and bias.requires_grad):
             scale, _ = scale_shift(weight, None, running_mean, running_var, eps)
             return _ConstantScaleBatchNorm.apply(x, bias, scale, running_mean, running_var, weight, eps)  # type: ignore[no-any-return]
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
@@ -129,7 +131,7 @@ class _ConstantScaleBatchNorm(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:

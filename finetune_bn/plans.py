@@ -5,19 +5,19 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
 from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm, why_not_frozen
-from finetune_bn.layers.live import changes_function
-from finetune_bn.layers.norm_act import has_known_forward
+from finetune_bn.layers.live import changes_function, is_held
+from finetune_bn.layers.norm_act import has_known_forward, is_norm_act
 from finetune_bn.policies import (
     Freeze,
     Keep,
@@ -28,8 +28,10 @@ from finetune_bn.policies import (
     check_policy,
     policy_from_dict,
 )
-from finetune_bn.probe import find_probes
+from finetune_bn.probe import can_run, find_probes
 from finetune_bn.sites import BatchNormSite, find_batch_norms, find_lookalikes, locate, timm_stages
+
+_FIVE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,20 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """Return the plan that `to_dict` described."""
+        """Return the plan that `to_dict` described.
+
+        Raises:
+            FinetuneBNError: the data are no plan, or name a policy that there is not.
+        """
         rows = []
-        for row in data["rows"]:
-            policy = None if row["action"] is None else policy_from_dict(row["action"])
-            rest = {k: row[k] for k in ("kind", "num_features", "reason", "refused", "position")}
-            rows.append(PlanRow(tuple(row["names"]), policy=policy, **rest))
-        return cls(data["model"], tuple(rows))
+        try:
+            for row in data["rows"]:
+                policy = None if row["action"] is None else policy_from_dict(row["action"])
+                rest = {k: row[k] for k in ("kind", "num_features", "reason", "refused", "position")}
+                rows.append(PlanRow(tuple(row["names"]), policy=policy, **rest))
+            return cls(data["model"], tuple(rows))
+        except (KeyError, TypeError) as error:
+            raise FinetuneBNError(complaint("plan", data, "what Plan.to_dict returned")) from error
 
     def __str__(self) -> str:
         header = ("layer", "type", "C", "position", "what happens", "why")
@@ -144,11 +153,13 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None) -> Plan:
     if not sites:
         known = Counter(type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__)
         raise NoBatchNormMatched(
-            complaint("model", type(model).__name__, "a model with BatchNorm layers", f"Norm layers in it: {dict(known)}.")
+            complaint(
+                "model", type(model).__name__, "a model with BatchNorm layers", f"Norm layers in it: {dict(known)}."
+            )
         )
     rules = policy.rules if isinstance(policy, Rules) else (Rule(policy, name="*"),)
     choices = _choose(model, sites, [rule for rule in rules if isinstance(rule, Rule)])
-    probes = [] if any(p.is_meta for p in model.parameters()) else find_probes(model, example_input)
+    probes = find_probes(model, example_input) if can_run(model) else []  # running a lazy layer would initialize it
     positions = locate(model, sites, probes) if probes else {}
     rows = [
         _row(site, rule, positions.get(site.names[0], ""), named_rule=isinstance(policy, Rules))
@@ -165,8 +176,8 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise FinetuneBNError(complaint("model", model, "a torch.nn.Module"))
     late = "Convert first, wrap afterwards."
-    wrappers = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
-    if type(model).__name__ in wrappers or isinstance(model, torch.jit.ScriptModule):
+    wrappers = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}
+    if wrappers & {c.__name__ for c in type(model).__mro__} or isinstance(model, torch.jit.ScriptModule):
         raise FinetuneBNError(complaint("model", type(model).__name__, "the module before it is wrapped", late))
 
 
@@ -174,19 +185,32 @@ def refusal(bn: nn.Module, policy: Policy) -> str | None:
     """Return why `policy` cannot be carried out on a layer, or None where it can."""
     if isinstance(policy, Keep):
         return None
-    if any(isinstance(t, UninitializedTensorMixin) for t in [*bn.parameters(False), *bn.buffers(False)]):
+    if any(is_lazy(t) for t in [*bn.parameters(False), *bn.buffers(False)]):
         return "is not initialized yet (a lazy layer): run the model once first"
+    values: Mapping[str, Tensor | None] = bn._parameters
     if isinstance(bn, FrozenBatchNorm):
-        bn = bn._source[0] if bn._source else bn._new_batch_norm()
+        source = bn._source[0] if bn._source else bn._new_batch_norm()
+        values = bn._values_for(source)
+        bn = source
     if parametrize.is_parametrized(bn):
         return "has parametrized tensors (torch.nn.utils.parametrize): remove the parametrizations first"
     if not has_known_forward(bn):  # type: ignore[arg-type]
-        return f"is a subclass with a forward of its own ({type(bn).__module__}.{type(bn).__qualname__})"
+        kind = f"{type(bn).__module__}.{type(bn).__qualname__}"
+        patched = "forward" in vars(bn)
+        return f"{kind} has a forward patched in" if patched else f"is a subclass with a forward of its own ({kind})"
     if isinstance(policy, Freeze):
+        known = (*_FIVE, "drop", "act") if is_norm_act(bn) else _FIVE
+        extra = [name for part in (bn._parameters, bn._buffers, bn._modules) for name in part if name not in known]
+        if extra:
+            return f"holds {', '.join(extra)} besides BatchNorm's five tensors, which a frozen layer would lose"
         return why_not_frozen(bn, policy.affine)  # type: ignore[arg-type]
     if bn.weight is None and bn.bias is None:
         return "has no weight and no bias to hold constant; Keep() would do the same"
-    if isinstance(policy, NormalizeOnly) and not policy.change_function and changes_function(bn):  # type: ignore[arg-type]
+    if (
+        isinstance(policy, NormalizeOnly)
+        and not policy.change_function
+        and changes_function(values["weight"], values["bias"])
+    ):
         return (
             "its gamma and beta are not 1 and 0: resetting them changes what the pretrained layer computes; "
             "NormalizeOnly(change_function=True) does it all the same, FreezeAffine() keeps the values"
@@ -199,8 +223,11 @@ def _choose(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequence[Ru
     names = [name for site in sites for name in site.names]
     stages = timm_stages(model, names) if any(rule.stage is not None for rule in rules) else {}
 
+    def meets(rule: Rule, name: str, site: BatchNormSite) -> bool:
+        return any(rule.matches([name], kind, stages.get(name)) for kind in _kinds(site))
+
     def first(name: str, site: BatchNormSite) -> Rule | None:
-        return next((r for r in rules if r.matches([name], site.kind, stages.get(name))), None)
+        return next((rule for rule in rules if meets(rule, name, site)), None)
 
     choices: list[Rule | None] = []
     for site in sites:
@@ -213,13 +240,13 @@ def _choose(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequence[Ru
             )
         choices.append(answers[0])
     for rule in rules:
-        matched = [s for s in sites if any(rule.matches([n], s.kind, stages.get(n)) for n in s.names)]
-        if not matched:
+        if not any(meets(rule, name, site) for site in sites for name in site.names):
             close = difflib.get_close_matches(rule.name or "", names, n=3, cutoff=0.3)
-            seen = f"types {sorted({s.kind for s in sites})}, stages {sorted(set(stages.values()))}"
+            seen = f"types {sorted({k for s in sites for k in _kinds(s)})}, stages {sorted(set(stages.values()))}"
             remedy = f"Close names: {close}." if close else f"There are: {names[:5]}..., {seen}."
             raise NoBatchNormMatched(complaint("rule", rule.describe(), "conditions that match a layer", remedy))
-        if rule.name != "*" and not any(choice is rule for choice in choices):
+        catch_all = rule.name == "*" and rule.stage is None and rule.type is None
+        if not catch_all and not any(choice is rule for choice in choices):
             raise NoBatchNormMatched(
                 complaint(
                     "rule",
@@ -231,22 +258,36 @@ def _choose(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequence[Ru
     return choices
 
 
+def _kinds(site: BatchNormSite) -> set[str]:
+    """Return the class names by which a rule may call the layer: a frozen one also by that of the BN it was."""
+    source = site.module._source if isinstance(site.module, FrozenBatchNorm) else ()
+    return {site.kind, *(type(bn).__name__ for bn in source)}
+
+
 def _row(site: BatchNormSite, rule: Rule | None, position: str, named_rule: bool) -> PlanRow:
     if rule is None:
         return PlanRow(site.names, site.kind, site.num_features, None, "left alone: no rule matches", False, position)
     problem = refusal(site.module, rule.policy)
     because = f"rule {rule.describe()}" if named_rule else ""
     if isinstance(rule.policy, Freeze) and not problem:
-        because = "; ".join(filter(None, (because, _training_note(site.module, rule.policy))))
+        because = "; ".join(filter(None, (because, *_notes(site.module, rule.policy))))
     return PlanRow(
         site.names, site.kind, site.num_features, rule.policy, problem or because, problem is not None, position
     )
 
 
-def _training_note(bn: nn.Module, policy: Freeze) -> str:
+def _notes(bn: nn.Module, policy: Freeze) -> Iterator[str]:
+    """Yield what someone who freezes this live layer should know."""
+    if isinstance(bn, FrozenBatchNorm):
+        return
     off = [n for n in LEARNABLE[policy.affine] if getattr(bn, n) is not None and not getattr(bn, n).requires_grad]
-    live = not isinstance(bn, FrozenBatchNorm)
-    return f"{' and '.join(off)} keep requires_grad=False" if off and live else ""
+    if off and not is_held(bn):
+        yield f"{' and '.join(off)} keep requires_grad=False"
+    mean, var = bn.running_mean, bn.running_var
+    assert isinstance(mean, Tensor)
+    assert isinstance(var, Tensor)
+    if not mean.is_meta and not mean.any() and bool((var == 1).all()):
+        yield "its statistics are those of a new layer (mean 0, variance 1): are the pretrained weights loaded?"
 
 
 def _action(row: PlanRow) -> str:

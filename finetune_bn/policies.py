@@ -21,7 +21,8 @@ class Policy:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the policy as plain data, for checkpoints and JSON; `policy_from_dict` is the inverse."""
-        return {"policy": type(self).__name__} | dataclasses.asdict(self)  # type: ignore[call-overload]
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {"policy": type(self).__name__} | {field.name: getattr(self, field.name) for field in fields}
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,14 @@ class Rule:
     type: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.policy, Policy) or isinstance(self.policy, Rules):
+        if type(self.policy) not in _BY_NAME.values() or isinstance(self.policy, Rules):
             raise FinetuneBNError(
                 complaint("rule.policy", self.policy, "a policy such as Keep() or Freeze(affine='none'), not Rules")
             )
+        for field, wanted in (("name", str), ("stage", int), ("type", str)):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, wanted):
+                raise FinetuneBNError(complaint(f"rule.{field}", value, f"{wanted.__name__}, or None for any"))
         if self.name is None and self.stage is None and self.type is None:
             raise FinetuneBNError(
                 complaint("rule", self.policy, "at least one of name, stage, type", "Use name='*' for all layers.")
@@ -128,6 +133,8 @@ class Rules(Policy):
     rules: Sequence[Rule | tuple[str, Policy]]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rules, Sequence):
+            raise FinetuneBNError(complaint("rules", self.rules, "a list of Rules or pairs (name pattern, policy)"))
         rules = []
         for i, rule in enumerate(self.rules):
             if isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str):
@@ -145,7 +152,8 @@ class Rules(Policy):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rules as plain data."""
-        entries = [dataclasses.asdict(r) | {"policy": r.policy.to_dict()} for r in self.rules if isinstance(r, Rule)]
+        rules = [rule for rule in self.rules if isinstance(rule, Rule)]
+        entries = [{"policy": r.policy.to_dict(), "name": r.name, "stage": r.stage, "type": r.type} for r in rules]
         return {"policy": "Rules", "rules": entries}
 
 
@@ -158,21 +166,21 @@ def policy_from_dict(data: dict[str, Any]) -> Policy:
     Raises:
         FinetuneBNError: no policy of that name, or arguments it does not take.
     """
-    name, arguments = data.get("policy"), {k: v for k, v in data.items() if k != "policy"}
-    if name not in _BY_NAME:
-        raise FinetuneBNError(complaint("policy", name, ", ".join(_BY_NAME)))
-    if name == "Rules":
-        entries = [Rule(**r | {"policy": policy_from_dict(r["policy"])}) for r in arguments["rules"]]
-        return Rules(entries)
+    name = data.get("policy") if isinstance(data, dict) else data
+    if not isinstance(data, dict) or name not in _BY_NAME:
+        raise FinetuneBNError(complaint("policy", name, f"a dict whose policy is one of {', '.join(_BY_NAME)}"))
+    arguments = {k: v for k, v in data.items() if k != "policy"}
     try:
+        if name == "Rules":
+            arguments["rules"] = [Rule(**r | {"policy": policy_from_dict(r["policy"])}) for r in arguments["rules"]]
         return _BY_NAME[name](**arguments)
-    except TypeError as error:
+    except (KeyError, TypeError) as error:
         raise FinetuneBNError(complaint("policy", data, f"the arguments of {name}")) from error
 
 
 def check_policy(policy: object) -> Policy:
     """Return `policy` if it is one, else raise an error that names those there are."""
-    if isinstance(policy, Policy):
+    if isinstance(policy, Policy) and type(policy) in _BY_NAME.values():
         return policy
     hint = "Write it with parentheses: an object, not a class." if isinstance(policy, type) else ""
     raise FinetuneBNError(complaint("policy", policy, ", ".join(f"{name}(...)" for name in _BY_NAME), hint))

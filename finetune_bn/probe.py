@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from finetune_bn.errors import FinetuneBNError, complaint
 
@@ -38,7 +39,7 @@ class Probe:
         """
         with quietly(model):
             try:
-                output = model.get_submodule(self.name)(*self.args, **self.kwargs)
+                output = self.call(model)
             except Exception as error:
                 shapes = [tuple(leaf.shape) for leaf in tree_leaves((self.args, self.kwargs)) if torch.is_tensor(leaf)]
                 raise FinetuneBNError(
@@ -50,6 +51,11 @@ class Probe:
                     )
                 ) from error
         return [leaf.detach() for leaf in tree_leaves(output) if torch.is_tensor(leaf)]
+
+    def call(self, model: nn.Module) -> Any:
+        """Call the probed module of `model`; on a copy of the input, which models may change in place."""
+        args, kwargs = tree_map_only(Tensor, Tensor.clone, (self.args, self.kwargs))
+        return model.get_submodule(self.name)(*args, **kwargs)
 
 
 def find_probes(model: nn.Module, example_input: Any = None) -> list[Probe]:
@@ -78,6 +84,11 @@ def find_probes(model: nn.Module, example_input: Any = None) -> list[Probe]:
         image = torch.randn(1, *size, generator=generator).to(like.device, like.dtype)
         probes.append(Probe(name, (image,), given=False))
     return probes
+
+
+def can_run(model: nn.Module) -> bool:
+    """Tell whether the model has values to compute with: no tensor on the meta device, no lazy layer."""
+    return not any(is_lazy(t) or t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def find_lookalikes(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if isinstance(module, (_BatchNorm, FrozenBatchNorm)):
             continue
         has_statistics = any(module._buffers.get(key) is not None for key in ("running_mean", "running_var"))
-        if has_statistics or (not any(module.children()) and "BatchNorm" in type(module).__name__):
+        if has_statistics or (_is_leaf(module) and "BatchNorm" in type(module).__name__):
             found.append((name, module))
     return found
 
@@ -69,12 +69,14 @@ def timm_stages(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
     owners = [(n, m) for n, m in model.named_modules() if callable(getattr(m, "group_matcher", None))]
     if not owners:
         raise FinetuneBNError(
-            complaint("rule.stage", type(model).__name__, "models that hold a timm model", "Use a name pattern instead.")
+            complaint(
+                "rule.stage", type(model).__name__, "a model that holds a timm model", "Use a name pattern instead."
+            )
         )
     from timm.models import group_modules
 
     for prefix, owner in owners:
-        stage_of = group_modules(owner, owner.group_matcher(coarse=True), reverse=True)  # type: ignore[operator]
+        stage_of = group_modules(owner, owner.group_matcher(coarse=True), reverse=True)
         start = f"{prefix}." if prefix else ""
         for name in names:
             stage = stage_of.get(name[len(start) :]) if name.startswith(start) else None
@@ -108,12 +110,12 @@ def locate(model: nn.Module, sites: Sequence[BatchNormSite], probes: Sequence[Pr
         here = f"behind {producer}" if fresh else "behind an operation between modules"
         positions[site] = here if positions.get(site, here) == here else "behind several"
 
-    handles = [m.register_forward_hook(remember(n)) for n, m in model.named_modules() if not any(m.children())]
+    handles = [m.register_forward_hook(remember(n)) for n, m in model.named_modules() if _is_leaf(m)]
     handles += [site.module.register_forward_pre_hook(arrive) for site in sites]
     try:
         for probe in probes:
             with quietly(model):
-                model.get_submodule(probe.name)(*probe.args, **probe.kwargs)
+                probe.call(model)
             made.clear()
     except Exception:
         if any(probe.given for probe in probes):
@@ -123,6 +125,10 @@ def locate(model: nn.Module, sites: Sequence[BatchNormSite], probes: Sequence[Pr
             handle.remove()
         made.clear()
     return positions
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
 
 
 def _role(module: nn.Module) -> str:

@@ -144,6 +144,18 @@ class BatchNormConversion(Callback):
     ) -> None:
         checkpoint[CHECKPOINT_KEY] = self.state_dict()
 
+    def target(self, pl_module: pl.LightningModule) -> nn.Module:
+        """Return the part of the module that is converted.
+
+        Raises:
+            FinetuneBNError: there is no part of that name.
+        """
+        target = self._target(pl_module)
+        if target is None:
+            parts = [name for name, _ in pl_module.named_children()]
+            raise FinetuneBNError(complaint("module", self.module, f"a submodule of {type(pl_module).__name__}: {parts}"))
+        return target
+
     def _target(self, pl_module: pl.LightningModule) -> nn.Module | None:
         try:
             return pl_module.get_submodule(self.module or "")
@@ -151,10 +163,7 @@ class BatchNormConversion(Callback):
             return None
 
     def _convert(self, pl_module: pl.LightningModule) -> None:
-        target = self._target(pl_module)
-        if target is None:
-            parts = [name for name, _ in pl_module.named_children()]
-            raise FinetuneBNError(complaint("module", self.module, f"a submodule of {type(pl_module).__name__}: {parts}"))
+        target = self.target(pl_module)
         self.plan = plan(target, self.policy)
         self._apply(pl_module, target, self.plan)
 

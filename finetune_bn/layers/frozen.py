@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.functional import canonical_statistics, canonicalize, frozen_batch_norm, is_canonical, solve_affine
+from finetune_bn.functional import (
+    canonical_statistics,
+    canonicalize,
+    frozen_batch_norm,
+    is_canonical,
+    scale_shift,
+    solve_affine,
+)
 
 Affine = Literal["none", "shift", "merged", "original"]
 AFFINE_KINDS: tuple[Affine, ...] = get_args(Affine)
@@ -66,11 +73,12 @@ class FrozenBatchNorm(nn.Module):
     _version = 2  # as BatchNorm's: from version 2 on a state dict holds num_batches_tracked
     track_running_stats = True
     __jit_unused_properties__ = ["affine", "has_source_statistics"]  # noqa: RUF012 (torch.jit looks for a list)
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
+    if TYPE_CHECKING:  # torch.jit.script reads a class's annotations, and cannot read them as strings
+        weight: Tensor
+        bias: Tensor
+        running_mean: Tensor
+        running_var: Tensor
+        num_batches_tracked: Tensor
 
     def __init__(
         self,
@@ -108,15 +116,15 @@ class FrozenBatchNorm(nn.Module):
         frozen.num_features, frozen.eps, frozen.momentum = bn.num_features, bn.eps, bn.momentum
         frozen.affine_kind = affine
         weight, bias = bn.weight, bn.bias
-        assert bn.running_mean is not None and bn.running_var is not None
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
         mean, var = bn.running_mean.detach().clone(), bn.running_var.detach().clone()
-        if affine == "merged" and not bn.weight.is_meta:
-            values = canonicalize(weight.detach(), bias.detach(), mean, var, bn.eps)
-            weight, bias = (
-                nn.Parameter(value.clone(), requires_grad=old.requires_grad)
-                for value, old in zip(values, (bn.weight, bn.bias), strict=False)
-            )
-            mean, var = values[2:]
+        if affine == "merged":
+            gamma, beta = weight.detach(), bias.detach()
+            if not weight.is_meta:
+                gamma, beta, mean, var = canonicalize(gamma, beta, mean, var, bn.eps)
+            weight = nn.Parameter(gamma.clone(), requires_grad=weight.requires_grad)
+            bias = nn.Parameter(beta.clone(), requires_grad=bias.requires_grad)
         tracked = None if bn.num_batches_tracked is None else bn.num_batches_tracked.clone()
         frozen._register({"weight": weight, "bias": bias}, mean, var, tracked)
         frozen._source = (bn,)
@@ -159,7 +167,10 @@ class FrozenBatchNorm(nn.Module):
         bn = self._source[0] if self._source else self._new_batch_norm()
         with torch.no_grad():
             for name, value in self._values_for(bn).items():
-                _store(bn, name, value)
+                if name in LEARNABLE[self.affine_kind] and self.affine_kind != "merged":
+                    setattr(bn, name, value)  # the very Parameter, also where load_state_dict(assign=True) replaced it
+                else:
+                    _store(bn, name, value)
         bn.training = self.training
         share_hooks(self, bn)
         return bn
@@ -170,12 +181,16 @@ class FrozenBatchNorm(nn.Module):
         now: dict[str, Tensor | None] = {name: getattr(self, name) for name in names}
         if self.affine_kind != "merged" or self.weight.is_meta or not self.has_source_statistics:
             return now
-        old = [getattr(bn, name).detach().to(self.weight) for name in names[:4]]
+        same_dtype = bn.weight.dtype == self.weight.dtype
+        old = [getattr(bn, name).detach().to(getattr(self, name)) for name in names[:4]]
+        # After .to(dtype) the statistics are no longer canonical to the last bit: the layer's own go into the sum.
+        scale, shift = scale_shift(self.weight, self.bias, self.running_mean, self.running_var, self.eps)
+        solved = solve_affine(scale.detach(), shift.detach(), old[2], old[3], self.eps)
         untouched = canonicalize(old[0], old[1], old[2], old[3], self.eps)
-        solved = solve_affine(self.weight.detach(), self.bias.detach(), old[2], old[3], self.eps)
         for i, name in enumerate(names[:2]):
-            # Where nothing was trained the old number is the exact answer; solving would round it.
-            now[name] = torch.where(getattr(self, name) == untouched[i], old[i], solved[i].to(old[i].dtype))
+            now[name] = solved[i].to(old[i].dtype)
+            if same_dtype:  # where nothing was trained the old number is the exact answer; solving would round it
+                now[name] = torch.where(getattr(self, name) == untouched[i], old[i], solved[i].to(old[i].dtype))
         return now | {"running_mean": old[2], "running_var": old[3]}
 
     @property
@@ -183,9 +198,12 @@ class FrozenBatchNorm(nn.Module):
         """Whether the statistics before the conversion are still known (a reloaded `merged` layer has lost them)."""
         if self.affine_kind != "merged":
             return True
-        return bool(self._source) and not is_canonical(
-            self._source[0].running_mean, self._source[0].running_var, self.eps
-        )
+        if not self._source:
+            return False
+        mean, var = self._source[0].running_mean, self._source[0].running_var
+        assert mean is not None
+        assert var is not None
+        return not mean.is_meta and not is_canonical(mean, var, self.eps)
 
     def _new_batch_norm(self) -> _BatchNorm:
         like = self.running_mean
@@ -202,38 +220,61 @@ class FrozenBatchNorm(nn.Module):
         error_msgs: list[str],
     ) -> None:
         version = local_metadata.get("version")
-        if (version is None or version < 2) and self.num_batches_tracked is not None:
-            state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
-        trouble = _bad_statistics(state_dict.get(prefix + "running_mean"), state_dict.get(prefix + "running_var"))
-        if trouble:
-            error_msgs.append(f"{prefix}{trouble}; a frozen layer needs finite statistics with running_var >= 0")
+        tracked = self.num_batches_tracked
+        if (version is None or version < 2) and tracked is not None:
+            state_dict.setdefault(
+                prefix + "num_batches_tracked", torch.tensor(0, dtype=torch.long) if tracked.is_meta else tracked
+            )
+        problems = self._bad_entries(state_dict, prefix)
+        if problems:
+            error_msgs.extend(problems)  # load_state_dict raises them; this layer stays as it is, not half loaded
             return
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
         if self.affine_kind == "merged":
-            self._canonicalize_entries(state_dict, prefix, error_msgs)
+            self._canonicalize_entries(state_dict, prefix, assign)
+        for name in self._buffers:
+            if assign and isinstance(state_dict.get(prefix + name), nn.Parameter):
+                state_dict[prefix + name] = state_dict[prefix + name].detach()  # a constant must not become trainable
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _canonicalize_entries(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
-        """Bring a vanilla BN's four entries to canonical form before they are copied in."""
-        keys = [prefix + name for name in ("weight", "bias", "running_mean", "running_var")]
-        given = [state_dict.get(key) for key in keys]
-        if given[2] is None and given[3] is None:
-            return
-        if any(value is None for value in given):
-            error_msgs.append(
+    def _bad_entries(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """Return what in a state dict this layer cannot take, one line each."""
+        names = ("weight", "bias", "running_mean", "running_var")
+        given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        problems = [
+            f"size mismatch for {prefix}{name}: the shape in the checkpoint is {tuple(value.shape)}, "
+            f"in this model {tuple(getattr(self, name).shape)}"
+            for name, value in given.items()
+            if getattr(self, name) is not None and value.shape != getattr(self, name).shape
+        ]
+        trouble = _bad_statistics(given.get("running_mean"), given.get("running_var"))
+        if trouble:
+            problems.append(f"{prefix}{trouble}; a frozen layer needs finite statistics with running_var >= 0")
+        if self.affine_kind == "merged" and given.keys() & {"running_mean", "running_var"} and len(given) < 4:
+            problems.append(
                 f"{prefix.rstrip('.')}: a layer with affine='merged' takes weight, bias, running_mean and running_var "
-                f"together; missing {[k for k, v in zip(keys, given, strict=True) if v is None]}"
+                f"together; missing {[prefix + name for name in names if name not in given]}"
             )
+        return problems
+
+    def _canonicalize_entries(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
+        """Bring a vanilla BN's four entries to canonical form before they are copied in."""
+        names = ("weight", "bias", "running_mean", "running_var")
+        if prefix + "running_mean" not in state_dict:
             return
-        own = (self.weight, self.bias, self.running_mean, self.running_var)
-        if any(value.shape != mine.shape for value, mine in zip(given, own, strict=True)):
-            return  # load_state_dict reports the shapes
-        vanilla = [value.detach().to(mine) for value, mine in zip(given, own, strict=True)]
-        state_dict.update(zip(keys, canonicalize(*vanilla, self.eps), strict=True))
+        # assign=True takes the dtype and device of the checkpoint, else they are those of the layer.
+        vanilla = {name: state_dict[prefix + name].detach() for name in names}
+        if not assign:
+            vanilla = {name: value.to(getattr(self, name)) for name, value in vanilla.items()}
+        if any(value.is_meta for value in vanilla.values()):
+            return
+        canonical = canonicalize(*vanilla.values(), self.eps)  # type: ignore[call-arg]
+        state_dict.update(zip([prefix + name for name in names], canonical, strict=True))
         source = self._source[0] if self._source else self._new_batch_norm()
         with torch.no_grad():
-            for name, value in zip(("weight", "bias", "running_mean", "running_var"), vanilla, strict=True):
+            for name, value in vanilla.items():
                 _store(source, name, value)
         self._source = (source,)
 
@@ -310,7 +351,8 @@ def _bad_statistics(mean: Tensor | None, var: Tensor | None) -> str | None:
     if mean is not None and not mean.is_meta and not torch.isfinite(mean).all():
         return f"running_mean has {int((~torch.isfinite(mean)).sum())} values that are NaN or infinite"
     if var is not None and not var.is_meta and not (torch.isfinite(var) & (var >= 0)).all():
-        return f"running_var has {int((~(torch.isfinite(var) & (var >= 0))).sum())} values that are NaN, infinite or negative"
+        bad = int((~(torch.isfinite(var) & (var >= 0))).sum())
+        return f"running_var has {bad} values that are NaN, infinite or negative"
     return None
 
 
@@ -321,7 +363,9 @@ def _store(bn: _BatchNorm, name: str, value: Tensor | None) -> None:
         return
     if tensor.device == value.device and tensor.dtype == value.dtype:
         tensor.copy_(value)
-    elif isinstance(tensor, nn.Parameter):
-        tensor.data = value.detach().clone()
-    else:
+    elif not isinstance(tensor, nn.Parameter):
         setattr(bn, name, value.detach().clone())
+    elif tensor.is_meta or value.is_meta:
+        setattr(bn, name, nn.Parameter(value.detach().clone(), requires_grad=tensor.requires_grad))
+    else:
+        tensor.data = value.detach().clone()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 _MARK = "_finetune_bn_before"
+_CONSTANT = {"weight": 1.0, "bias": 0.0}
 
 
 def hold_affine(bn: _BatchNorm, *, reset: bool) -> None:
@@ -17,7 +18,7 @@ def hold_affine(bn: _BatchNorm, *, reset: bool) -> None:
     """
     release_affine(bn)
     before = {}
-    for name, constant in (("weight", 1.0), ("bias", 0.0)):
+    for name, constant in _CONSTANT.items():
         parameter = getattr(bn, name)
         if parameter is None:
             continue
@@ -34,19 +35,30 @@ def is_held(module: nn.Module) -> bool:
     return hasattr(module, _MARK)
 
 
+def train_again(bn: _BatchNorm, other: nn.Module) -> None:
+    """Give the Parameters of `other`, which stands in for the held `bn`, the `requires_grad` from before."""
+    for name, (requires_grad, _) in getattr(bn, _MARK, {}).items():
+        if name in other._parameters:
+            getattr(other, name).requires_grad_(requires_grad)
+
+
 def release_affine(bn: _BatchNorm) -> None:
-    """Undo `hold_affine`: `requires_grad` and, where they were reset, the values of `weight` and `bias`."""
+    """Undo `hold_affine`: `requires_grad` and, where they were reset, the values of `weight` and `bias`.
+
+    A tensor that is no longer the constant it was set to (it was trained under another policy, or loaded) keeps the
+    values of today.
+    """
     for name, (requires_grad, value) in getattr(bn, _MARK, {}).items():
         parameter = getattr(bn, name)
         parameter.requires_grad_(requires_grad)
-        if value is not None:
+        if value is not None and not parameter.is_meta and bool((parameter == _CONSTANT[name]).all()):
             with torch.no_grad():
                 parameter.copy_(value)
     if is_held(bn):
         delattr(bn, _MARK)
 
 
-def changes_function(bn: _BatchNorm) -> bool:
-    """Tell whether setting gamma to 1 and beta to 0 changes what the layer computes."""
-    pairs = ((bn.weight, 1.0), (bn.bias, 0.0))
+def changes_function(weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Tell whether setting gamma to 1 and beta to 0 changes what a layer with these values computes."""
+    pairs = ((weight, 1.0), (bias, 0.0))
     return any(p is not None and not p.is_meta and bool((p != constant).any()) for p, constant in pairs)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import MissingDependency
+from finetune_bn.functional import frozen_batch_norm
 from finetune_bn.layers.frozen import (
     Affine,
     FrozenBatchNorm,
@@ -62,7 +63,8 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `act(drop(x * scale + shift))` for `x` of shape [N, C, H, W]."""
-        x = super().forward(x)
+        self._check_input_dim(x)  # spelled out: torch.jit.script knows no super().forward
+        x = frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         return self.act(self.drop(x))  # type: ignore[no-any-return]
 
     def to_batch_norm(self) -> _BatchNorm:
@@ -82,7 +84,12 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
             ) from error
         like = self.running_mean
         bn: _BatchNorm = BatchNormAct2d(
-            self.num_features, self.eps, self.momentum, apply_act=False, device=like.device, dtype=like.dtype
+            self.num_features,
+            self.eps,
+            self.momentum,  # type: ignore[arg-type]  # timm's annotation forgets None
+            apply_act=False,
+            device=like.device,
+            dtype=like.dtype,
         )
         return bn
 
@@ -95,6 +102,8 @@ def is_norm_act(module: nn.Module) -> bool:
 
 def has_known_forward(bn: _BatchNorm) -> bool:
     """Tell whether the layer computes what its base class computes, no subclass having replaced `forward`."""
+    if "forward" in bn.__dict__:  # patched on the instance
+        return False
     forward = type(bn).forward
     if forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         return True

@@ -1,0 +1,98 @@
+"""The order of images and the randomness of their augmentation, both decided by the seed alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data.distributed import DistributedSampler
+
+from finetune_bn.data.splits import derive_seed
+
+
+class Draw(int):
+    """The number of an image together with the seed of its augmentation.
+
+    It is an `int`, so that any data set, wrapper or batch sampler takes it for the plain number.
+    """
+
+    seed: int
+
+    def __new__(cls, index: int, seed: int) -> Draw:
+        """Return `index` with `seed` attached."""
+        draw = super().__new__(cls, index)
+        draw.seed = seed
+        return draw
+
+    def __reduce__(self) -> tuple[type[Draw], tuple[int, int]]:
+        """Keep the seed when the number is sent to a worker process."""
+        return Draw, (int(self), self.seed)
+
+
+@contextmanager
+def randomness(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators inside the block; they go on as before behind it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        # not torch.manual_seed: that would also reset the accelerator's generators, which are not restored here
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class SeededOrder(DistributedSampler[Any]):
+    """Yields a `Draw` per image in an order that depends on `(seed, epoch)` only, cut for one rank.
+
+    The epoch is set by Lightning through `set_epoch`, so a resumed run goes on with the order it would have had;
+    in a plain loop it counts by itself, so that every pass differs. It is a `DistributedSampler` because Lightning
+    leaves those alone, where it would wrap any other sampler and lose the epoch.
+
+    Args:
+        data: what is sampled; only its length is used.
+        seed: another seed gives other orders and other augmentations.
+        shuffle: whether the order is random; if not it is 0, 1, 2, ...
+        rank: which process this is.
+        world_size: number of processes.
+        even: with several processes, repeat a few images so that all have equally many (training needs that).
+            If not, the counts may differ by one and no image is repeated.
+    """
+
+    def __init__(
+        self,
+        data: Sized,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        even: bool = True,
+    ) -> None:
+        super().__init__(data, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self._total = len(data)
+        self._even = even
+
+    def __iter__(self) -> Iterator[Draw]:
+        """Yield this rank's draws of the current epoch, and move on to the next epoch."""
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        order = list(range(self._total))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+            order = torch.randperm(self._total, generator=generator).tolist()
+        if self._even and order:
+            wanted = len(self) * self.num_replicas
+            order = (order * (wanted // len(order) + 1))[:wanted]
+        return (Draw(index, derive_seed(self.seed, epoch, index)) for index in order[self.rank :: self.num_replicas])
+
+    def __len__(self) -> int:
+        """Return the number of images that this rank sees in an epoch."""
+        extra = self.num_replicas - 1 if self._even else self.num_replicas - 1 - self.rank
+        return (self._total + extra) // self.num_replicas

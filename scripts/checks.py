@@ -1,0 +1,322 @@
+"""Every claim about a conversion, checked on one timm net with random BatchNorm (BN) statistics and affine.
+
+A layer that is lost, mixed up or left out changes the output then. For each affine kind (none, shift, merged,
+original), on a batch of two random images:
+    found        the plan lists every layer that an independent count by isinstance finds, shared ones under all names
+    converted    afterwards no BatchNorm is left and as many frozen layers are there, under the same names
+    eval_equal   eval-mode outputs are the same: bit for bit for none, shift, original, to TOLERANCE for merged
+    train_equal  training-mode outputs are the eval-mode outputs, dropout and drop-path being set to zero
+    still        a training-mode forward and backward changes no tensor of the state dict by a bit
+    gradients    a training-mode backward gives the gradients of the untouched net in eval mode
+    loads        strict loading both ways: vanilla checkpoint into converted net, converted into vanilla; same outputs
+    reverts      revert gives back the same modules and, bit for bit, the same state dict; also after loading
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
+
+import finetune_bn as fbn
+from finetune_bn.functional import TOLERANCE
+from finetune_bn.layers.frozen import AFFINE_KINDS, Affine, FrozenBatchNorm
+from finetune_bn.probe import distance
+
+CHECKS = ("found", "converted", "eval_equal", "train_equal", "still", "gradients", "loads", "reverts")
+SIZES = (64, 96, 128, 160, 192, 224, 256)
+SEED = 0
+
+
+def check(name: str) -> dict[str, Any]:
+    """Return the row of one timm net: what was found, every check's result, and the error if one was raised."""
+    start = time.monotonic()
+    row: dict[str, Any] = {"model": name, "checks": {}, "ok": False, "error": ""}
+    try:
+        NetCheck(name, row).run()
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        row["error"] = f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
+    # "other randomness" is a finding that is named, not a failure.
+    row["ok"] = not row["error"] and all(row["checks"].get(c) in (True, "other randomness") for c in CHECKS)
+    row["seconds"] = round(time.monotonic() - start, 1)
+    return row
+
+
+class NetCheck:
+    """All checks on one net; results go into `row` as soon as they are there."""
+
+    def __init__(self, name: str, row: dict[str, Any]) -> None:
+        self.name, self.row, self.checks = name, row, row["checks"]
+        self.net = build(name, SEED)
+        self.other = build(name, SEED + 1)  # the vanilla net that checkpoints are loaded into
+        row["parameters_million"] = round(sum(p.numel() for p in self.net.parameters()) / 1e6, 2)
+        self.layers = [m for m in self.net.modules() if isinstance(m, _BatchNorm)]
+        row["layers"] = len(self.layers)
+        row["kinds"] = dict(Counter(type(m).__name__ for m in self.layers))
+        self.images = fitting_images(self.net)
+        row["input"] = list(self.images.shape[1:])
+        randomize(self.net, self.images)
+        self.state = snapshot(self.net)
+        self.reference = outputs(self.net, self.images)
+        check_alive(self.reference)
+
+    def run(self) -> None:
+        """Run every check for every affine kind; a check holds if it holds for all of them."""
+        difference: dict[str, dict[str, float]] = {"eval": {}, "train": {}, "gradient": {}}
+        self.row["difference"] = difference
+        self.row["compared"] = "outputs"
+        held: dict[str, list[bool | str]] = {c: [] for c in CHECKS}
+        for affine in AFFINE_KINDS:
+            for name, result in self.steps(affine, difference):
+                held[name].append(result)
+        for name, results in held.items():
+            named = [r for r in results if isinstance(r, str)]
+            self.checks[name] = False if False in results else (named[0] if named else True)
+
+    def steps(self, affine: Affine, difference: dict[str, dict[str, float]]) -> Iterator[tuple[str, bool | str]]:
+        """Convert, check, revert; then convert, load, check, revert once more. The net is vanilla again at the end."""
+        net, images = self.net, self.images
+        names = names_of(net, _BatchNorm)
+        description = describe(net)
+        plan = fbn.plan(net, fbn.Freeze(affine=affine), images)
+        planned = [row for row in plan.rows if row.policy is not None and not row.refused]
+        self.row["left_alone"] = sorted(f"{r.names[0]} ({r.kind})" for r in plan.rows if r.policy is None)
+        yield "found", len(planned) == len(self.layers) and {n for r in planned for n in r.names} == names
+
+        fbn.convert(net, plan, example_input=images)
+        frozen = [m for m in net.modules() if isinstance(m, FrozenBatchNorm)]
+        left = [m for m in net.modules() if isinstance(m, _BatchNorm)]
+        same_names = names_of(net, FrozenBatchNorm) == names
+        yield "converted", not left and len(frozen) == len(self.layers) and same_names
+
+        in_eval = outputs(net, images)
+        difference["eval"][affine] = distance(in_eval, self.reference)
+        yield "eval_equal", self.equal(difference["eval"][affine], exact=affine != "merged")
+
+        converted_state = snapshot(net)
+        yield from self.train_steps(affine, in_eval, difference)
+        yield "still", same_bits(net.state_dict(), converted_state)
+        self.other.load_state_dict(converted_state, strict=True)
+        into_vanilla = distance(outputs(self.other, images), self.reference)
+        yield "loads", self.equal(into_vanilla, exact=affine != "merged")
+        fbn.revert(net, example_input=images)
+        yield "reverts", describe(net) == description and same_bits(net.state_dict(), self.state)
+
+        fbn.convert(net, plan, verify=False)
+        scramble(net)
+        net.load_state_dict(self.state, strict=True)
+        into_converted = distance(outputs(net, images), self.reference)
+        yield "loads", self.equal(into_converted, exact=affine != "merged")
+        fbn.revert(net, verify=False)
+        yield "reverts", describe(net) == description and same_bits(net.state_dict(), self.state)
+
+    def train_steps(
+        self, affine: Affine, in_eval: list[Tensor], difference: dict[str, dict[str, float]]
+    ) -> Iterator[tuple[str, bool | str]]:
+        """Compare training mode with eval mode, outputs and gradients; only features where outputs are of two forms."""
+        net, images = self.net, self.images
+        outcome, gradients = train_pass(net, images, features=False)
+        features = [t.shape for t in outcome] != [t.shape for t in in_eval]
+        if features:
+            self.row["compared"] = "forward_features (training mode returns other outputs than eval mode)"
+            in_eval = outputs(net, images, features=True)
+            outcome, gradients = train_pass(net, images, features=True)
+        again, _ = train_pass(net, images, features, seed=1)
+        if distance(again, outcome) != 0:
+            self.row["random"] = random_modules(net, images)
+            yield "train_equal", "other randomness"
+            yield "gradients", "other randomness"
+            return
+        difference["train"][affine] = distance(outcome, in_eval)
+        yield "train_equal", self.equal(difference["train"][affine])
+        self.other.load_state_dict(self.state, strict=True)
+        _, expected = train_pass(self.other, images, features, training=False)
+        # gamma' is another parameter than gamma, with another gradient.
+        others = {f"{n}.weight" for n in names_of(net, FrozenBatchNorm)} if affine == "merged" else set()
+        difference["gradient"][affine] = gradient_distance(gradients, expected, set(gradients) - others)
+        trained = {n for n, _ in net.named_parameters()}
+        yield "gradients", set(gradients) == expected.keys() & trained and self.equal(difference["gradient"][affine])
+
+    @staticmethod
+    def equal(off: float, exact: bool = False) -> bool:
+        return off == 0 if exact else off <= TOLERANCE[torch.float32]
+
+
+def build(name: str, seed: int) -> nn.Module:
+    """Return the net with nothing but BN random in training mode, and no branch switched off."""
+    import timm
+
+    torch.manual_seed(seed)
+    net: nn.Module = timm.create_model(name, pretrained=False)
+    affine = {id(p) for m in net.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)}
+    with torch.no_grad():
+        for parameter in net.parameters():
+            # Layer scales and last layers that start at (nearly) zero would hide the BN layers in front of them.
+            constant = parameter.numel() and parameter.min() == parameter.max()
+            if id(parameter) not in affine and constant and parameter.flatten()[0].abs() <= 1e-2:
+                parameter.uniform_(0.05, 0.15)
+    for module in net.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for key, value in vars(module).items():
+            if isinstance(value, float) and "drop" in key:  # drop_prob, drop_rate, MultiheadAttention.dropout
+                setattr(module, key, 0.0)
+    return net
+
+
+def randomize(net: nn.Module, images: Tensor) -> None:
+    """Give every BN random affine values, and statistics at random around those that the images have there.
+
+    Statistics far from the data would let the signal die out, or blow up, on the way through a deep net.
+    """
+    layers = [m for m in net.modules() if isinstance(m, _BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    with torch.no_grad():
+        for layer in layers:
+            layer.momentum = 1.0
+            for tensor, low, high in ((layer.weight, 0.5, 1.5), (layer.bias, -0.2, 0.2)):
+                if tensor is not None:
+                    tensor.uniform_(low, high)
+        net.train()
+        net(images)
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+            mean, var = layer.running_mean, layer.running_var
+            if mean is not None and var is not None:
+                var.clamp_(min=max(0.1 * float(var.median()), 1e-3))  # two images may agree in a channel
+                mean.add_(torch.randn_like(mean) * 0.1 * var.sqrt())
+                var.mul_(torch.empty_like(var).uniform_(0.8, 1.25))
+
+
+def fitting_images(net: nn.Module) -> Tensor:
+    """Return two random images, as small as the net takes them."""
+    config: Any = net.pretrained_cfg
+    channels, *default = config["input_size"]
+    smallest = config.get("min_input_size") or config["input_size"]
+    sizes = sorted({(s, s) for s in SIZES} | {tuple(smallest[1:]), tuple(default)})
+    fits = [s for s in sizes if s[0] <= default[0] and not config.get("fixed_input_size")] or [tuple(default)]
+    for size in fits:
+        images = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(SEED))
+        try:
+            outputs(net, images)
+        except Exception:  # whatever a net says to a size that it does not take
+            if size == fits[-1]:
+                raise
+        else:
+            return images
+    raise AssertionError("unreachable: the last size returns or raises")
+
+
+def forward(net: nn.Module, images: Tensor, features: bool) -> list[Tensor]:
+    """Return the tensors that the net, or its `forward_features`, returns."""
+    result = net.forward_features(images) if features else net(images)
+    return [leaf for leaf in tree_leaves(result) if torch.is_tensor(leaf)]
+
+
+def outputs(net: nn.Module, images: Tensor, features: bool = False) -> list[Tensor]:
+    """Return what the net returns in eval mode."""
+    net.train()
+    net.eval()  # the change of mode clears what nets such as LeViT cache in eval mode
+    with torch.no_grad():
+        return forward(net, images, features)
+
+
+def train_pass(
+    net: nn.Module, images: Tensor, features: bool, training: bool = True, seed: int = 0
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return outputs and gradients by name of one forward and backward of a fixed random function of the outputs."""
+    net.eval()
+    net.train(training)
+    for seed_all in (torch.manual_seed, np.random.seed, random.seed):
+        seed_all(seed)
+    result = forward(net, images, features)
+    generator = torch.Generator().manual_seed(SEED)
+    sum((t * torch.randn(t.shape, generator=generator)).sum() for t in result).backward()
+    gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad(set_to_none=True)
+    return [t.detach() for t in result], gradients
+
+
+def gradient_distance(gradients: dict[str, Tensor], expected: dict[str, Tensor], names: set[str]) -> float:
+    """Return the norm of the difference over the norm, all gradients taken as one vector."""
+    off = sum(float((gradients[n].double() - expected[n].double()).square().sum()) for n in names if n in expected)
+    return (off / sum(float(expected[n].double().square().sum()) for n in names if n in expected)) ** 0.5
+
+
+def random_modules(net: nn.Module, images: Tensor) -> list[str]:
+    """Return the innermost modules that turn the same input into different outputs under two seeds."""
+    runs: list[list[tuple[str, list[Tensor], list[Tensor]]]] = []
+    for seed in (0, 1):
+        record: list[tuple[str, list[Tensor], list[Tensor]]] = []
+        handles = [m.register_forward_hook(recorder(name, record)) for name, m in net.named_modules()]
+        train_pass(net, images, features=False, seed=seed)
+        for handle in handles:
+            handle.remove()
+        runs.append(record)
+    found = {a[0] for a, b in zip(*runs, strict=False) if distance(a[1], b[1]) == 0 and distance(a[2], b[2]) != 0}
+    inner = {n for n in found if not any(o != n and (not n or o.startswith(f"{n}.")) for o in found)}
+    return sorted(f"{n or '(root)'} ({type(net.get_submodule(n)).__name__})" for n in inner)
+
+
+def recorder(name: str, record: list[tuple[str, list[Tensor], list[Tensor]]]) -> Callable[..., None]:
+    """Return a forward hook that appends its module's name, inputs and outputs to `record`."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        sides = [[t.detach().clone() for t in tree_leaves(s) if torch.is_tensor(t)] for s in (args, output)]
+        record.append((name, sides[0], sides[1]))
+
+    return hook
+
+
+def check_alive(result: list[Tensor]) -> None:
+    """Raise unless the outputs are finite and tell the two images apart: on others every comparison would hold."""
+    for t in result:
+        if not torch.isfinite(t).all():
+            raise RuntimeError("this random net gives outputs that are not finite, so it can show nothing")
+    if all(distance([t[:1]], [t[1:2]]) < 1e-4 for t in result):
+        raise RuntimeError("this random net gives two images the same outputs, so it can show nothing")
+
+
+def names_of(net: nn.Module, kind: type[nn.Module]) -> set[str]:
+    return {name for name, m in net.named_modules(remove_duplicate=False) if isinstance(m, kind)}
+
+
+def describe(net: nn.Module) -> tuple[str, list[tuple[str, bool]]]:
+    """Return the module tree with each layer's settings, and which parameters are trained."""
+    return repr(net), [(name, p.requires_grad) for name, p in net.named_parameters()]
+
+
+def snapshot(net: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in net.state_dict().items()}
+
+
+def scramble(net: nn.Module) -> None:
+    """Overwrite every number of the state dict, so that what is right afterwards was loaded."""
+    for value in net.state_dict().values():
+        if value.is_floating_point():
+            value.mul_(0.5).add_(0.25)
+        else:
+            value.zero_()
+
+
+def same_bits(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Tell whether keys, their order, dtypes and every bit agree."""
+    if list(state) != list(expected):
+        return False
+    pairs = [(state[key], expected[key]) for key in expected]
+    return all(
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
+        for a, b in pairs
+    )

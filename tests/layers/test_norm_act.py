@@ -1,0 +1,203 @@
+"""timm's BatchNorm with an activation and a drop layer: frozen, and turned back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("timm")
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from timm.layers.norm_act import SyncBatchNormAct
+
+from finetune_bn.errors import FinetuneBNError, MissingDependency
+from finetune_bn.functional import TOLERANCE
+from finetune_bn.layers import (
+    FrozenBatchNorm,
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    FrozenBatchNorm3d,
+    FrozenBatchNormAct2d,
+)
+from finetune_bn.layers.frozen import AFFINE_KINDS, Affine
+from finetune_bn.layers.norm_act import frozen_class, has_known_forward, is_norm_act
+from tests.models import Named, OwnForward, settle
+from tests.tools import assert_same_state
+
+
+@pytest.fixture(params=AFFINE_KINDS)
+def affine(request: pytest.FixtureRequest) -> Affine:
+    return request.param
+
+
+def norm_act(**arguments: Any) -> BatchNormAct2d:
+    layer = BatchNormAct2d(4, **{"act_layer": nn.PReLU, "drop_layer": nn.Dropout, **arguments})
+    settle(layer)
+    if isinstance(layer.act, nn.PReLU):
+        nn.init.constant_(layer.act.weight, 0.125)
+    return layer.eval()
+
+
+def images() -> Tensor:
+    return torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(2))
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[expected.dtype], atol=TOLERANCE[expected.dtype])
+
+
+@pytest.mark.parametrize("act", [nn.PReLU, nn.ReLU, nn.SiLU, nn.Hardswish])
+def test_output_in_eval_mode_is_that_of_timms_layer(affine: Affine, act: type[nn.Module]) -> None:
+    layer, x = norm_act(act_layer=act), images()
+    frozen = FrozenBatchNormAct2d.from_batch_norm(layer, affine)
+    if affine == "merged":
+        assert_close(frozen(x), layer(x))
+    else:
+        assert torch.equal(frozen(x), layer(x))
+    # Not idle: the activation does something here.
+    assert not torch.allclose(frozen(x), FrozenBatchNorm2d.from_batch_norm(layer, affine)(x))
+
+
+def test_without_an_activation_nothing_follows(affine: Affine) -> None:
+    layer, x = norm_act(apply_act=False, drop_layer=None), images()
+    frozen = FrozenBatchNormAct2d.from_batch_norm(layer, affine)
+    assert torch.equal(frozen(x), FrozenBatchNorm2d.from_batch_norm(layer, affine)(x))
+    assert_close(frozen(x), layer(x))
+
+
+def test_the_drop_layer_still_follows_the_mode_and_comes_before_the_activation(affine: Affine) -> None:
+    frozen, x = FrozenBatchNormAct2d.from_batch_norm(norm_act(act_layer=nn.Sigmoid), affine), images()
+    dropped = frozen.train()(x) == 0.5  # sigmoid(0)
+    assert 0.3 < dropped.float().mean() < 0.7
+    assert not (frozen.eval()(x) == 0.5).any()
+
+
+def test_act_and_drop_are_the_modules_of_the_source_and_go_back_with_later_changes(affine: Affine) -> None:
+    layer = norm_act()
+    act, drop = layer.act, layer.drop
+    frozen = FrozenBatchNormAct2d.from_batch_norm(layer, affine)
+    assert frozen.act is act
+    assert frozen.drop is drop
+    frozen.act = nn.Tanh()
+    back = frozen.to_batch_norm()
+    assert isinstance(back.act, nn.Tanh)
+    assert back.drop is drop
+
+
+def test_state_dicts_with_a_trained_activation_load_strictly_both_ways(affine: Affine) -> None:
+    layer, x = norm_act(), images()
+    frozen = FrozenBatchNormAct2d(4, affine=affine, act=nn.PReLU(), drop=nn.Dropout()).eval()
+    frozen.load_state_dict(layer.state_dict(), strict=True)
+    assert_close(frozen(x), layer(x))
+    back = norm_act()
+    back.load_state_dict(frozen.state_dict(), strict=True)
+    assert torch.equal(back(x), frozen(x))
+
+
+def test_an_untouched_layer_turns_back_bit_for_bit(affine: Affine) -> None:
+    layer = norm_act()
+    frozen = FrozenBatchNormAct2d.from_batch_norm(layer, affine).train()
+    back = frozen.to_batch_norm()
+    assert back is layer
+    assert_same_state(back.state_dict(), norm_act().state_dict())
+    assert back.drop.training is True
+
+
+def test_a_layer_that_was_never_timms_turns_into_timms(affine: Affine) -> None:
+    frozen = FrozenBatchNormAct2d(4, eps=1e-3, momentum=None, affine=affine, act=nn.SiLU()).eval()
+    back = frozen.to_batch_norm().eval()
+    assert type(back) is BatchNormAct2d
+    assert (back.eps, back.momentum) == (1e-3, None)
+    assert torch.equal(back(images()), frozen(images()))
+
+
+def test_turning_back_without_timm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.layers.norm_act", None)
+    with pytest.raises(MissingDependency, match="pip install timm"):
+        FrozenBatchNormAct2d(4).to_batch_norm()
+
+
+def test_an_unknown_affine_is_one_clear_error() -> None:
+    for make in (
+        lambda: FrozenBatchNormAct2d(4, affine="gamma"),
+        lambda: FrozenBatchNormAct2d.from_batch_norm(norm_act(), "gamma"),
+    ):
+        with pytest.raises(FinetuneBNError, match="affine: got 'gamma'"):
+            make()
+
+
+def test_timms_synchronized_layer_keeps_its_class_and_activation(affine: Affine) -> None:
+    layer, x = convert_sync_batchnorm(norm_act()).eval(), images()
+    assert type(layer) is SyncBatchNormAct
+    expected = layer(x)
+    frozen = frozen_class(layer).from_batch_norm(layer, affine).train()
+    frozen.drop.eval()
+    assert_close(frozen(x), expected)
+    assert frozen.to_batch_norm() is layer
+
+
+def test_a_layer_that_lost_its_activation_to_torchs_own_conversion_is_frozen_as_it_is() -> None:
+    """timm#1254, pytorch#187298: `SyncBatchNorm.convert_sync_batchnorm` makes a plain layer of BatchNormAct2d."""
+    broken = nn.SyncBatchNorm.convert_sync_batchnorm(norm_act()).eval()
+    x = images()
+    if torch.equal(broken(x), norm_act()(x)):
+        pytest.skip("this torch keeps the activation")
+    frozen = frozen_class(broken).from_batch_norm(broken)
+    assert torch.equal(frozen(x), broken(x))
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_compiles_without_a_graph_break(affine: Affine, mode: bool) -> None:
+    layer = norm_act(act_layer=nn.ReLU, drop_layer=None)
+    frozen, x = FrozenBatchNormAct2d.from_batch_norm(layer, affine).train(mode), images()
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(frozen, backend="eager", fullgraph=True)(x), frozen(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning")
+def test_torchscript_scripts_and_traces_it(affine: Affine) -> None:
+    frozen, x = FrozenBatchNormAct2d.from_batch_norm(norm_act(drop_layer=None), affine), images()
+    for module in (torch.jit.script(frozen), torch.jit.trace(frozen, x)):
+        assert torch.equal(module(x), frozen(x))
+
+
+def test_copies_and_files_hold_the_whole_layer(affine: Affine) -> None:
+    frozen, x = FrozenBatchNormAct2d.from_batch_norm(norm_act(), affine), images()
+    file = io.BytesIO()
+    torch.save(frozen, file)
+    file.seek(0)
+    for other in (copy.deepcopy(frozen), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), frozen(x))
+        assert other.to_batch_norm().act is other.act
+        assert other.act is not frozen.act
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.BatchNorm1d(4), FrozenBatchNorm1d),
+        (nn.BatchNorm2d(4), FrozenBatchNorm2d),
+        (nn.BatchNorm3d(4), FrozenBatchNorm3d),
+        (nn.SyncBatchNorm(4), FrozenBatchNorm),
+        (Named(4), FrozenBatchNorm1d),
+        (BatchNormAct2d(4), FrozenBatchNormAct2d),
+        (SyncBatchNormAct(4), FrozenBatchNormAct2d),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_each_layer_has_its_frozen_class(layer: nn.Module, expected: type[FrozenBatchNorm]) -> None:
+    assert frozen_class(layer) is expected
+    assert is_norm_act(layer) == (expected is FrozenBatchNormAct2d)
+    assert has_known_forward(layer)
+
+
+def test_a_forward_of_its_own_is_noticed_in_the_class_and_on_the_instance() -> None:
+    patched = nn.BatchNorm2d(4)
+    patched.forward = lambda x: x
+    assert not has_known_forward(patched)
+    assert not has_known_forward(OwnForward(4))

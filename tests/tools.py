@@ -1,0 +1,63 @@
+"""What several test files measure or compare."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
+    """Return the bytes that autograd keeps of one forward pass: each storage once, tensors of the model left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no address is counted for two storages
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run()
+    assert output.requires_grad, "nothing was recorded for backward"
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def assert_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Assert that two state dicts have the same keys, dtypes and bits."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        assert torch.equal(actual[name], value), name
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Assert that the block leaves the model the identical objects, bits, modes, flags, hooks and random state."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    attributes = {name: set(vars(module)) for name, module in modules.items()}
+    hooks = {name: len(module._forward_hooks) + len(module._forward_pre_hooks) for name, module in modules.items()}
+    modes = {name: module.training for name, module in modules.items()}
+    tensors = dict(model.state_dict(keep_vars=True))
+    values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    flags = {name: tensor.requires_grad for name, tensor in tensors.items()}
+    random_state = torch.get_rng_state()
+    yield
+    now = dict(model.named_modules(remove_duplicate=False))
+    assert list(now) == list(modules)
+    for name, module in modules.items():
+        assert now[name] is module, f"{name} was replaced"
+        assert set(vars(module)) == attributes[name], name
+        assert module.training == modes[name], name
+        assert len(module._forward_hooks) + len(module._forward_pre_hooks) == hooks[name], name
+    tensors_now = dict(model.state_dict(keep_vars=True))
+    assert list(tensors_now) == list(tensors)
+    for name, tensor in tensors.items():
+        assert tensors_now[name] is tensor, f"{name} was rebound"
+        assert tensor.requires_grad == flags[name], name
+        assert torch.equal(tensor.detach(), values[name]), name
+    assert torch.equal(torch.get_rng_state(), random_state)
