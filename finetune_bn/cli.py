@@ -133,7 +133,7 @@ def _suggestion(class_path: str, option: str) -> str:
     module, _, name = class_path.rpartition(".")
     known: set[str] = set()
     for cls in inspect.getmro(getattr(sys.modules.get(module), name, object)):
-        known |= set(inspect.signature(cls.__init__).parameters) - {"self", "args", "kwargs"}
+        known |= set(inspect.signature(cls).parameters) - {"self", "args", "kwargs"}
     close = difflib.get_close_matches(option, known, n=2)
     return f"Did you mean {' or '.join(close)}?" if close else f"{name} takes {', '.join(sorted(known))}."
 

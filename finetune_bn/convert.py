@@ -217,7 +217,13 @@ def _run_probes(model: nn.Module, probes: Sequence[Probe]) -> list[tuple[Probe, 
         except Exception as error:
             if probe.given:
                 raise
-            log.info("no proof on the whole network, the input size in its pretrained_cfg does not fit: %s", error)
+            log.warning(
+                "no proof on the whole network, layer by layer only: the input size in its pretrained_cfg does not fit "
+                "(%s). Pass example_input.",
+                error.__cause__,
+            )
+    if not probes:
+        log.info("no proof on the whole network, layer by layer only: pass example_input for one")
     return results
 
 

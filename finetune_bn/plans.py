@@ -230,8 +230,10 @@ def _choose(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequence[Ru
         return next((rule for rule in rules if meets(rule, name, site)), None)
 
     choices: list[Rule | None] = []
+    deciding: list[Rule | None] = []
     for site in sites:
         answers = [first(name, site) for name in site.names]
+        deciding += answers
         policies = {answer.policy if answer else None for answer in answers}
         if len(policies) > 1:
             raise UnsupportedLayer(
@@ -246,7 +248,7 @@ def _choose(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequence[Ru
             remedy = f"Close names: {close}." if close else f"There are: {names[:5]}..., {seen}."
             raise NoBatchNormMatched(complaint("rule", rule.describe(), "conditions that match a layer", remedy))
         catch_all = rule.name == "*" and rule.stage is None and rule.type is None
-        if not catch_all and not any(choice is rule for choice in choices):
+        if not catch_all and not any(choice is rule for choice in deciding):
             raise NoBatchNormMatched(
                 complaint(
                     "rule",

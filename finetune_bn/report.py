@@ -102,9 +102,9 @@ def learning_curves(axes: Any, history: History, word: str = "loss") -> None:
 
 
 def confusion_matrix(axes: Any, counts: Tensor, class_names: Sequence[str]) -> None:
-    """Draw how often images of each class were taken for which: the color is the share of the row, the number the count.
+    """Draw for what the images of each class were taken: the color is the share of the row, the number the count.
 
-    Up to `NUMBERS_UP_TO` classes get numbers, beyond that as many names stand at the axes as fit.
+    Beyond `NUMBERS_UP_TO` classes there are no numbers, beyond `LABELS_UP_TO` as many names as fit.
 
     Args:
         axes: matplotlib axes to draw on.
@@ -135,7 +135,8 @@ def confusion_matrix(axes: Any, counts: Tensor, class_names: Sequence[str]) -> N
     names = [shortened(class_names[i]) for i in ticks]
     rows = [f"{name} ({int(images[i])})" for name, i in zip(names, ticks, strict=True)]
     size = max(5.0, min(0.9 * FONT, 0.8 * side * every))
-    _tidy(axes, "Confusion matrix", "predicted class", "true class (number of its images)")
+    title = "Confusion matrix" + (f" (one class in {every} is named)" if every > 1 else "")
+    _tidy(axes, title, "predicted class", "true class (number of its images)")
     axes.grid(False)
     axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size, parse_math=False)
     axes.set_yticks(ticks, rows, fontsize=size, parse_math=False)

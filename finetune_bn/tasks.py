@@ -17,6 +17,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from typing_extensions import override
 
@@ -30,6 +31,21 @@ from finetune_bn.layers.frozen import FrozenBatchNorm
 Schedule = Literal["cosine", "constant"]
 SCHEDULES: tuple[Schedule, ...] = ("cosine", "constant")
 CONFUSION_UP_TO = 2000  # classes; the table of 2,000 by 2,000 counts takes 32 MB
+
+
+class _Scores(nn.Module):
+    """The metrics of one evaluation: over all images, and the accuracy for each domain."""
+
+    def __init__(self, num_classes: int, domains: Sequence[str]) -> None:
+        super().__init__()
+        self.domains = domains
+        self.loss = MeanMetric()
+        self.accuracy = _accuracy(num_classes)
+        self.by_domain = nn.ModuleList(_accuracy(num_classes) for _ in domains)
+
+
+def _accuracy(num_classes: int) -> MulticlassAccuracy:
+    return MulticlassAccuracy(num_classes, average="micro", validate_args=False)
 
 
 class ImageClassification(pl.LightningModule):
@@ -117,11 +133,9 @@ class ImageClassification(pl.LightningModule):
         if channels_last:
             self.net.to(memory_format=torch.channels_last)
         self.data_config = data_config(self.net)
-        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        self.val_accuracy = nn.ModuleList()
-        self.test_accuracy = nn.ModuleList()
+        self.train_accuracy = _accuracy(num_classes)
+        self.val_scores = self.test_scores = _Scores(num_classes, [])
         self.test_confusion = None
-        self._domains: Sequence[str] = ()
         self._loaded_plan: dict[str, Any] | None = None
 
     @override
@@ -133,14 +147,8 @@ class ImageClassification(pl.LightningModule):
         return logits
 
     @override
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # Here the labels are on the CPU still: looking at them costs a GPU no wait, and every batch can be looked at.
-        _check_batch(batch, self.num_classes, labels_needed=not self._predicts())
-        return batch
-
-    @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        images, labels = batch
+        images, labels = _images_and_labels(batch, self.num_classes, batch_idx)
         logits = at_least_float32(self(images))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self.train_accuracy.update(logits.argmax(dim=1), labels)
@@ -151,18 +159,17 @@ class ImageClassification(pl.LightningModule):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate("val", self.val_accuracy, batch, dataloader_idx)
+        self._evaluate(self.val_scores, batch, batch_idx, dataloader_idx)
 
     @override
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        predicted = self._evaluate("test", self.test_accuracy, batch, dataloader_idx)
+        predicted, labels = self._evaluate(self.test_scores, batch, batch_idx, dataloader_idx)
         if self.test_confusion is not None:
-            self.test_confusion.update(predicted, batch[1])
+            self.test_confusion.update(predicted, labels)
 
     @override
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        images = batch if isinstance(batch, Tensor) else batch[0]
-        return at_least_float32(self(images)).softmax(dim=1)
+        return at_least_float32(self(_images(batch))).softmax(dim=1)
 
     @override
     def on_fit_start(self) -> None:
@@ -171,12 +178,12 @@ class ImageClassification(pl.LightningModule):
     @override
     def on_validation_start(self) -> None:
         self._compile()
-        self._begin(self.val_accuracy, len(self.trainer.num_val_batches))
+        self.val_scores = self._scores(len(self.trainer.num_val_batches))
 
     @override
     def on_test_start(self) -> None:
         self._compile()
-        self._begin(self.test_accuracy, len(self.trainer.num_test_batches))
+        self.test_scores = self._scores(len(self.trainer.num_test_batches))
         self.test_confusion = None
         if self.num_classes <= CONFUSION_UP_TO:
             confusion = MulticlassConfusionMatrix(self.num_classes, validate_args=False)
@@ -188,11 +195,11 @@ class ImageClassification(pl.LightningModule):
 
     @override
     def on_validation_epoch_end(self) -> None:
-        self._report("val", self.val_accuracy)
+        self._report("val", self.val_scores)
 
     @override
     def on_test_epoch_end(self) -> None:
-        self._report("test", self.test_accuracy)
+        self._report("test", self.test_scores)
         if self.test_confusion is not None:
             # Every rank is here now, and the metric keeps what it has computed: a callback may ask on one rank later.
             self.test_confusion.compute()
@@ -233,41 +240,32 @@ class ImageClassification(pl.LightningModule):
         if replay(checkpoint, self):
             self._loaded_plan = checkpoint[CHECKPOINT_KEY]
 
-    def _predicts(self) -> bool:
-        return self._trainer is not None and self._trainer.predicting
-
     def _compile(self) -> None:
         # Not before this point: the layers are converted, the weights loaded. In place, so that names stay.
         if self.compiles and self.net._compiled_call_impl is None:
             self.net.compile()
 
-    def _begin(self, accuracies: nn.ModuleList, loaders: int) -> None:
-        """Start counting anew, with one accuracy for all images and one for each loader's."""
+    def _scores(self, loaders: int) -> _Scores:
         domains = getattr(getattr(self.trainer, "datamodule", None), "domains", None)
         named = isinstance(domains, (list, tuple)) and len(domains) == loaders
-        self._domains = [str(name) for name in (domains if named and domains else range(loaders))]
-        while len(accuracies):
-            accuracies.pop(-1)
-        for _ in range(1 + loaders):
-            accuracy = MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)
-            accuracies.append(accuracy.to(self.device))
+        names = [str(name) for name in (domains if named and domains else range(loaders))]
+        return _Scores(self.num_classes, names).to(self.device)
 
-    def _evaluate(self, stage: str, accuracies: nn.ModuleList, batch: Any, dataloader_idx: int) -> Tensor:
-        images, labels = batch
+    def _evaluate(self, scores: _Scores, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        images, labels = _images_and_labels(batch, self.num_classes, batch_idx)
         logits = at_least_float32(self(images))
-        loss, size = F.cross_entropy(logits, labels), len(labels)
-        self.log(f"{stage}_loss", loss, on_epoch=True, batch_size=size, sync_dist=True, add_dataloader_idx=False)
         predicted = logits.argmax(dim=1)
-        for i in (0, 1 + dataloader_idx):
-            accuracies[i].update(predicted, labels)  # type: ignore[operator]
-        return predicted
+        scores.loss.update(F.cross_entropy(logits, labels), len(labels))
+        scores.accuracy.update(predicted, labels)
+        scores.by_domain[dataloader_idx].update(predicted, labels)  # type: ignore[operator]
+        return predicted, labels
 
-    def _report(self, stage: str, accuracies: nn.ModuleList) -> None:
-        overall, *domains = [accuracy.compute() for accuracy in accuracies]  # type: ignore[operator]
-        self.log(f"{stage}_accuracy", overall, prog_bar=True, sync_dist=True)
-        if len(domains) > 1:
-            for name, value in zip(self._domains, domains, strict=True):
-                self.log(f"{stage}_accuracy/{name}", value, sync_dist=True)
+    def _report(self, stage: str, scores: _Scores) -> None:
+        self.log(f"{stage}_loss", scores.loss.compute(), sync_dist=True)
+        self.log(f"{stage}_accuracy", scores.accuracy.compute(), prog_bar=True, sync_dist=True)
+        if len(scores.domains) > 1:
+            for name, accuracy in zip(scores.domains, scores.by_domain, strict=True):
+                self.log(f"{stage}_accuracy/{name}", accuracy.compute(), sync_dist=True)  # type: ignore[operator]
 
     def _lr_factor(self) -> Callable[[int], float]:
         """Return the factor on each group's learning rate at an optimizer step, counted from 0."""
@@ -363,21 +361,32 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and all(p.ndim <= 1 for p in own)
 
 
-def _check_batch(batch: Any, num_classes: int, labels_needed: bool) -> None:
-    """Raise unless a batch is float images, with labels that the network knows."""
-    allowed = "(images, labels): float32 [N, 3, H, W], normalized, and int64 [N], N at least 1"
-    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-    images, labels = batch if pair else (batch, None)
-    good = isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point() and len(images)
-    if good and not labels_needed:
-        return
-    if not good or not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise BadData(complaint("batch", _form(batch), allowed, "The collate_fn of a DataLoader can bring it there."))
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        remedy = "Set num_classes to the data's number of classes, and count them from 0."
-        allowed = f"0 to {num_classes - 1} (num_classes - 1)"
-        raise BadData(complaint("labels", low if low < 0 else high, allowed, remedy))
+def _images(batch: Any) -> Tensor:
+    """Return the images of a batch, with labels or without; raise where there are none."""
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point() and len(images):
+        return images
+    raise _bad_batch(batch)
+
+
+def _images_and_labels(batch: Any, num_classes: int, batch_idx: int) -> tuple[Tensor, Tensor]:
+    """Return the two parts of a batch; raise where it has others, or labels that are none of the classes."""
+    images = _images(batch)
+    labels = batch[1] if not isinstance(batch, Tensor) and len(batch) == 2 else None
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise _bad_batch(batch)
+    # To look at labels that lie on a GPU is to wait for it, so there it is done once a loader and epoch.
+    if labels.device.type == "cpu" or batch_idx == 0:
+        wrong = labels[(labels < 0) | (labels >= num_classes)].tolist()
+        if wrong:
+            remedy = "Set num_classes to the data's number of classes, and count them from 0."
+            raise BadData(complaint("labels", wrong[0], f"0 to {num_classes - 1} (num_classes - 1)", remedy))
+    return images, labels
+
+
+def _bad_batch(batch: Any) -> BadData:
+    allowed = "(images, labels): float [N, 3, H, W], normalized, and int64 [N], N at least 1"
+    return BadData(complaint("batch", _form(batch), allowed, "The collate_fn of a DataLoader can bring it there."))
 
 
 def _form(batch: Any) -> str:

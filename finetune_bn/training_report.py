@@ -129,7 +129,7 @@ class TrainingReport:
         Args:
             picture: the figure as PNG.
         """
-        loading = html_text(f"The weights tested here: {self.checkpoint}, seen from the folder of this page.")
+        loading = html_text("The path is that from the folder of this page.")
         return html_page(
             self.title,
             [
@@ -155,7 +155,7 @@ class TrainingReport:
             "images": [_text(result.images) for result in results],
             "accuracy": [_share(result.accuracy) for result in results],
             "reloaded into plain timm": [_share(result.reloaded) for result in results],
-            "largest difference of logits": [_text(result.difference, ".1e") for result in results],
+            "largest difference of logits": [_text(result.difference, ".1e" if result.difference else "g") for result in results],
         }
         shown = {name: cells for name, cells in columns.items() if any(cells)}
         return list(shown), [list(cells) for cells in zip(*shown.values(), strict=True)]
@@ -165,8 +165,8 @@ class TrainingReport:
         if self.tolerance is None or not table:
             return table
         return table + html_text(
-            "Reloaded: the checkpoint in a timm model with ordinary BatchNorm layers, on the same images. The last column "
-            f"is relative to the largest logit, on one batch a domain; up to {self.tolerance:.0e} counts as the same."
+            "Reloaded: the checkpoint in a timm model with ordinary BatchNorm layers, on the same images. The last column"
+            f" is relative to the largest logit, on one batch a domain; up to {self.tolerance:.0e} counts as the same."
         )
 
     def _classes_heading(self) -> str:
@@ -209,19 +209,19 @@ def timm_code(name: str, num_classes: int, checkpoint: str, arguments: Mapping[s
         prefix: what stands before timm's names in the checkpoint.
     """
     call = ", ".join([repr(name), f"{num_classes=}", *(f"{key}={value!r}" for key, value in arguments.items())])
-    return (
-        "import timm\n"
-        "import torch\n\n"
-        f"model = timm.create_model({call})\n"
-        f'state = torch.load({checkpoint!r}, map_location="cpu", weights_only=True)["state_dict"]\n'
-        f"state = {{name.removeprefix({prefix!r}): tensor for name, tensor in state.items() if name.startswith({prefix!r})}}\n"
-        "model.load_state_dict(state, strict=True)\n"
-        "model.eval()\n"
-    )
+    return f"""import timm
+import torch
+
+model = timm.create_model({call})
+checkpoint = torch.load({checkpoint!r}, map_location="cpu", weights_only=True)
+weights = {{key: value for key, value in checkpoint["state_dict"].items() if key.startswith({prefix!r})}}
+model.load_state_dict({{key.removeprefix({prefix!r}): value for key, value in weights.items()}}, strict=True)
+model.eval()
+"""
 
 
 def _titled_figure(report: TrainingReport, rows: int, columns: int) -> tuple[Any, Any, Any]:
-    """Return a figure with its title, its part for small panels in rows and columns, and that for the confusion matrix."""
+    """Return a figure with its title, its part for small panels, and its part for the confusion matrix."""
     head, height, width = 0.8, (2.2, 3.8, 7.3)[rows], max(7.0, 4.6 * columns)
     matrix = 0.0
     if report.confusion is not None:

@@ -137,16 +137,11 @@ def next_cells(store: Store) -> Iterator[dict[str, Any]]:
                 for rung in (best - 1, best + 1):
                     if 0 <= rung < len(LADDER) and LADDER[rung] not in tried:
                         yield cell(arm, batch, LADDER[rung], 0)
-        for seed in SEEDS[1:]:
-            for arm in ARMS:
-                lr = chosen_rate(store, arm, batch)
-                if lr is not None and not store.done(cell(arm, batch, lr, seed)):
-                    yield cell(arm, batch, lr, seed)
-    for seed in SEEDS:
-        for arm in ARMS:
-            yield from (
-                cell(arm, BATCHES[0], lr, seed) for lr in RANGE_RUNGS if not store.done(cell(arm, BATCHES[0], lr, seed))
-            )
+        chosen = [(arm, chosen_rate(store, arm, batch)) for arm in ARMS]
+        repeats = [cell(arm, batch, lr, seed) for seed in SEEDS[1:] for arm, lr in chosen if lr is not None]
+        if batch == BATCHES[0]:
+            repeats += [cell(arm, batch, lr, seed) for seed in SEEDS for arm in ARMS for lr in RANGE_RUNGS]
+        yield from (key for key in repeats if not store.done(key))
 
 
 def cell(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:

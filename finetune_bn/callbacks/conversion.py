@@ -72,7 +72,7 @@ class BatchNormConversion(Callback):
         if has_layers:
             self._convert(pl_module)
         if not has_layers or is_overridden("configure_model", pl_module):
-            self._intercept(pl_module, "configure_model", after=lambda: self._convert(pl_module))
+            self._intercept(pl_module, "configure_model", after=lambda: self._convert_new(pl_module))
         # Called with the checkpoint just before its weights are loaded, in every stage and for every module.
         self._intercept(pl_module, "on_load_checkpoint", before=lambda c: self._replay(c, pl_module))
 
@@ -153,7 +153,9 @@ class BatchNormConversion(Callback):
         target = self._target(pl_module)
         if target is None:
             parts = [name for name, _ in pl_module.named_children()]
-            raise FinetuneBNError(complaint("module", self.module, f"a submodule of {type(pl_module).__name__}: {parts}"))
+            raise FinetuneBNError(
+                complaint("module", self.module, f"a submodule of {type(pl_module).__name__}: {parts}")
+            )
         return target
 
     def _target(self, pl_module: pl.LightningModule) -> nn.Module | None:
@@ -166,6 +168,12 @@ class BatchNormConversion(Callback):
         target = self.target(pl_module)
         self.plan = plan(target, self.policy)
         self._apply(pl_module, target, self.plan)
+
+    def _convert_new(self, pl_module: pl.LightningModule) -> None:
+        """Convert what the module has built since its layers were converted, if it has built any."""
+        known = {row.names for row in self.plan.rows} if self.plan is not None else set()
+        if not {site.names for site in find_batch_norms(self.target(pl_module))} <= known:
+            self._convert(pl_module)
 
     def _apply(self, pl_module: pl.LightningModule, target: nn.Module, the_plan: Plan) -> None:
         converted = convert(target, the_plan, verify=self.verify)
