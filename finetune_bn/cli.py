@@ -12,13 +12,18 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-import finetune_bn.data  # noqa: F401 (their class names can then be written without a path in a config)
+# Imported for their class names, which can then be written without a path in a config.
+import finetune_bn.data
 import finetune_bn.tasks  # noqa: F401
 from finetune_bn.callbacks import BatchNormConversion
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.plans import plan
+from finetune_bn.policies import Policy
+from finetune_bn.report import write_atomically
 
 
 class Trainer(pl.Trainer):
@@ -28,7 +33,7 @@ class Trainer(pl.Trainer):
         self,
         model: pl.LightningModule,
         datamodule: pl.LightningDataModule | None = None,
-        format: Literal["text", "json"] = "text",  # noqa: A002 (the name of the command's option)
+        format: Literal["text", "json"] = "text",
         output: str | None = None,
     ) -> None:
         """Show what would happen to each BatchNorm layer of the model, and why. Trains nothing.
@@ -46,13 +51,13 @@ class Trainer(pl.Trainer):
         if output is None:
             print(text)
             return
-        path = Path(output)
-        if not path.parent.is_dir():
-            raise FinetuneBNError(complaint("output", output, "a file in a folder that exists"))
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
-        print(f"Plan of {len(the_plan.rows)} layers: {path}")
+        try:
+            if not Path(output).parent.is_dir():
+                raise FileNotFoundError(f"there is no folder {Path(output).parent}")
+            write_atomically(Path(output), text + "\n")
+        except OSError as error:
+            raise FinetuneBNError(complaint("output", output, "a file that can be written", f"{error}.")) from error
+        print(f"Plan of {len(the_plan.rows)} layers: {output}")
 
 
 class FinetuneBNCLI(LightningCLI):
@@ -92,10 +97,22 @@ class FinetuneBNCLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         parser.link_arguments("data.class_names", "model.init_args.class_names", apply_on="instantiate")
 
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Return the Trainer; what Lightning finds wrong with its arguments becomes an error of ours."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise FinetuneBNError(f"trainer: {error}") from error
+
     def after_fit(self) -> None:
         """Test the best checkpoint, where the config asks for it."""
-        if self.config["fit"]["test_after_fit"] and not self.trainer.interrupted:
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best")
+        if not self.config["fit"]["test_after_fit"] or self.trainer.interrupted:
+            return
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if not best:  # so it is with fast_dev_run and without a ModelCheckpoint
+            rank_zero_info("No checkpoint was kept: the weights at the end of the training are tested.")
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None)
 
 
 def main(args: Any = None) -> None:
@@ -103,42 +120,107 @@ def main(args: Any = None) -> None:
     try:
         FinetuneBNCLI(args)
     except ArgumentError as error:
-        sys.exit(f"finetune-bn: error: {readable(str(error))}")
+        sys.exit(f"finetune-bn: error: {readable(str(error))} See `finetune-bn fit --help`, and configs/ for examples.")
     except Exception as error:
         # jsonargparse wraps what a constructor raises; an error of ours is meant for the user, any other is a fault.
-        own = _own_error(error)
+        own = _for_the_user(error)
         if own is None:
             raise
-        sys.exit(f"finetune-bn: error: {own}")
+        sys.exit(f"finetune-bn: error: {' '.join(str(own).split())}")
+
+
+def _for_the_user(error: BaseException | None) -> BaseException | None:
+    while error is not None and not isinstance(error, (FinetuneBNError, MisconfigurationException)):
+        error = error.__cause__
+    return error
+
+
+# What jsonargparse says of the mistakes that people make, in the midst of its account of every type that it tried.
+_MISTAKE = re.compile(
+    r"class_path '(?P<owner>[\w.]+)':\s+Option '(?P<option>[\w.]+)' is not accepted"
+    r"|dot import path string: (?P<name>\S+)"
+    r"|module '[\w.]+' has no attribute '(?P<missing>\w+)'"
+    r"|does not correspond to a subclass of (?P<base>\w+)"
+    r"|(?P<fact>No module named '[\w.]+')"
+    r"|Expected an? (?P<type>.+)\. Got value: (?P<value>.*)"
+    r"|does not accept option '(?P<key>[\w.]+)'"
+    r"|unrecognized arguments: --(?P<argument>[\w.]+)"
+)
+_SECTIONS = {
+    "model": pl.LightningModule,
+    "data": pl.LightningDataModule,
+    "batch_norm": Policy,
+    "trainer": pl.Callback,
+}
 
 
 def readable(message: str) -> str:
-    """Return what is wrong with a config, out of jsonargparse's account of every type that it tried.
+    """Return what is wrong with a config as one line, out of jsonargparse's account of every type that it tried.
 
     Args:
         message: the text of its error.
     """
-    noise = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
-    lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(noise)]
-    text = " ".join(kept).replace("typing.Literal", "one of ").replace("Expected a one of", "expected one of")
-    text = re.sub(r'Parser key "([^"]*)":', r"\1:", text)
-    unknown = re.search(r"class_path '([\w.]+)'.*Option '([\w.]+)' is not accepted", text)
-    if unknown:
-        text += f". {_suggestion(*unknown.groups())}"
-    return f"{text}\nSee `finetune-bn fit --help`, and configs/ for examples."
+    found = _MISTAKE.search(message)
+    part = found.groupdict() if found else {}
+    given = re.search(r"Given value: (.*)", message)  # the first one is the innermost
+    ahead = message[: found.start() if found else given.start() if given else len(message)]
+    where = ".".join(re.findall(r'Parser key "([^"]*)":', ahead))
+    if part.get("option"):
+        name = str(part["owner"]).rpartition(".")[2]
+        option = str(part["option"])
+        return f"{where}: {name} has no {option!r}. {_closest(option, _arguments(str(part['owner'])))}"
+    if part.get("key") or part.get("argument"):
+        key = str(part["key"] or part["argument"])
+        return f"There is no {key!r}. {_closest(key, _keys())}".strip()
+    if part.get("fact"):
+        return f"{where}: {part['fact']}."
+    if part.get("value") is not None:
+        return complaint(where, part["value"], _in_words(str(part["type"])))
+    missing = part.get("name") or part.get("missing")
+    if missing or part.get("base"):
+        base = _SECTIONS.get(where.partition(".")[0], object)
+        allowed = f"the name of a {part.get('base') or base.__name__} or the import path of one"
+        return complaint(where, missing or (given and given[1]), allowed, _closest(missing or "", _subclasses(base)))
+    types = [kind for kind in re.findall(r"Expected an? (.+)", ahead) if "NoneType" not in kind and "path" not in kind]
+    if given and where and types:
+        return complaint(where, given[1], ", ".join(_in_words(kind) for kind in types))
+    return re.sub(r'Parser key "([^"]*)":', r"\1:", " ".join(message.split()))
 
 
-def _suggestion(class_path: str, option: str) -> str:
+def _closest(name: str, known: set[str]) -> str:
+    """Return what was probably meant, or what there is, where that is not too much to read."""
+    first = name.partition(".")[0]
+    close = difflib.get_close_matches(name, known, n=2) or difflib.get_close_matches(first, known, n=1)
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    return f"There are: {', '.join(sorted(known))}." if 0 < len(known) <= 40 else ""
+
+
+def _arguments(class_path: str) -> set[str]:
+    """Return the arguments of a class, those that it passes on to its parents included."""
     module, _, name = class_path.rpartition(".")
-    known: set[str] = set()
+    found = {"init_args"}
     for cls in inspect.getmro(getattr(sys.modules.get(module), name, object)):
-        known |= set(inspect.signature(cls).parameters) - {"self", "args", "kwargs"}
-    close = difflib.get_close_matches(option, known, n=2)
-    return f"Did you mean {' or '.join(close)}?" if close else f"{name} takes {', '.join(sorted(known))}."
+        found |= set(inspect.signature(cls).parameters) - {"self", "args", "kwargs"}
+    return found
 
 
-def _own_error(error: BaseException | None) -> FinetuneBNError | None:
-    while error is not None and not isinstance(error, FinetuneBNError):
-        error = error.__cause__ or error.__context__
-    return error
+def _keys() -> set[str]:
+    """Return the keys of a config, as far as they do not depend on a class that is chosen in it."""
+    top = {*_SECTIONS, "seed_everything", "test_after_fit", "ckpt_path", "optimizer", "lr_scheduler"}
+    groups = {"trainer": Trainer, "batch_norm": BatchNormConversion}
+    return top | {f"{name}.{key}" for name, cls in groups.items() for key in inspect.signature(cls).parameters}
+
+
+def _subclasses(base: type) -> set[str]:
+    """Return the names of the classes that a config can name without a path."""
+    found: set[str] = set()
+    classes: list[type] = [] if base is object else base.__subclasses__()
+    for cls in classes:
+        named = not inspect.isabstract(cls) and not cls.__name__.startswith("_")
+        found |= _subclasses(cls) | ({cls.__name__} if named else set())
+    return found
+
+
+def _in_words(kind: str) -> str:
+    return re.sub(r"<class '([\w.]+)'>", r"\1", re.sub(r"typing\.Literal\[(.*)\]", r"\1", kind))

@@ -95,9 +95,10 @@ def can_run(model: nn.Module) -> bool:
 def quietly(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no autocast, for the time of the block; modes and random state are restored.
 
-    The modes are set flag by flag: a model's own `train()` may do more than flip them.
+    The modes are set flag by flag: a model's own `train()` may do more than flip them. What modules remember of a
+    forward pass (timm's levit and its kin keep attention biases in eval mode) is forgotten: weights may yet be loaded.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[d.index or 0 for d in devices]))
@@ -106,12 +107,25 @@ def quietly(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         torch.manual_seed(0)
         try:
-            for module, _ in modes:
+            for module, _, _ in before:
                 module.training = False
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
+            for module, attributes, contents in before:
+                vars(module).clear()
+                vars(module).update(attributes)
+                for name, content in contents.items():
+                    _refill(attributes[name], content)
+
+
+def _contents(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    return {name: dict(value) for name, value in vars(module).items() if isinstance(value, dict)}
+
+
+def _refill(held: dict[Any, Any], content: dict[Any, Any]) -> None:
+    if held.keys() != content.keys() or any(held[key] is not value for key, value in content.items()):
+        held.clear()
+        held.update(content)
 
 
 def distance(outputs: list[Tensor], reference: list[Tensor]) -> float:

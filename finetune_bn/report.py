@@ -87,7 +87,7 @@ def learning_curves(axes: Any, history: History, word: str = "loss") -> None:
     best_of, called = (max, "best") if word == "acc" else (min, "lowest")
     finite = {name: [y for _, y in curve if math.isfinite(y)] for name, curve in curves.items()}
     percent = word == "acc" and all(0 <= y <= 1 for ys in finite.values() for y in ys)
-    for (name, curve), (color, marker, line) in zip(curves.items(), itertools.cycle(_LINES), strict=False):
+    for (name, curve), (color, marker, line) in zip(curves.items(), _lines(names), strict=True):
         best = best_of(finite[name], default=math.nan)
         label = f"{name} ({called} {_percent(best) if percent else format(best, '.3g')})"
         x, y = [x for x, _ in curve], [100 * y if percent else y for _, y in curve]
@@ -266,6 +266,14 @@ def _curve(history: History, name: str) -> list[tuple[float, float]]:
     return [(epoch + 1, math.nan if value is None else value) for epoch, value in points if epoch is not None]
 
 
+def _lines(names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return color, marker and line style for each name; training and validation have theirs in every panel."""
+    stages = [next((name for name in names if stage in name.lower()), "") for stage in ("train", "val")]
+    of_stage = dict(zip(stages, _LINES, strict=False))
+    others = itertools.cycle(_LINES[2:])
+    return [of_stage.get(name) or next(others) for name in names]
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -273,7 +281,7 @@ def _percent(share: float) -> str:
 def _tidy(axes: Any, title: str, xlabel: str, ylabel: str, lines_below: int = 0) -> None:
     """Set title and labels in the common style, with room for a legend of so many lines below the title."""
     axes.set_title(
-        title, loc="left", fontsize=1.1 * FONT, color=INK, fontweight="bold", pad=6 + 1.3 * FONT * lines_below
+        title, loc="left", fontsize=1.1 * FONT, color=INK, fontweight="bold", pad=6 + 1.4 * FONT * lines_below
     )
     axes.set_xlabel(xlabel, fontsize=FONT, color=INK)
     axes.set_ylabel(ylabel, fontsize=FONT, color=INK)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatch
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,8 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
@@ -26,22 +24,22 @@ from finetune_bn.callbacks import BatchNormConversion, replay
 from finetune_bn.callbacks.conversion import CHECKPOINT_KEY
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.functional import at_least_float32
-from finetune_bn.layers.frozen import FrozenBatchNorm
+from finetune_bn.optim import SCHEDULES, Schedule, lr_factor, parameter_groups
 
-Schedule = Literal["cosine", "constant"]
-SCHEDULES: tuple[Schedule, ...] = ("cosine", "constant")
 CONFUSION_UP_TO = 2000  # classes; the table of 2,000 by 2,000 counts takes 32 MB
 
 
-class _Scores(nn.Module):
-    """The metrics of one evaluation: over all images, and the accuracy for each domain."""
+class _Scores:
+    """The metrics of one evaluation: over all images, and the accuracy for each domain.
 
-    def __init__(self, num_classes: int, domains: Sequence[str]) -> None:
-        super().__init__()
+    No module: Lightning would find it in eval mode after the sanity check, and warn of it.
+    """
+
+    def __init__(self, num_classes: int, domains: Sequence[str], device: torch.device | str = "cpu") -> None:
         self.domains = domains
-        self.loss = MeanMetric()
-        self.accuracy = _accuracy(num_classes)
-        self.by_domain = nn.ModuleList(_accuracy(num_classes) for _ in domains)
+        self.loss = MeanMetric().to(device)
+        self.accuracy = _accuracy(num_classes).to(device)
+        self.by_domain = [_accuracy(num_classes).to(device) for _ in domains]
 
 
 def _accuracy(num_classes: int) -> MulticlassAccuracy:
@@ -249,7 +247,7 @@ class ImageClassification(pl.LightningModule):
         domains = getattr(getattr(self.trainer, "datamodule", None), "domains", None)
         named = isinstance(domains, (list, tuple)) and len(domains) == loaders
         names = [str(name) for name in (domains if named and domains else range(loaders))]
-        return _Scores(self.num_classes, names).to(self.device)
+        return _Scores(self.num_classes, names, self.device)
 
     def _evaluate(self, scores: _Scores, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         images, labels = _images_and_labels(batch, self.num_classes, batch_idx)
@@ -257,7 +255,7 @@ class ImageClassification(pl.LightningModule):
         predicted = logits.argmax(dim=1)
         scores.loss.update(F.cross_entropy(logits, labels), len(labels))
         scores.accuracy.update(predicted, labels)
-        scores.by_domain[dataloader_idx].update(predicted, labels)  # type: ignore[operator]
+        scores.by_domain[dataloader_idx].update(predicted, labels)
         return predicted, labels
 
     def _report(self, stage: str, scores: _Scores) -> None:
@@ -265,7 +263,7 @@ class ImageClassification(pl.LightningModule):
         self.log(f"{stage}_accuracy", scores.accuracy.compute(), prog_bar=True, sync_dist=True)
         if len(scores.domains) > 1:
             for name, accuracy in zip(scores.domains, scores.by_domain, strict=True):
-                self.log(f"{stage}_accuracy/{name}", accuracy.compute(), sync_dist=True)  # type: ignore[operator]
+                self.log(f"{stage}_accuracy/{name}", accuracy.compute(), sync_dist=True)
 
     def _lr_factor(self) -> Callable[[int], float]:
         """Return the factor on each group's learning rate at an optimizer step, counted from 0."""
@@ -277,88 +275,6 @@ class ImageClassification(pl.LightningModule):
             raise FinetuneBNError(complaint("trainer.max_steps", self.trainer.max_steps, allowed, remedy))
         steps = 1 if endless else int(total)
         return lambda step: lr_factor(step, steps, round(self.warmup * steps), self.schedule)
-
-
-def lr_factor(step: int, total: int, warmup: int, schedule: Schedule) -> float:
-    """Return the share of the full learning rate at an optimizer step.
-
-    Linear over the first `warmup` steps, without a step at 0, so that step `warmup` is the first at the full rate;
-    then half a cosine that would be 0 at step `total`, one behind the last, or no change.
-
-    Args:
-        step: number of optimizer steps made so far.
-        total: number of optimizer steps of the whole training.
-        warmup: number of steps before the full rate.
-        schedule: `cosine` or `constant`.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return (1 + math.cos(math.pi * progress)) / 2
-
-
-def parameter_groups(
-    net: nn.Module, lr: float, weight_decay: float, head_lr_factor: float = 1.0, affine_lr_factor: float = 1.0
-) -> list[dict[str, Any]]:
-    """Return what `net` trains as parameter groups for an optimizer, each parameter in one of them.
-
-    Up to six groups: `backbone`, `head` and `affine`, each with and without weight decay; a group that would be empty
-    is left out. `affine` is what belongs to a norm layer, wherever that is; `head` is the rest of timm's
-    `get_classifier()`. Not decayed are the parameters of norm layers, biases and all else with one dimension or none,
-    and those that timm's `no_weight_decay()` names. Each group has `params, lr, weight_decay, name`.
-
-    Args:
-        net: a timm model, or any module; one without `get_classifier` has no head.
-        lr: learning rate of the backbone.
-        weight_decay: weight decay of what is decayed.
-        head_lr_factor: learning rate of the head, as a multiple of `lr`.
-        affine_lr_factor: learning rate of the norm layers, as a multiple of `lr`.
-
-    Raises:
-        FinetuneBNError: nothing is trained, or `head_lr_factor` is given for a net that has no head.
-    """
-    head = {id(p) for module in _classifiers(net) for p in module.parameters()}
-    if not head and head_lr_factor != 1:
-        allowed = f"1 for a {type(net).__name__}, which has no classifier that timm's get_classifier() would name"
-        raise FinetuneBNError(complaint("head_lr_factor", head_lr_factor, allowed))
-    affine = {id(p) for module in net.modules() if _is_norm(module) for p in module.parameters(recurse=False)}
-    undecayed: Iterable[str] = getattr(net, "no_weight_decay", tuple)()
-    factors = {"backbone": 1.0, "head": head_lr_factor, "affine": affine_lr_factor}
-    names: dict[int, list[str]] = {}
-    for name, parameter in net.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-
-    groups: dict[str, dict[str, Any]] = {}
-    for parameter in net.parameters():
-        if not parameter.requires_grad:
-            continue
-        key = id(parameter)
-        part = "affine" if key in affine else "head" if key in head else "backbone"
-        spared = key in affine or parameter.ndim <= 1 or any(fnmatch(n, p) for n in names[key] for p in undecayed)
-        group = groups.setdefault(
-            f"{part}/{'no_decay' if spared else 'decay'}",
-            {"params": [], "lr": lr * factors[part], "weight_decay": 0.0 if spared else weight_decay},
-        )
-        group["params"].append(parameter)
-    if not groups:
-        raise FinetuneBNError(complaint("net", type(net).__name__, "a network with parameters that require gradients"))
-    return [{**groups[name], "name": name} for name in sorted(groups)]
-
-
-def _classifiers(net: nn.Module) -> Sequence[nn.Module]:
-    """Return the head's layers: timm's distilled networks have two."""
-    found = net.get_classifier() if callable(getattr(net, "get_classifier", None)) else ()  # type: ignore[operator]
-    return found if isinstance(found, (tuple, list)) else (found,)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Tell whether a layer is a norm layer; timm has many of its own, and calls them so."""
-    if isinstance(module, (FrozenBatchNorm, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
-        return True
-    own = list(module.parameters(recurse=False))
-    return "norm" in type(module).__name__.lower() and all(p.ndim <= 1 for p in own)
 
 
 def _images(batch: Any) -> Tensor:

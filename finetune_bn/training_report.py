@@ -154,8 +154,8 @@ class TrainingReport:
             "domain": [result.domain for result in results],
             "images": [_text(result.images) for result in results],
             "accuracy": [_share(result.accuracy) for result in results],
-            "reloaded into plain timm": [_share(result.reloaded) for result in results],
-            "largest difference of logits": [_text(result.difference, ".1e" if result.difference else "g") for result in results],
+            "in plain timm": [_share(result.reloaded) for result in results],
+            "logits differ by": [_text(result.difference, ".1e" if result.difference else "g") for result in results],
         }
         shown = {name: cells for name, cells in columns.items() if any(cells)}
         return list(shown), [list(cells) for cells in zip(*shown.values(), strict=True)]
@@ -165,8 +165,9 @@ class TrainingReport:
         if self.tolerance is None or not table:
             return table
         return table + html_text(
-            "Reloaded: the checkpoint in a timm model with ordinary BatchNorm layers, on the same images. The last column"
-            f" is relative to the largest logit, on one batch a domain; up to {self.tolerance:.0e} counts as the same."
+            "In plain timm: the checkpoint loaded into a timm model with ordinary BatchNorm layers, on the same images."
+            " The largest difference between its logits and those of the trained network, on one batch a domain, is"
+            f" relative to the largest logit; up to {self.tolerance:.0e} is rounding."
         )
 
     def _classes_heading(self) -> str:

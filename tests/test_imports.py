@@ -36,6 +36,9 @@ LEVELS: dict[str, float] = {
     "": 4.9,
     # 5: what stands around a converted model
     "report": 5.0,
+    "training_report": 5.1,
+    "optim": 5.0,
+    "weights": 5.0,
     "backbones": 5.1,
     # 6: Lightning
     "data.checks": 6.00,
@@ -50,6 +53,8 @@ LEVELS: dict[str, float] = {
     "data": 6.09,
     "callbacks.collapse": 6.10,
     "callbacks.conversion": 6.11,
+    "callbacks.reload": 6.11,
+    "callbacks.report": 6.12,
     "callbacks": 6.19,
     "tasks": 6.2,
     # 7: the command

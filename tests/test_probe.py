@@ -94,6 +94,32 @@ def fail_in_the_middle(model: nn.Module) -> None:
         raise RuntimeError("in the middle")
 
 
+def test_what_modules_remember_of_a_forward_pass_is_forgotten() -> None:
+    class Caches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+            self.cache: dict[str, Tensor] = {}
+            self.register_buffer("grid", None, persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache.setdefault("weight", self.weight * 2)
+            self.size = x.shape
+            self.grid = torch.zeros(x.shape)
+            return x * self.cache["weight"]
+
+    model = Caches()
+    cache = model.cache
+    with untouched(model):
+        Probe("", (torch.ones(2),)).run(model)
+    assert model.cache is cache
+    assert cache == {}
+    assert model.grid is None
+    with torch.no_grad():
+        model.weight.fill_(5)
+    assert torch.equal(model(torch.ones(2)), torch.full((2,), 10.0))
+
+
 def test_an_input_that_the_model_refuses_is_one_error_that_names_shape_and_cause() -> None:
     model = Plain()
     message = (

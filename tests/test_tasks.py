@@ -24,7 +24,8 @@ import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion
 from finetune_bn.errors import BadData, FinetuneBNError
 from finetune_bn.layers.frozen import FrozenBatchNorm
-from finetune_bn.tasks import ImageClassification, lr_factor, parameter_groups
+from finetune_bn.optim import lr_factor, parameter_groups
+from finetune_bn.tasks import ImageClassification
 
 CLASSES = 3
 
@@ -342,26 +343,28 @@ def test_a_plan_survives_a_resume_without_the_callback(trained: Any, tmp_path: P
     assert [m for m in task.modules() if isinstance(m, FrozenBatchNorm)]
 
 
-def test_the_command_line_resumes_without_the_weights_it_started_from(tmp_path: Path) -> None:
+def test_the_command_line_resumes_without_the_weights_it_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # the command sets it for good; here it goes with the test
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    monkeypatch.setattr("sys.argv", ["finetune-bn"])
+
     class CLI(LightningCLI):
         def add_arguments_to_parser(self, parser: Any) -> None:
             parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def fit(*more: str) -> LightningCLI:
-        arguments = ["fit", "--model=ImageClassification", "--model.backbone=test_efficientnet", *more]
-        arguments += [f"--model.weights={weights}", "--data=" + f"{Pictures.__module__}.Pictures"]
-        arguments += ["--model.optimizer=sgd", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-        arguments += [
-            f"--trainer.default_root_dir={tmp_path}",
-            "--trainer.logger=false",
-            "--trainer.limit_val_batches=0",
-        ]
+        model = ["--model=ImageClassification", "--model.backbone=test_efficientnet", f"--model.weights={weights}"]
+        trainer = {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)}
+        trainer |= {"limit_val_batches": 0, "enable_progress_bar": False, "enable_checkpointing": False}
+        arguments = ["fit", *model, *more]
         return CLI(
             pl.LightningModule,
             Pictures,
             subclass_mode_model=True,
-            subclass_mode_data=False,
-            args=[a for a in arguments if not a.startswith("--data=")],
+            trainer_defaults=trainer,
+            args=arguments,
             save_config_callback=None,
         )
 
@@ -531,7 +534,7 @@ def test_channels_last_changes_the_layout_and_not_the_function(tmp_path: Path) -
     last.net.conv_stem.register_forward_pre_hook(look)
     with torch.no_grad():
         torch.testing.assert_close(last(images), plain(images), rtol=1e-4, atol=1e-5)
-    make_trainer(tmp_path, BatchNormConversion()).fit(last, datamodule=Pictures())
+    make_trainer(tmp_path, BatchNormConversion()).fit(last.train(), datamodule=Pictures())
     assert layouts == [True] * 5
     assert last.net.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)
     assert last.net.conv_stem.weight.shape == plain.net.conv_stem.weight.shape
@@ -577,7 +580,7 @@ def test_compile_comes_after_the_conversion_and_keeps_names_and_function(
             self.frozen = sum(isinstance(m, FrozenBatchNorm) for m in pl_module.modules())
 
     def fit(**arguments: Any) -> ImageClassification:
-        task = make_task(**arguments)
+        task = make_task(backbone="test_resnet", **arguments)
         trainer = make_trainer(
             tmp_path, BatchNormConversion(fbn.Freeze("shift")), order, limit_train_batches=2, limit_val_batches=0
         )
@@ -595,24 +598,27 @@ def test_compile_comes_after_the_conversion_and_keeps_names_and_function(
 
 
 def test_a_test_without_training_compiles_as_well(tmp_path: Path, eager_compiler: list[nn.Module]) -> None:
-    task, data = make_task(compile=True), Pictures(sizes=(4,))
+    task, data = make_task(backbone="test_resnet", compile=True), Pictures(sizes=(4,))
     make_trainer(tmp_path).test(task, datamodule=data, verbose=False)
     assert eager_compiler == [task.net]
 
 
 @pytest.mark.slow
-def test_two_processes_leave_no_parameter_unused_and_agree(tmp_path: Path) -> None:
-    trainer = make_trainer(
-        tmp_path,
-        BatchNormConversion(fbn.Freeze("shift")),
-        max_epochs=1,
-        strategy="ddp_fork",
-        devices=2,
-        limit_val_batches=2,
-    )
-    trainer.fit(make_task(), datamodule=Pictures(sizes=(4, 8)))
-    assert math.isfinite(trainer.callback_metrics["train_loss"])
-    assert 0 <= float(trainer.callback_metrics["val_accuracy"]) <= 1
+def test_two_processes_leave_no_parameter_unused_and_give_the_metrics_of_one(tmp_path: Path) -> None:
+    def trainer() -> pl.Trainer:
+        conversion = BatchNormConversion(fbn.Freeze("shift"))
+        return make_trainer(tmp_path, conversion, strategy="ddp_fork", devices=2)
+
+    task, data = make_task(), Pictures(sizes=(4, 8))
+    before = task.net.conv_stem.weight.detach().clone()
+    trainer().fit(task, datamodule=data)  # a parameter without a gradient would end it in the second step
+    assert not torch.equal(task.net.conv_stem.weight, before)
+    second = trainer()
+    second.validate(task, datamodule=data, verbose=False)
+    logits, labels = (torch.cat(parts) for parts in zip(*by_hand(task, data), strict=True))
+    found = {name: float(value) for name, value in second.callback_metrics.items()}
+    assert found["val_accuracy"] == pytest.approx(accuracy_score(labels, logits.argmax(1)))
+    assert found["val_loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
 
 
 @pytest.mark.gpu
@@ -622,8 +628,8 @@ def test_a_gpu_gives_the_accuracy_of_the_cpu(tmp_path: Path, precision: Any) -> 
     trainer = make_trainer(tmp_path, BatchNormConversion(), accelerator="gpu", devices=1, precision=precision)
     trainer.fit(task, datamodule=data)
     trainer.test(task, datamodule=data, verbose=False)
-    on_gpu = task.test_confusion.compute().cpu() if task.test_confusion else None
-    make_trainer(tmp_path).test(task.cpu(), datamodule=data, verbose=False)
     assert task.test_confusion is not None
-    assert on_gpu is not None
-    assert int((task.test_confusion.compute() - on_gpu).abs().sum()) <= (0 if precision == "32-true" else 2)
+    on_gpu = task.test_confusion.compute().cpu()
+    make_trainer(tmp_path).test(task.cpu(), datamodule=data, verbose=False)
+    # One image of the eight may lie so near a border that rounding decides; it is then missing here and counted there.
+    assert int((task.test_confusion.compute() - on_gpu).abs().sum()) <= 2

@@ -34,6 +34,7 @@ class CollapseWatch:
         self.spread: float | None = None
         self._latest: Tensor | None = None
         self._handles: list[Any] = []
+        self._stance: Any = None
         self._images: deque[Tensor] = deque(maxlen=_IMAGES)
 
     def before_batch(self, model: nn.Module | None, batch_idx: int) -> None:
@@ -43,6 +44,8 @@ class CollapseWatch:
             return
         layers = [module for module in model.modules() if isinstance(module, FrozenBatchNorm)]
         self._handles = [layer.register_forward_hook(self._remember) for layer in layers]
+        # A compiled network does not notice hooks that come and go.
+        self._stance = torch.compiler.set_stance("force_eager")
 
     def after_batch(self) -> None:
         """Stop looking, and judge what was seen once there are images enough to compare."""
@@ -68,6 +71,9 @@ class CollapseWatch:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)  # back to the stance that was there before
+            self._stance = None
 
     def _remember(self, module: nn.Module, args: Any, output: Tensor) -> None:
         per_image = output.detach().flatten(2).mean(2) if output.dim() > 2 else output.detach()

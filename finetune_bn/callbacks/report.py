@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -111,7 +111,8 @@ class FinetuneReport(Callback):
         results, overall = _results(metrics, domains, again)
         report = self._describe(trainer, pl_module, trainer.ckpt_path)
         notes = list(report.notes)
-        errors = [f"The checkpoint in plain timm: {again.problem}."] if again.problem else []
+        problems = [again.problem] if again.problem else _other_accuracies(results)
+        errors = [f"The checkpoint in plain timm: {problem}." for problem in problems]
         if again.left_out:
             notes.append(f"The test of the checkpoint in plain timm: {again.left_out}.")
         if not torch.is_tensor(confusion):
@@ -137,9 +138,12 @@ class FinetuneReport(Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Here, because progress bars and Lightning's own table of results end after `on_test_end`.
+        # Here, because Lightning prints its own table of results after `on_test_end`.
         if self._news is None or self.path is None:
             return
+        if isinstance(trainer.progress_bar_callback, RichProgressBar):
+            # Its turn to end comes after ours, and it would print its last line below ours.
+            trainer.progress_bar_callback.teardown(trainer, pl_module, stage)
         if self._news.results:
             _print_results(self._news)
         path = self.path.resolve()
@@ -235,6 +239,19 @@ def _results(
         return results, DomainResult("all", overall)
     right = sum(n * accuracy for n, accuracy in zip(again.images, again.accuracies, strict=True))
     return results, DomainResult("all", overall, total, right / total, max(again.differences))
+
+
+def _other_accuracies(results: Sequence[DomainResult]) -> list[str]:
+    """Return a complaint where equal logits lead to another accuracy than the one that was logged."""
+    off = [
+        f"{result.domain} {100 * result.reloaded:.1f} % against {100 * result.accuracy:.1f} %"
+        for result in results
+        if result.accuracy is not None and result.reloaded is not None and result.images
+        # One image may fall to the other side by rounding; whole points do not.
+        if abs(result.reloaded - result.accuracy) * result.images > max(1.5, 0.005 * result.images)
+    ]
+    why = "its logits are the same, so what was logged is no share of right answers over all images and processes"
+    return [f"its accuracy is not the one that was logged ({', '.join(off)}); {why}"] if off else []
 
 
 def _class_names(trainer: pl.Trainer, pl_module: pl.LightningModule, classes: int) -> list[str]:

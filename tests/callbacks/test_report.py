@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -31,7 +31,7 @@ class Images(pl.LightningDataModule):
 
     batch_size = 6
     domains = DOMAINS
-    class_names = ["a", "b", "c", "$d_1$"]
+    class_names = ("a", "b", "c", "$d_1$")
 
     def loader(self, size: int, seed: int) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(seed)
@@ -161,7 +161,7 @@ def test_confusion_class_names_and_plan_are_those_of_the_run(main_job: Any) -> N
     report, _, module = main_job
     data = read(report)
     assert data["confusion"] == module.test_confusion.tolist()
-    assert data["class_names"] == Images.class_names
+    assert data["class_names"] == list(Images.class_names)
     layers = sum(isinstance(m, FrozenBatchNorm) for m in module.modules())
     assert data["batch_norm"] == f"{layers} x freeze, affine=merged"
     assert data["title"] == "test_resnet fine-tuned on Images"
@@ -230,7 +230,9 @@ def test_a_resumed_training_has_the_history_of_an_uninterrupted_one(tmp_path: Pa
         torch.manual_seed(0)
         report = FinetuneReport(str(tmp_path / "report"))
         saving = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
-        make_trainer(tmp_path, report, saving, max_epochs=epochs).fit(Classifier(), datamodule=Images(), ckpt_path=ckpt_path)
+        make_trainer(tmp_path, report, saving, max_epochs=epochs).fit(
+            Classifier(), datamodule=Images(), ckpt_path=ckpt_path
+        )
         return report
 
     train(2)
@@ -253,7 +255,7 @@ def test_a_second_training_does_not_inherit_the_history_of_the_first(tmp_path: P
 def test_a_test_of_a_checkpoint_alone_has_the_curves_of_its_training(main_job: Any, tmp_path: Path) -> None:
     trained, trainer, _ = main_job
     report = FinetuneReport(str(tmp_path))
-    alone = make_trainer(tmp_path, BatchNormConversion(), report)
+    alone = make_trainer(tmp_path, BatchNormConversion(Freeze(affine="merged")), report)
     alone.test(Classifier(), datamodule=Images(), ckpt_path=trainer.ckpt_path, verbose=False)
     history = read(report)["history"]
     assert history
@@ -290,7 +292,7 @@ def test_weights_that_come_from_no_file_are_not_reloaded_and_that_is_said(tmp_pa
 def test_the_check_can_be_switched_off_and_the_report_says_so(main_job: Any, tmp_path: Path) -> None:
     report = FinetuneReport(str(tmp_path), check_reload=False)
     ckpt_path = main_job[1].ckpt_path
-    trainer = make_trainer(tmp_path, BatchNormConversion(), report)
+    trainer = make_trainer(tmp_path, BatchNormConversion(Freeze(affine="merged")), report)
     trainer.test(Classifier(), datamodule=Images(), ckpt_path=ckpt_path, verbose=False)
     assert ["check_reload is false" in note for note in read(report)["notes"]] == [True]
 
@@ -304,13 +306,54 @@ def test_a_network_that_is_not_what_the_checkpoint_gives_is_an_error_and_a_warni
             self.net.fc.register_forward_hook(lambda module, args, output: output * 1.01)
 
     report = FinetuneReport(str(tmp_path))
-    trainer = make_trainer(tmp_path, BatchNormConversion(), report)
+    trainer = make_trainer(tmp_path, BatchNormConversion(Freeze(affine="merged")), report)
     with pytest.warns(UserWarning, match=r"logits differ from those of the trained network by more than 1e-04: noto"):
         trainer.test(Scaled(), datamodule=Images(), ckpt_path=main_job[1].ckpt_path, verbose=False)
     data = read(report)
     assert len(data["errors"]) == 1
     assert data["errors"][0] in report.path.read_text(encoding="utf-8").replace("&#x27;", "'")
     assert all(result["difference"] > 5e-3 for result in data["results"])
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16-true", 5e-2), ("bf16-mixed", 1e-4), ("64-true", 1e-4)])
+def test_the_check_holds_at_the_precision_of_the_training(tmp_path: Path, precision: str, tolerance: float) -> None:
+    report, saving = FinetuneReport(), ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer = make_trainer(
+        tmp_path, BatchNormConversion(Freeze(affine="merged")), report, saving, precision=precision, max_epochs=1
+    )
+    module = Classifier()
+    trainer.fit(module, datamodule=Images())
+    trainer.test(module, datamodule=Images(), ckpt_path="best", verbose=False)
+    data = read(report)
+    assert (data["tolerance"], data["errors"]) == (tolerance, [])
+    for result in data["results"]:
+        assert result["reloaded"] == pytest.approx(result["accuracy"], abs=1e-2)
+
+
+def test_averaged_weights_that_were_not_those_tested_are_told_apart(tmp_path: Path) -> None:
+    report, saving = FinetuneReport(), ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer = make_trainer(tmp_path, BatchNormConversion(), EMAWeightAveraging(decay=0.9), report, saving)
+    module = Classifier()
+    trainer.fit(module, datamodule=Images())
+    with pytest.warns(UserWarning, match="the weights in the file are the averaged ones"):
+        trainer.test(module, datamodule=Images(), ckpt_path="best", verbose=False)
+    alone = make_trainer(tmp_path, BatchNormConversion(), FinetuneReport(str(tmp_path / "alone")))
+    alone.test(Classifier(), datamodule=Images(), ckpt_path=saving.best_model_path, verbose=False)
+    assert read(alone.callbacks[1])["errors"] == []
+
+
+def test_a_logged_accuracy_that_is_none_is_found_out(main_job: Any, tmp_path: Path) -> None:
+    class Boasting(Classifier):
+        def test_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log(f"test_accuracy/{DOMAINS[dataloader_idx]}", torch.tensor(1.0), add_dataloader_idx=False)
+
+        def on_test_epoch_end(self) -> None:
+            pass
+
+    report = FinetuneReport(str(tmp_path))
+    trainer = make_trainer(tmp_path, BatchNormConversion(Freeze(affine="merged")), report)
+    with pytest.warns(UserWarning, match=r"its accuracy is not the one that was logged \(noto .* against 100\.0 %"):
+        trainer.test(Boasting(), datamodule=Images(), ckpt_path=main_job[1].ckpt_path, verbose=False)
 
 
 def test_a_checkpoint_that_plain_timm_refuses_is_an_error_and_the_report_is_written(
@@ -322,7 +365,7 @@ def test_a_checkpoint_that_plain_timm_refuses_is_an_error_and_the_report_is_writ
             self.hparams["backbone"] = "test_vit"
 
     report = FinetuneReport(str(tmp_path))
-    trainer = make_trainer(tmp_path, BatchNormConversion(), report)
+    trainer = make_trainer(tmp_path, BatchNormConversion(Freeze(affine="merged")), report)
     with pytest.warns(UserWarning, match="checkpoint in plain timm: BadData"):
         trainer.test(Renamed(), datamodule=Images(), ckpt_path=main_job[1].ckpt_path, verbose=False)
     data = read(report)
@@ -342,7 +385,7 @@ def test_the_check_looks_at_the_same_images_as_the_test_and_leaves_random_state_
             assert before[1] == [module.training for module in pl_module.modules()]
 
     report = Looking(str(tmp_path))
-    trainer = make_trainer(tmp_path, BatchNormConversion(), report, limit_test_batches=1)
+    trainer = make_trainer(tmp_path, BatchNormConversion(Freeze(affine="merged")), report, limit_test_batches=1)
     trainer.test(Classifier(), datamodule=Images(), ckpt_path=main_job[1].ckpt_path, verbose=False)
     data = read(report)
     assert [result["images"] for result in data["results"]] == [6, 6]
