@@ -35,6 +35,8 @@ class Trainer(pl.Trainer):
         datamodule: pl.LightningDataModule | None = None,
         format: Literal["text", "json"] = "text",
         output: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Show what would happen to each BatchNorm layer of the model, and why. Trains nothing.
 
@@ -43,6 +45,8 @@ class Trainer(pl.Trainer):
             datamodule: The data of the config; it is not read.
             format: A table to look at (text), or JSON.
             output: A file to write to instead of the terminal.
+            ckpt_path: Not read. It may be there so that the config.yaml that `fit` leaves can be planned again.
+            weights_only: As ckpt_path.
         """
         conversion = next(c for c in self.callbacks if isinstance(c, BatchNormConversion))  # type: ignore[attr-defined]
         model.configure_model()

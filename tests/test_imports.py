@@ -21,6 +21,7 @@ LEVELS: dict[str, float] = {
     "errors": 0,
     # 1: pure tensor maths
     "functional": 1,
+    "moments": 1,
     # 2: layers
     "layers.frozen": 2.0,
     "layers.live": 2.1,

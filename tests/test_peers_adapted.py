@@ -155,7 +155,7 @@ def test_under_autocast_half_precision_stays_half_precision(
     torch.testing.assert_close(y.double(), reference, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 @pytest.mark.parametrize("net", NETS)
 def test_converted_nets_trace_script_and_reload(net: str, affine: Affine) -> None:
     """detectron2 tests/test_export_torchscript.py: a net with frozen layers through a file, in training mode too."""

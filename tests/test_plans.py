@@ -354,7 +354,7 @@ def test_a_model_without_batch_norm_is_an_error_that_counts_what_it_has() -> Non
         fbn.plan(model, FREEZE)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 def test_a_model_that_is_wrapped_already_is_refused_by_name() -> None:
     wrapped = [torch.compile(Plain(), backend="eager"), nn.DataParallel(Plain()), torch.jit.script(Plain())]
     sharded = Plain()

@@ -292,4 +292,4 @@ def test_a_module_that_timm_does_not_have_is_an_error_that_lists_those_it_has(
 ) -> None:
     with pytest.raises(SystemExit):
         sweep(tmp_path / "sweep.json", "--modules", "resent")
-    assert "has no resent; it has a, b, c" in capsys.readouterr().err
+    assert "has no module resent; it has a, b, c" in capsys.readouterr().err

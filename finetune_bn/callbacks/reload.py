@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -82,7 +83,9 @@ def reload_and_test(trainer: pl.Trainer, pl_module: pl.LightningModule, domains:
     try:
         _fill(trainer, pl_module, recipe, counts, differences)
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
+        problem = f"{type(error).__name__}: {str(error).rstrip('.')}"
+        if not trainer.is_global_zero:  # the report is written elsewhere
+            warnings.warn(f"FinetuneReport, process {trainer.global_rank}: {problem}.", stacklevel=2)
     failed, counts, differences = _over_processes(trainer, bool(problem), counts, differences)
     if failed:
         return Reload(problem=problem or "it failed in another process, which says why")

@@ -573,7 +573,7 @@ def test_a_hook_that_changes_the_output_still_does(affine: Affine) -> None:
     torch.testing.assert_close(freeze(bn, affine)(x), batch_norm()(x) + 1)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_torchscript_scripts_and_traces_it(affine: Affine, mode: bool) -> None:
     frozen, x = freeze(batch_norm(), affine).train(mode), images().requires_grad_()

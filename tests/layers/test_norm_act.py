@@ -159,7 +159,7 @@ def test_compiles_without_a_graph_break(affine: Affine, mode: bool) -> None:
     assert torch.equal(torch.compile(frozen, backend="eager", fullgraph=True)(x), frozen(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 def test_torchscript_scripts_and_traces_it(affine: Affine) -> None:
     frozen, x = FrozenBatchNormAct2d.from_batch_norm(norm_act(drop_layer=None), affine), images()
     for module in (torch.jit.script(frozen), torch.jit.trace(frozen, x)):

