@@ -152,7 +152,7 @@ class Backbone(nn.Module):
             raise FinetuneBNError(complaint("output", output, "'features', 'logits', 'map'"))
         if policy is not None:
             policies.check_policy(policy)
-        self.name, self.weights, self.output = name, weights, output
+        self.name, self.weights, self.output, self.policy = name, weights, output, policy
         self._check_head(num_classes)
         extra = dict(timm_kwargs or {}) | ({} if global_pool is None else {"global_pool": global_pool})
         net = create_backbone(name, weights, num_classes=num_classes, in_chans=in_chans, **extra)
@@ -252,6 +252,9 @@ class Backbone(nn.Module):
         head = self.net.get_classifier()
         for layer in head if isinstance(head, tuple) else (head,):
             layer.to(like.device, like.dtype)
+        if self.policy is not None:  # levit and its like have BatchNorm in the head
+            self.plan = plan(self.net, self.policy, probe=False)
+            self.net = convert(self.net, self.plan)
 
     def _check_head(self, num_classes: int) -> None:
         if self.output == "logits" and num_classes == 0:

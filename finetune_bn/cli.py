@@ -45,7 +45,7 @@ class Trainer(pl.Trainer):
             datamodule: The data of the config; it is not read.
             format: A table to look at (text), or JSON.
             output: A file to write to instead of the terminal.
-            ckpt_path: Not read. It may be there so that the config.yaml that `fit` leaves can be planned again.
+            ckpt_path: Not read. It may be there so that the run_config.yaml that `fit` leaves can be planned again.
             weights_only: As ckpt_path.
         """
         conversion = next(c for c in self.callbacks if isinstance(c, BatchNormConversion))  # type: ignore[attr-defined]
@@ -75,7 +75,8 @@ class FinetuneBNCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_class=Trainer,
-            save_config_kwargs={"overwrite": True},
+            # A name of its own: without a logger it lands in the current folder, perhaps beside a config.yaml.
+            save_config_kwargs={"config_filename": "run_config.yaml", "overwrite": True},
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "finetune-bn",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 
 from finetune_bn.errors import (
     ConversionMismatch,
@@ -29,6 +32,13 @@ from finetune_bn.sites import find_batch_norms
 
 log = logging.getLogger("finetune_bn")
 
+# In float64, above what rounding leaves even of a network that amplifies it ten-million-fold, below any other cause.
+_ROUNDING = 1e-6
+
+
+class _OutputsDiffer(ConversionMismatch):
+    """The kind of mismatch that rounding alone could explain."""
+
 
 @dataclass(frozen=True)
 class _Swap:
@@ -46,8 +56,10 @@ def convert(model: nn.Module, policy: Policy | Plan, *, example_input: Any = Non
     All or nothing: everything is validated before the first layer is touched, and on any error the model is as it
     was. A conversion that claims the same function proves it: every new layer against the old one on random input,
     and the network against itself on `example_input` (timm models and Lightning modules with an `example_input_array`
-    need none), both in eval mode. Names, hooks, devices, dtypes, shared layers, `requires_grad` and the state-dict
-    keys stay. Converting again changes the policy of what was converted; the same plan twice changes nothing.
+    need none), both in eval mode; in float64 where the network amplifies the rounding of float32. Names, hooks,
+    devices, dtypes, shared layers, `requires_grad` and the state-dict keys stay. Converting again changes the policy
+    of what was converted; the same plan twice changes nothing.
+    Convert before the optimizer is made: `merged` trains Parameters of its own.
 
     Args:
         model: any module, before `torch.compile`, DDP or FSDP wrap it. A BatchNorm itself is replaced: use the
@@ -62,16 +74,17 @@ def convert(model: nn.Module, policy: Policy | Plan, *, example_input: Any = Non
         ConversionMismatch: the outputs would differ; the first layer that breaks them is named.
         FinetuneBNError: an argument is wrong.
     """
-    the_plan = policy if isinstance(policy, Plan) else plan(model, policy, example_input)
-    swaps = _build(model, the_plan)
-    return _swap(model, swaps, example_input, verify)
+    the_plan = (
+        policy if isinstance(policy, Plan) else plan(model, policy, example_input, probe=example_input is not None)
+    )
+    return _swap(model, lambda m: _build(m, the_plan), example_input, verify)
 
 
 def revert(model: nn.Module, *, example_input: Any = None, verify: bool = True) -> nn.Module:
     """Turn every converted layer of `model` back into the BatchNorm it was, with today's values, in place.
 
     Untouched layers come back bit for bit, trained ones compute the same function in eval mode. Call it on a part of
-    a model (`model.layer4`) to revert that part.
+    a model (`model.layer4`) to revert that part; a layer that the rest of the model shares stays converted there.
 
     Args:
         model: a module with converted layers; a converted root is replaced: use the returned module.
@@ -82,18 +95,21 @@ def revert(model: nn.Module, *, example_input: Any = None, verify: bool = True) 
         NoBatchNormMatched: nothing in the model was converted.
     """
     check_model(model)
-    swaps = []
-    for name, module in model.named_modules():
-        if isinstance(module, FrozenBatchNorm):
-            bn = module.to_batch_norm()
-            swaps.append(_Swap(name, module, bn, _releaser(bn) if is_held(bn) else None))
-        elif is_held(module):
-            swaps.append(_Swap(name, module, module, _releaser(module)))
-    if not swaps:
+    return _swap(model, _build_revert, example_input, verify)
+
+
+def _build_revert(model: nn.Module) -> list[_Swap]:
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, FrozenBatchNorm) or is_held(m)]
+    if not layers:
         raise NoBatchNormMatched(
             complaint("model", type(model).__name__, "a model with layers that `convert` changed", "Nothing to revert.")
         )
-    return _swap(model, swaps, example_input, verify)
+    return [_Swap(name, layer, *_keep(layer, Keep())) for name, layer in layers]
+
+
+def _keep(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
+    bn = _as_batch_norm(layer)
+    return bn, _releaser(bn) if is_held(bn) else None
 
 
 def _freeze(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
@@ -112,7 +128,7 @@ def _hold(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], Non
 
 
 _BUILDERS: dict[type[Policy], Callable[[nn.Module, Policy], tuple[nn.Module, Callable[[], None] | None]]] = {
-    Keep: lambda layer, policy: (layer, None),
+    Keep: _keep,
     Freeze: _freeze,
     FreezeAffine: _hold,
     NormalizeOnly: _hold,
@@ -178,21 +194,29 @@ def _releaser(module: nn.Module) -> Callable[[], None]:
     return release
 
 
-def _swap(model: nn.Module, swaps: Sequence[_Swap], example_input: Any, verify: bool) -> nn.Module:
+def _swap(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_input: Any, verify: bool) -> nn.Module:
     """Put the new layers in place; where outputs must stay the same and do not, put the old ones back and raise."""
+    swaps = build(model)
     replacements = [(swap.old, swap.new) for swap in swaps if swap.new is not swap.old]
-    proofs: list[tuple[Probe, list[Tensor]]] = []
+    proofs: list[_Proof] = []
     if verify and replacements and can_run(model):
         for swap in swaps:
             _prove_layer(swap)
-        proofs = _run_probes(model, find_probes(model, example_input))
+        proofs = _run_probes(model, find_probes(model, example_input), [old for old, _ in replacements])
     converted = _replace(model, replacements)
     try:
-        for probe, before in proofs:
-            _prove_network(converted, probe, before, replacements)
-    except BaseException:
+        # An old layer that the model still holds somewhere must not take the probe for a training batch.
+        with contextlib.ExitStack() as stack:
+            for old, _ in replacements:
+                stack.enter_context(quietly(old))
+            for proof in proofs:
+                _prove_network(converted, proof, replacements)
+    except BaseException as error:
         _replace(converted, [(new, old) for old, new in replacements])
-        raise
+        if not isinstance(error, _OutputsDiffer) or not _is_rounding(model, build, example_input):
+            raise
+        log.warning("the same function, proven in float64; this network amplifies float32 rounding: %s", error)
+        converted = _replace(model, replacements)
     for swap in swaps:
         if swap.then is not None:
             swap.then()
@@ -209,17 +233,30 @@ def _replace(model: nn.Module, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> 
     return new_of.get(id(model), model)
 
 
-def _run_probes(model: nn.Module, probes: Sequence[Probe]) -> list[tuple[Probe, list[Tensor]]]:
+@dataclass(frozen=True)
+class _Proof:
+    """What the network returned before the conversion, and which of the layers that go ran for it."""
+
+    probe: Probe
+    before: list[Tensor]
+    ran: frozenset[int]
+
+
+def _run_probes(model: nn.Module, probes: Sequence[Probe], layers: Sequence[nn.Module]) -> list[_Proof]:
     results = []
     for probe in probes:
         try:
-            results.append((probe, probe.run(model)))
+            outputs = probe.run(model)
+            ran = frozenset(_layer_outputs(model, probe, layers))
+            results.append(_Proof(probe, outputs, ran))
+            if not outputs:
+                log.warning("no proof on the whole network, layer by layer only: it returned no tensors that are found")
         except Exception as error:
             if probe.given:
                 raise
             log.warning(
-                "no proof on the whole network, layer by layer only: the input size in its pretrained_cfg does not fit "
-                "(%s). Pass example_input.",
+                "no proof on the whole network, layer by layer only: its example_input_array, or the input size in its "
+                "pretrained_cfg, does not fit (%s). Pass example_input.",
                 error.__cause__,
             )
     if not probes:
@@ -253,9 +290,26 @@ def _takes(layer: nn.Module, dims: int) -> bool:
     return True
 
 
-def _prove_network(
-    model: nn.Module, probe: Probe, before: list[Tensor], replacements: Sequence[tuple[nn.Module, nn.Module]]
-) -> None:
+def _is_rounding(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_input: Any) -> bool:
+    """Tell whether the same conversion of a float64 copy gives equal outputs, so that only rounding differed."""
+    if not any(p.dtype == torch.float32 for p in model.parameters()):
+        return False
+    try:
+        wide = copy.deepcopy(model).double()
+        probes = find_probes(wide, tree_map_only(Tensor, _double, example_input))
+        before = [probe.run(wide) for probe in probes]
+        wide = _replace(wide, [(swap.old, swap.new) for swap in build(wide)])
+        return all(distance(p.run(wide), b) <= _ROUNDING for p, b in zip(probes, before, strict=True))
+    except Exception:  # a network that cannot be copied, or computes in float32 alone, is left to its first verdict
+        return False
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _prove_network(model: nn.Module, proof: _Proof, replacements: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+    probe, before = proof.probe, proof.before
     try:
         after = probe.run(model)
     except FinetuneBNError as error:
@@ -263,12 +317,21 @@ def _prove_network(
             f"the network: it took the probe input before, and with the new layers it raises {error.__cause__!r}. "
             "Nothing was changed. Leave the layers it asks about out by a rule with Keep(), or report it."
         ) from error
-    dtype = next((t.dtype for t in before if t.is_floating_point()), torch.float32)
+    names = {id(module): name or "(root)" for name, module in model.named_modules()}
+    new_outputs = _layer_outputs(model, probe, [new for _, new in replacements])
+    lost = [names[id(replacements[i][1])] for i in sorted(proof.ran - new_outputs.keys())]
+    if lost:
+        raise ConversionMismatch(
+            f"the network: layers {lost} ran before, and do not run after they were replaced. The model also holds "
+            "them outside of its modules (a list, a closure), where the old ones would go on. Nothing was changed."
+        )
+    # The widest of the dtypes in play: a bfloat16 network may return float32.
+    statistics: list[Tensor] = [old.get_buffer("running_mean") for old, _ in replacements]
+    dtypes = {t.dtype for t in [*before, *statistics]} & TOLERANCE.keys()
+    dtype = max(dtypes, key=lambda dtype: TOLERANCE[dtype], default=torch.float32)
     off = distance(after, before)
     if off <= TOLERANCE[dtype]:
         return
-    names = {id(module): name or "(root)" for name, module in model.named_modules()}
-    new_outputs = _layer_outputs(model, probe, [new for _, new in replacements])
     model = _replace(model, [(new, old) for old, new in replacements])
     old_outputs = _layer_outputs(model, probe, [old for old, _ in replacements])
     _replace(model, replacements)
@@ -285,7 +348,11 @@ def _layer_outputs(model: nn.Module, probe: Probe, layers: Sequence[nn.Module]) 
     outputs: dict[int, list[Tensor]] = {}
 
     def hook(i: int) -> Callable[..., None]:
-        return lambda module, args, output: outputs.setdefault(i, []).append(output.detach().clone())
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            if module is layers[i]:  # an old layer and its new one share their hooks
+                outputs.setdefault(i, []).append(output.detach().clone())
+
+        return keep
 
     handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
     try:
@@ -298,7 +365,7 @@ def _layer_outputs(model: nn.Module, probe: Probe, layers: Sequence[nn.Module]) 
 
 def _check(off: float, dtype: torch.dtype, where: str) -> None:
     if not off <= TOLERANCE[dtype]:
-        raise ConversionMismatch(
+        raise _OutputsDiffer(
             f"{where}: outputs before and after differ by {off:.2g} of the largest value; allowed for {dtype}: "
             f"{TOLERANCE[dtype]:.0e}. Nothing was changed. Leave the layer out by a rule with Keep(), or report it."
         )

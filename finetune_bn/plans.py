@@ -134,7 +134,7 @@ class Plan:
         return "\n".join([f"{self.model}: {total}", top, "-" * len(top), *lines])
 
 
-def plan(model: nn.Module, policy: Policy, example_input: Any = None) -> Plan:
+def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: bool = True) -> Plan:
     """Tell what `convert(model, policy)` would do to each BatchNorm layer; the model is not changed.
 
     Args:
@@ -142,6 +142,7 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None) -> Plan:
         policy: a policy such as `Freeze(affine="none")`, or `Rules`.
         example_input: a tensor, tuple or dict that `model.forward` takes, to find out what feeds each layer. Not
             needed for timm models, nor for Lightning modules with an `example_input_array`.
+        probe: False does not run the model, and leaves out what feeds each layer.
 
     Raises:
         NoBatchNormMatched: the model has no BatchNorm, or a rule applies to no layer.
@@ -159,7 +160,9 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None) -> Plan:
         )
     rules = policy.rules if isinstance(policy, Rules) else (Rule(policy, name="*"),)
     choices = _choose(model, sites, [rule for rule in rules if isinstance(rule, Rule)])
-    probes = find_probes(model, example_input) if can_run(model) else []  # running a lazy layer would initialize it
+    probes = (
+        find_probes(model, example_input) if probe and can_run(model) else []
+    )  # running a lazy layer would initialize it
     positions = locate(model, sites, probes) if probes else {}
     rows = [
         _row(site, rule, positions.get(site.names[0], ""), named_rule=isinstance(policy, Rules))
@@ -177,8 +180,14 @@ def check_model(model: object) -> None:
         raise FinetuneBNError(complaint("model", model, "a torch.nn.Module"))
     late = "Convert first, wrap afterwards."
     wrappers = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}
-    if wrappers & {c.__name__ for c in type(model).__mro__} or isinstance(model, torch.jit.ScriptModule):
-        raise FinetuneBNError(complaint("model", type(model).__name__, "the module before it is wrapped", late))
+    for name, part in model.named_modules():
+        found = wrappers & {c.__name__ for c in type(part).__mro__}
+        # A compiled part compiles anew when it next runs; what DDP and FSDP know of their parts is final.
+        if (found and (not name or found != {"OptimizedModule"})) or (
+            not name and isinstance(part, torch.jit.ScriptModule)
+        ):
+            given = f"{type(part).__name__}{f' as {name}' if name else ''}"
+            raise FinetuneBNError(complaint("model", given, "the module before it is wrapped", late))
 
 
 def refusal(bn: nn.Module, policy: Policy) -> str | None:

@@ -27,7 +27,10 @@ class Policy:
 
 @dataclass(frozen=True)
 class Keep(Policy):
-    """Leave the layer as it is: batch statistics in training. For large, i.i.d. batches."""
+    """BatchNorm as PyTorch has it: batch statistics in training. For large, i.i.d. batches.
+
+    A layer that was converted earlier is reverted.
+    """
 
     def describe(self) -> str:
         """Return the policy in a few words, for tables."""

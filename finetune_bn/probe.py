@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,7 +52,7 @@ class Probe:
                         f"The model said: {type(error).__name__}: {error}",
                     )
                 ) from error
-        return [leaf.detach() for leaf in tree_leaves(output) if torch.is_tensor(leaf)]
+        return _tensors(output)
 
     def call(self, model: nn.Module) -> Any:
         """Call the probed module of `model`; on a copy of the input, which models may change in place."""
@@ -63,15 +65,23 @@ def find_probes(model: nn.Module, example_input: Any = None) -> list[Probe]:
 
     Args:
         model: the model to probe.
-        example_input: a tensor, a tuple of positional or a dict of keyword arguments. None looks for Lightning's
-            `example_input_array` and for the input size in the `pretrained_cfg` of timm models, however deep.
+        example_input: a tensor (or anything else that is one argument), a tuple of positional or a dict of keyword
+            arguments. None looks for Lightning's `example_input_array` and for the input size in the
+            `pretrained_cfg` of timm models, however deep.
     """
-    if example_input is None:
-        example_input = getattr(model, "example_input_array", None)
+    given = example_input is not None
+    if not given and getattr(model, "example_input_array", None) is not None:
+        # It was meant for a summary: it need not be where the model is now, nor of its dtype.
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        example_input = tree_map_only(
+            Tensor,
+            lambda t: t.to(like.device, like.dtype) if t.is_floating_point() else t.to(like.device),
+            model.example_input_array,
+        )
     if example_input is not None:
         if isinstance(example_input, dict):
-            return [Probe("", kwargs=example_input)]
-        return [Probe("", tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,))]
+            return [Probe("", kwargs=example_input, given=given)]
+        return [Probe("", example_input if isinstance(example_input, tuple) else (example_input,), given=given)]
     probes: list[Probe] = []
     for name, module in model.named_modules():
         config = getattr(module, "pretrained_cfg", None)
@@ -98,24 +108,44 @@ def quietly(model: nn.Module) -> Iterator[None]:
     The modes are set flag by flag: a model's own `train()` may do more than flip them. What modules remember of a
     forward pass (timm's levit and its kin keep attention biases in eval mode) is forgotten: weights may yet be loaded.
     """
-    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]
+    plain = [module for module, _ in modes if not isinstance(module, torch.jit.ScriptModule)]
+    before = [(module, dict(vars(module)), _contents(module)) for module in plain]
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[d.index or 0 for d in devices]))
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", *(d.type for d in devices)}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        torch.manual_seed(0)
+        if "torch._dynamo" in sys.modules:  # else nothing was compiled, and asking for it would import it
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # Not torch.manual_seed: that one seeds all devices, also those whose state is not restored here.
+        torch.default_generator.manual_seed(0)
+        for device in devices:
+            torch.cuda.default_generators[device.index or 0].manual_seed(0)
         try:
-            for module, _, _ in before:
+            for module, _ in modes:
                 module.training = False
             yield
         finally:
+            for module, mode in modes:
+                module.training = mode
             for module, attributes, contents in before:
                 vars(module).clear()
                 vars(module).update(attributes)
                 for name, content in contents.items():
                     _refill(attributes[name], content)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Return the tensors in what a model returned, those in dataclasses included."""
+    tensors: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if torch.is_tensor(leaf):
+            tensors.append(leaf.detach())
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            tensors += _tensors([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+    return tensors
 
 
 def _contents(module: nn.Module) -> dict[str, dict[Any, Any]]:

@@ -128,7 +128,7 @@ def locate(model: nn.Module, sites: Sequence[BatchNormSite], probes: Sequence[Pr
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return next(module.children(), None) is None
+    return next(module.children(), None) is None and not isinstance(module, torch.jit.ScriptModule)
 
 
 def _role(module: nn.Module) -> str:

@@ -228,7 +228,7 @@ class ImageClassification(pl.LightningModule):
         # Lightning does not ask the callbacks where only weights are saved, and a plan that was loaded may have no
         # callback here that would save it again.
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        plans = [c.state_dict() for c in callbacks if isinstance(c, BatchNormConversion)]
+        plans = [c.saved_plan() for c in callbacks if isinstance(c, BatchNormConversion)]
         the_plan = next(filter(None, plans), self._loaded_plan)
         if the_plan is not None:
             checkpoint.setdefault(CHECKPOINT_KEY, the_plan)

@@ -160,8 +160,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "nets": len(checked),
         "layers": layers,
         "kinds": dict(kinds.most_common()),
-        "largest_eval_difference_none_shift_original": largest("eval", lambda affine: affine != "merged"),
+        "largest_eval_difference_none_shift_original": largest("eval", lambda affine: "merged" not in affine),
         "largest_eval_difference_merged": largest("eval", lambda affine: affine == "merged"),
+        "largest_eval_difference_merged_in_float64": largest("eval", lambda affine: affine == "merged in float64"),
         "largest_train_eval_difference": largest("train", lambda affine: True),
         "largest_gradient_difference": largest("gradient", lambda affine: True),
         "other_randomness": sorted(f"{r['model']}: {', '.join(r['random'])}" for r in checked if r.get("random")),
@@ -181,7 +182,7 @@ def module_of(row: dict[str, Any]) -> str:
 def table(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
     """Return the results as a Markdown page."""
     header = ["module", "net", "million parameters", "BN layers", "kinds"]
-    header += ["none, shift, original", "merged", "train", "gradient", "result"]
+    header += ["none, shift, original", "merged", "merged, float64", "train", "gradient", "result"]
     lines = [
         f"# {summary['line']}",
         "",
@@ -212,8 +213,9 @@ def table_cells(row: dict[str, Any]) -> list[str]:
     off = row.get("difference", {})
     in_eval = off.get("eval", {})
     figures = [
-        [v for k, v in in_eval.items() if k != "merged"],
+        [v for k, v in in_eval.items() if "merged" not in k],
         [v for k, v in in_eval.items() if k == "merged"],
+        [v for k, v in in_eval.items() if k == "merged in float64"],
         list(off.get("train", {}).values()),
         list(off.get("gradient", {}).values()),
     ]

@@ -131,7 +131,7 @@ RULES = '{"class_path": "Rules", "init_args": {"rules": [%s]}}'
         (("--data.targt", "category"), "data: EmojiData has no 'targt'. Did you mean target?"),
         (("--data.batchsize", "4"), "data: EmojiData has no 'batchsize'. Did you mean batch_size"),  # of its parent
         (("--batchnorm.policy", "Keep"), "There is no 'batchnorm.policy'. Did you mean batch_norm.policy"),
-        (("--ckpt", "x"), "There is no 'ckpt'. Did you mean ckpt_path?"),
+        (("--checkpoint_path", "x"), "There is no 'checkpoint_path'. Did you mean ckpt_path?"),
         # values
         (("--data.batch_size", "four"), "data.batch_size: got 'four'; allowed: int."),
         (("--data.batch_size", "0"), "batch_size: got 0; allowed: an integer of at least 1."),

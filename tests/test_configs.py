@@ -179,7 +179,7 @@ def test_fit_trains_and_tests_and_leaves_checkpoint_metrics_config_and_report(qu
     names = {"test_accuracy", *(f"test_accuracy/{vendor}" for vendor in ("noto", "twemoji", "fluent"))}
     assert names <= trainer.callback_metrics.keys()
     files = {path.relative_to(quickstart.log_dir).as_posix() for path in quickstart.log_dir.rglob("*.*")}
-    assert {"metrics.csv", "config.yaml", "report/report.html", "report/report.json"} <= files
+    assert {"metrics.csv", "run_config.yaml", "report/report.html", "report/report.json"} <= files
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
@@ -218,10 +218,18 @@ def test_fit_goes_on_from_a_checkpoint(quickstart: Trained, tmp_path: Path) -> N
     assert torch.equal(*(state["state_dict"]["net.bn1.running_mean"] for state in (before, after)))
 
 
-def test_the_config_beside_a_checkpoint_repeats_the_run(
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict", "plan"])
+def test_the_config_beside_a_checkpoint_is_one_for_every_verb(quickstart: Trained, verb: str) -> None:
+    config = str(quickstart.log_dir / "run_config.yaml")
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--config", config, "--print_config"])
+    assert caught.value.code == 0
+
+
+def test_the_config_beside_a_checkpoint_repeats_the_plan(
     quickstart: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["plan", "--config", str(quickstart.log_dir / "config.yaml")])
+    main(["plan", "--config", str(quickstart.log_dir / "run_config.yaml")])
     assert capsys.readouterr().out.startswith("ImageClassification: 13 x freeze, affine=none\n")
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import finetune_bn as fbn
+import finetune_bn.layers.frozen as frozen_layers
 from finetune_bn.errors import ConversionMismatch, FinetuneBNError, NoBatchNormMatched, UnsupportedLayer
-from finetune_bn.functional import TOLERANCE
+from finetune_bn.functional import TOLERANCE, canonicalize
 from finetune_bn.layers import FrozenBatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d
 from finetune_bn.layers.frozen import AFFINE_KINDS, LEARNABLE, Affine
 from finetune_bn.layers.live import is_held
@@ -552,7 +553,8 @@ def test_models_of_timm_are_proven_without_an_example_input(caplog: pytest.LogCa
         assert "no proof" not in caplog.text
         model.pretrained_cfg = {"input_size": (1, 16, 16)}
         fbn.revert(model)
-    assert "no proof on the whole network, layer by layer only: the input size in its pretrained_cfg" in caplog.text
+    assert "no proof on the whole network, layer by layer only" in caplog.text
+    assert "the input size in its pretrained_cfg, does not fit" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="finetune_bn"):
         fbn.convert(build("plain")[0], fbn.Freeze())
@@ -703,3 +705,98 @@ def test_torchvisions_frozen_layer_keeps_more_than_live_batch_norm_under_autocas
     if ops.FrozenBatchNorm2d(3)(torch.ones(1, 3, 1, 1, dtype=torch.bfloat16)).dtype == torch.bfloat16:
         pytest.skip("this torchvision keeps the dtype")
     assert kept(model, autocast=True) > 1.3 * live_bytes[True]
+
+
+# ---- what a review found
+
+
+def test_keep_turns_a_converted_layer_back() -> None:
+    model, x = build("plain")
+    before = copy.deepcopy(model.state_dict())
+    kinds = [type(m) for m in model.modules()]
+    for policy in (fbn.Freeze("merged"), fbn.FreezeAffine()):
+        model = fbn.convert(fbn.convert(model, policy, example_input=x), fbn.Keep(), example_input=x)
+        assert [type(m) for m in model.modules()] == kinds
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_that_is_also_held_outside_of_the_modules_is_noticed_and_nothing_changes() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+            self.listed = [self.bn]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.listed[0](x)
+
+    model, x = Hidden().train(), torch.randn(2, 3, 4, 4)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConversionMismatch, match=r"layers \['bn'\] ran before, and do not run"):
+        fbn.convert(model, fbn.Freeze(), example_input=x)
+    assert isinstance(model.bn, nn.BatchNorm2d)
+    assert model.bn.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_network_that_amplifies_rounding_is_proven_in_float64(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off_by_one_bit(*values: Any) -> tuple[torch.Tensor, ...]:
+        weight, *rest = canonicalize(*values)
+        return (torch.nextafter(weight, weight + 1), *rest)
+
+    monkeypatch.setattr(frozen_layers, "canonicalize", off_by_one_bit)
+
+    class Chaotic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(512)
+            nn.init.uniform_(self.bn.weight, 0.5, 2)
+            nn.init.uniform_(self.bn.running_mean, -1, 1)
+            nn.init.uniform_(self.bn.running_var, 0.5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sin(1e5 * self.bn(x))
+
+    model, x = Chaotic(), torch.randn(8, 512)
+    fbn.convert(model, fbn.Freeze("merged"), example_input=x)
+    assert "proven in float64" in caplog.text
+    assert model.bn.affine_kind == "merged"
+    # What is no rounding does not pass for it.
+    monkeypatch.setattr(frozen_layers, "canonicalize", lambda w, *rest: (w * 1.001, *canonicalize(w, *rest)[1:]))
+    with pytest.raises(ConversionMismatch):
+        fbn.convert(Chaotic(), fbn.Freeze("merged"), example_input=x)
+
+
+def test_a_bfloat16_network_that_returns_float32_is_judged_as_bfloat16() -> None:
+    class Returns32(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, _ = build("plain")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x).float()
+
+    _, x = build("plain")
+    model = Returns32().bfloat16()
+    fbn.convert(model, fbn.Freeze("merged"), example_input=x.bfloat16())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+def test_converting_leaves_every_random_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    model, x = build("plain")
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    state = torch.random.get_rng_state()
+    fbn.convert(model, fbn.Freeze(), example_input=x)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert seeded == []
+
+
+def test_a_part_wrapped_for_several_processes_is_refused_by_name() -> None:
+    model, _ = build("plain")
+    whole = nn.Sequential(nn.DataParallel(model))
+    with pytest.raises(FinetuneBNError, match=r"model: got 'DataParallel as 0'"):
+        fbn.convert(whole, fbn.Freeze())

@@ -40,7 +40,7 @@ class Remembers(nn.Module):
         return super().train(mode)
 
 
-@pytest.mark.parametrize("given", [torch.ones(2, 3), (torch.ones(2, 3),), [torch.ones(2, 3)], {"x": torch.ones(2, 3)}])
+@pytest.mark.parametrize("given", [torch.ones(2, 3), (torch.ones(2, 3),), {"x": torch.ones(2, 3)}])
 def test_an_example_input_may_be_a_tensor_a_tuple_or_keywords(given: Any) -> None:
     (probe,) = find_probes(Remembers(), given)
     assert (probe.name, probe.given) == ("", True)

@@ -28,7 +28,6 @@ SAMPLE = {
     "cspnet": "cs3darknet_focus_s",
     "cspnext": "cspnext_tiny",
     "dla": "dla46x_c",
-    "efficientformer_v2": "efficientformerv2_s0",
     "efficientnet": "test_efficientnet",
     "efficientvit_mit": "efficientvit_b0",
     "efficientvit_msra": "efficientvit_m0",
@@ -51,9 +50,7 @@ SAMPLE = {
     "senet": "legacy_seresnet18",
     "shvit": "shvit_s1",
     "starnet": "starnet_s050",
-    "swiftformer": "swiftformer_xs",
     "vovnet": "ese_vovnet19b_slim_dw",
-    "xcit": "xcit_nano_12_p8_224",
 }
 FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {}
 

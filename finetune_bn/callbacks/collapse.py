@@ -37,6 +37,12 @@ class CollapseWatch:
         self._stance: Any = None
         self._images: deque[Tensor] = deque(maxlen=_IMAGES)
 
+    def reset(self) -> None:
+        """Forget what was seen: a new run begins."""
+        self.detach()
+        self.collapsed, self.spread, self._latest = False, None, None
+        self._images.clear()
+
     def before_batch(self, model: nn.Module | None, batch_idx: int) -> None:
         """Start looking, if it is this batch's turn."""
         self.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +14,10 @@ from torch import nn
 from typing_extensions import override
 
 from finetune_bn.callbacks.collapse import CollapseWatch
-from finetune_bn.convert import convert
+from finetune_bn.convert import convert, revert
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, complaint
-from finetune_bn.layers.live import is_held
 from finetune_bn.plans import Plan, plan
-from finetune_bn.policies import Freeze, Policy, check_policy
+from finetune_bn.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, check_policy
 from finetune_bn.sites import find_batch_norms
 
 CHECKPOINT_KEY = "finetune_bn"
@@ -58,7 +58,7 @@ class BatchNormConversion(Callback):
         self.verify = verify
         self.plan: Plan | None = None
         self.watch = CollapseWatch(watch_every_n_steps)
-        self._intercepted: list[tuple[pl.LightningModule, str]] = []
+        self._intercepted: list[tuple[pl.LightningModule, str, Any]] = []
 
     @property
     def collapsed(self) -> bool:
@@ -68,6 +68,7 @@ class BatchNormConversion(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         _check_order(trainer.callbacks, self)  # type: ignore[attr-defined]
+        self.plan = None  # the callback may have served another module before
         has_layers = bool(find_batch_norms(self._target(pl_module) or nn.Module()))
         if has_layers:
             self._convert(pl_module)
@@ -78,6 +79,7 @@ class BatchNormConversion(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.watch.reset()
         self._started(pl_module)
 
     @override
@@ -135,14 +137,14 @@ class BatchNormConversion(Callback):
         self._release()
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.plan is None else {"plan": self.plan.to_dict(), "module": self.module}
-
-    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[CHECKPOINT_KEY] = self.state_dict()
+        checkpoint[CHECKPOINT_KEY] = self.saved_plan()
+
+    def saved_plan(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps for `replay`; empty where nothing was converted yet."""
+        return {} if self.plan is None else {"plan": self.plan.to_dict(), "module": self.module}
 
     def target(self, pl_module: pl.LightningModule) -> nn.Module:
         """Return the part of the module that is converted.
@@ -165,9 +167,7 @@ class BatchNormConversion(Callback):
             return None
 
     def _convert(self, pl_module: pl.LightningModule) -> None:
-        target = self.target(pl_module)
-        self.plan = plan(target, self.policy)
-        self._apply(pl_module, target, self.plan)
+        self._apply(pl_module, plan(self.target(pl_module), self.policy, probe=False))
 
     def _convert_new(self, pl_module: pl.LightningModule) -> None:
         """Convert what the module has built since its layers were converted, if it has built any."""
@@ -175,11 +175,10 @@ class BatchNormConversion(Callback):
         if not {site.names for site in find_batch_norms(self.target(pl_module))} <= known:
             self._convert(pl_module)
 
-    def _apply(self, pl_module: pl.LightningModule, target: nn.Module, the_plan: Plan) -> None:
-        converted = convert(target, the_plan, verify=self.verify)
-        if converted is not target:
-            parent, _, name = (self.module or "").rpartition(".")
-            setattr(pl_module.get_submodule(parent), name, converted)
+    def _apply(self, pl_module: pl.LightningModule, the_plan: Plan) -> None:
+        _check_sharing(pl_module, self.module or "")
+        _carry_out(pl_module, self.module or "", lambda target: convert(target, the_plan, verify=self.verify))
+        self.plan = the_plan
         rank_zero_info(f"BatchNormConversion: {str(the_plan).splitlines()[0]}")
         for row in the_plan.rows:
             if row.policy is None:
@@ -187,7 +186,7 @@ class BatchNormConversion(Callback):
 
     def _replay(self, checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> None:
         state = checkpoint.get(CHECKPOINT_KEY)
-        if not state or state == self.state_dict():
+        if not state or state == self.saved_plan():
             return
         saved = Plan.from_dict(state["plan"])
         if self.plan is not None and [r.policy for r in saved.rows] != [r.policy for r in self.plan.rows]:
@@ -196,12 +195,12 @@ class BatchNormConversion(Callback):
                 f"({self.policy.describe()}); the checkpoint's is replayed:\n{str(saved).splitlines()[0]}\n"
                 "To train from its weights under a new policy, load the weights and do not pass ckpt_path."
             )
+        with contextlib.suppress(NoBatchNormMatched):  # what the checkpoint did not convert is not to stay converted
+            _carry_out(pl_module, self.module or "", lambda target: revert(target, verify=False))
         self.module = state["module"]
-        target = self._target(pl_module)
-        if target is None:
+        if self._target(pl_module) is None:
             raise NoBatchNormMatched(complaint("ckpt_path", self.module, "a checkpoint of the same LightningModule"))
-        self.plan = saved
-        self._apply(pl_module, target, saved)
+        self._apply(pl_module, saved)
 
     def _started(self, pl_module: pl.LightningModule) -> None:
         """The network stands and is loaded: a conversion that never happened must not go unnoticed."""
@@ -211,10 +210,14 @@ class BatchNormConversion(Callback):
 
     def _hold_again(self, pl_module: pl.LightningModule) -> None:
         """Hold what another callback has set free: gamma and beta of a live BN stay Parameters, so it can."""
+        rows = self.plan.rows if self.plan is not None else ()
+        # By name: SyncBatchNorm conversion has made other modules of them.
+        held = [row.names[0] for row in rows if isinstance(row.policy, (FreezeAffine, NormalizeOnly))]
         freed = []
-        for name, layer in (self._target(pl_module) or pl_module).named_modules():
-            if is_held(layer) and any(p.requires_grad for p in layer.parameters(recurse=False)):
-                for parameter in layer.parameters(recurse=False):
+        for name in held:
+            parameters = list(self.target(pl_module).get_submodule(name).parameters(recurse=False))
+            if any(parameter.requires_grad for parameter in parameters):
+                for parameter in parameters:
                     parameter.requires_grad_(False)
                 freed.append(name)
         if freed:
@@ -232,6 +235,7 @@ class BatchNormConversion(Callback):
     ) -> None:
         """Run our part before or after a hook of the module, for as long as the Trainer sets up."""
         original = getattr(pl_module, name)
+        own = pl_module.__dict__.get(name)
 
         def hook(*args: Any, **kwargs: Any) -> Any:
             if before is not None:
@@ -242,12 +246,14 @@ class BatchNormConversion(Callback):
             return result
 
         pl_module.__dict__[name] = hook
-        self._intercepted.append((pl_module, name))
+        self._intercepted.append((pl_module, name, own))
 
     def _release(self) -> None:
         while self._intercepted:
-            pl_module, name = self._intercepted.pop()
+            pl_module, name, own = self._intercepted.pop()
             pl_module.__dict__.pop(name, None)
+            if own is not None:
+                pl_module.__dict__[name] = own
 
 
 def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
@@ -266,17 +272,42 @@ def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
     state = checkpoint.get(CHECKPOINT_KEY)
     if not state:
         return False
-    target = pl_module.get_submodule(state["module"] or "")
-    converted = convert(target, Plan.from_dict(state["plan"]), verify=False)
-    if converted is not target:
-        parent, _, name = state["module"].rpartition(".")
-        setattr(pl_module.get_submodule(parent), name, converted)
+    the_plan = Plan.from_dict(state["plan"])
+    _carry_out(pl_module, state["module"] or "", lambda target: convert(target, the_plan, verify=False))
     return True
+
+
+def _carry_out(pl_module: pl.LightningModule, path: str, change: Callable[[nn.Module], nn.Module]) -> None:
+    """Change the part at `path`; where that replaces it (it is a BatchNorm itself), put the new one in its place."""
+    target = pl_module.get_submodule(path)
+    changed = change(target)
+    if changed is not target:
+        parent, _, name = path.rpartition(".")
+        setattr(pl_module.get_submodule(parent), name, changed)
+
+
+def _check_sharing(pl_module: pl.LightningModule, path: str) -> None:
+    """Raise where a layer to be converted is also held outside of the part: there the old one would go on."""
+    inside = {id(site.module): site.names[0] for site in find_batch_norms(pl_module.get_submodule(path))}
+    for site in find_batch_norms(pl_module):
+        outside = [name for name in site.names if path and name != path and not name.startswith(f"{path}.")]
+        if outside and id(site.module) in inside:
+            given = f"{path!r}, whose layer {inside[id(site.module)]!r} is also {', '.join(outside)}"
+            raise FinetuneBNError(
+                complaint(
+                    "module", given, "a part that shares no BatchNorm with the rest", "Convert the whole by rules."
+                )
+            )
 
 
 def _check_order(callbacks: Sequence[Callback], own: Callback) -> None:
     """Weight averaging copies the module in its own `setup`: what is converted later is not in the copy."""
     before = callbacks[: callbacks.index(own)]
+    if any(isinstance(c, BatchNormConversion) for c in before):
+        allowed = "one BatchNormConversion (on the command line the section `batch_norm` is one)"
+        raise FinetuneBNError(
+            complaint("callbacks", [type(c).__name__ for c in callbacks], allowed, "Rules treat parts differently.")
+        )
     early = [type(c).__name__ for c in before if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
     if early:
         raise FinetuneBNError(

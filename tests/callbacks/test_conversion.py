@@ -416,3 +416,70 @@ def test_zero_never_looks(tmp_path: Path) -> None:
     callback = BatchNormConversion(watch_every_n_steps=0)
     trainer(tmp_path, callback).fit(Collapsed(lr=1e-12), loader())
     assert callback.watch.spread is None
+
+
+# ---- the callback and several runs
+
+
+def test_a_callback_that_served_another_module_converts_the_next_one(tmp_path: Path) -> None:
+    callback = BatchNormConversion()
+    for where in ("configure_model", "configure_model", "setup", "init"):
+        model = Foreign(where)
+        trainer(tmp_path, callback, epochs=1).fit(model, loader())
+        assert len(frozen(model)) == 2
+
+
+def test_collapse_is_judged_anew_in_each_run(tmp_path: Path) -> None:
+    callback = BatchNormConversion(watch_every_n_steps=1)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="has collapsed"):
+            trainer(tmp_path, callback).fit(Collapsed(lr=1e-12), loader())
+        trainer(tmp_path, callback).fit(Foreign(), loader())
+        assert not callback.collapsed
+
+
+@pytest.mark.parametrize(
+    ("saved_policy", "own_policy"),
+    [(fbn.Keep(), fbn.Freeze("original")), (fbn.Keep(), fbn.Freeze()), (fbn.Freeze(), fbn.Keep())],
+    ids=str,
+)
+def test_a_resumed_run_has_the_layers_of_its_checkpoint_whatever_it_asks_for(
+    saved_policy: fbn.Policy, own_policy: fbn.Policy, tmp_path: Path
+) -> None:
+    path, model = saved(tmp_path, saved_policy)
+    resumed = Foreign()
+    with pytest.warns(UserWarning, match="another policy than this run asks for"):
+        trainer(tmp_path, BatchNormConversion(own_policy), epochs=2).fit(resumed, loader(), ckpt_path=path)
+    assert [type(m) for m in resumed.modules()] == [type(m) for m in model.modules()]
+
+
+def test_two_conversions_in_one_trainer_are_one_clear_error(tmp_path: Path) -> None:
+    two = (BatchNormConversion(module="backbone"), BatchNormConversion())
+    with pytest.raises(FinetuneBNError, match=r"one BatchNormConversion.*Rules treat parts differently"):
+        trainer(tmp_path, *two).fit(Foreign(), loader())
+
+
+def test_a_part_that_shares_a_layer_with_the_rest_is_refused(tmp_path: Path) -> None:
+    model = Foreign()
+    model.norm = model.backbone[1]
+    with pytest.raises(FinetuneBNError, match=r"module: got .*is also norm"):
+        trainer(tmp_path, BatchNormConversion(module="backbone")).fit(model, loader())
+    assert isinstance(model.norm, nn.BatchNorm2d)
+    trainer(tmp_path, BatchNormConversion(), epochs=1).fit(model, loader())
+    assert isinstance(model.norm, FrozenBatchNorm)
+    assert model.norm is model.backbone[1]
+
+
+def test_a_hook_that_the_user_set_on_the_module_itself_is_there_afterwards(tmp_path: Path) -> None:
+    model, calls = Foreign(), []
+    own = calls.append
+    model.on_load_checkpoint = own
+    trainer(tmp_path, BatchNormConversion(), epochs=1).fit(model, loader())
+    assert model.__dict__["on_load_checkpoint"] is own
+
+
+def test_an_example_input_array_of_the_wrong_size_does_not_stop_the_training(tmp_path: Path) -> None:
+    model = Foreign()
+    model.example_input_array = torch.zeros(1, 1, 4, 4)
+    trainer(tmp_path, BatchNormConversion(), epochs=1).fit(model, loader())
+    assert len(frozen(model)) == 2

@@ -567,6 +567,16 @@ def test_hooks_come_along_and_their_handles_still_remove_them(affine: Affine) ->
     assert use(frozen) == []
 
 
+@pytest.mark.parametrize("made_from", ["a BatchNorm", "nothing"])
+def test_hooks_put_on_the_frozen_layer_go_along_on_the_way_back(affine: Affine, made_from: str) -> None:
+    frozen = freeze(batch_norm(), affine) if made_from == "a BatchNorm" else FrozenBatchNorm2d(C, affine=affine)
+    calls: list[str] = []
+    frozen.register_forward_hook(lambda module, args, output: calls.append("forward"))
+    frozen.register_full_backward_hook(lambda module, grad_in, grad_out: calls.append("backward"))
+    frozen.to_batch_norm()(images().requires_grad_()).sum().backward()
+    assert calls == ["forward", "backward"]
+
+
 def test_a_hook_that_changes_the_output_still_does(affine: Affine) -> None:
     bn, x = batch_norm(), images()
     bn.register_forward_hook(lambda module, args, output: output + 1)
