@@ -241,6 +241,8 @@ def randomize(net: nn.Module, images: Tensor) -> None:
                 layer.weight.uniform_(0.5, 1.5)
             if layer.bias is not None:
                 layer.bias.normal_(0, 0.1)
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.random_(1, 1000)
         net.eval()
         net(torch.randn(8, *images.shape[1:]))
     for handle in handles:

@@ -238,7 +238,8 @@ def tolerated_rates(store: Store, batch: int = BATCHES[0], within: float = 3.0) 
                 means[lr] = fmean(values)
         if len(means) == len(RANGE_RUNGS):
             good = [lr for lr, value in means.items() if value >= max(means.values()) - within]
-            collapsed = sum(r["collapsed"] for r in store.rows if (r["arm"], r["batch"]) == (arm, batch))
+            ran = [r for r in store.rows if (r["arm"], r["batch"]) == (arm, batch) and r["lr"] in RANGE_RUNGS]
+            collapsed = sum(r["collapsed"] for r in ran)
             accuracy = {f"{lr:g}": value for lr, value in means.items()}
             ratio = max(good) / min(good)
             lines.append({"arm": arm, "accuracy": accuracy, "within": good, "ratio": ratio, "collapsed": collapsed})
@@ -255,16 +256,25 @@ def markdown(summary: dict[str, Any]) -> str:
         spread = line[f"{key} sd"]
         return f"{line[key]:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
 
-    for line in summary["table"]:
+    whole = [line for line in summary["table"] if line["seeds"] == len(SEEDS)]
+    for line in whole:
         cells = [str(line["batch"]), line["arm"], f"{line['lr']:g}", str(line["seeds"])]
         lines.append("| " + " | ".join([*cells, *(figure(line, key) for key in ["test_accuracy", *vendors])]) + " |")
+    missing = [b for b in sorted(BATCHES) if sum(line["batch"] == b for line in whole) < len(ARMS)]
+    if missing:
+        lines += [
+            "",
+            f"Not all seeds were run yet at batch {', '.join(map(str, missing))}; the JSON has the rows so far.",
+        ]
     if summary["range"]:
         rates = list(summary["range"][0]["accuracy"])
         lines += ["", "| arm, batch 4 | " + " | ".join(rates) + " | within 3 points of its best |"]
         lines.append("|" + "---|" * (len(rates) + 2))
         for line in summary["range"]:
             values = " | ".join(f"{line['accuracy'][rate]:.1f}" for rate in rates)
-            good = f"{min(line['within']):g} to {max(line['within']):g}"
+            low, high = min(line["within"]), max(line["within"])
+            # The range may go on behind the last rung that was run.
+            good = f"{'≤ ' * (low == RANGE_RUNGS[0])}{low:g} to {'≥ ' * (high == RANGE_RUNGS[-1])}{high:g}"
             lines.append(f"| {line['arm']} | {values} | {good} |")
     return "\n".join(lines) + "\n"
 

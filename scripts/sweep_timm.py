@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = summarize(store.rows)
     store.finish(summary)
     write_atomically(path.with_suffix(".md"), table(store.rows, summary))
+    write_atomically(path.with_name(f"{path.stem}_summary.md"), headline(summary))
     console.print(summary["line"], style="bold", highlight=False, soft_wrap=True)
     for row in store.rows:
         if not row["ok"]:
@@ -206,6 +207,12 @@ def table(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
     }
     lines += ["", *(f"- {what}: {', '.join(names) or 'none'}." for what, names in notes.items())]
     return "\n".join(lines) + "\n"
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """Return the figures that the README quotes."""
+    kinds = ", ".join(f"{n} {kind}" for kind, n in summary["kinds"].items())
+    return f"**{summary['line']}** ({kinds}). Modules without BN: {summary['families_without_bn']}.\n"
 
 
 def table_cells(row: dict[str, Any]) -> list[str]:

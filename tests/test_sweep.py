@@ -32,7 +32,6 @@ SAMPLE = {
     "efficientvit_mit": "efficientvit_b0",
     "efficientvit_msra": "efficientvit_m0",
     "fasternet": "fasternet_t0",
-    "fastvit": "fastvit_t8",
     "ghostnet": "ghostnet_050",
     "hgnet": "hgnetv2_b0",
     "inception_next": "inception_next_atto",
