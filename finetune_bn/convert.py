@@ -36,10 +36,6 @@ log = logging.getLogger("finetune_bn")
 _ROUNDING = 1e-6
 
 
-class _OutputsDiffer(ConversionMismatch):
-    """The kind of mismatch that rounding alone could explain."""
-
-
 @dataclass(frozen=True)
 class _Swap:
     """A layer of the model, what stands in its place, and what is done to that in place afterwards."""
@@ -213,7 +209,9 @@ def _swap(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_i
                 _prove_network(converted, proof, replacements)
     except BaseException as error:
         _replace(converted, [(new, old) for old, new in replacements])
-        if not isinstance(error, _OutputsDiffer) or not _is_rounding(model, build, example_input):
+        if not (isinstance(error, ConversionMismatch) and error.in_values) or not _is_rounding(
+            model, build, example_input
+        ):
             raise
         log.warning("the same function, proven in float64; this network amplifies float32 rounding: %s", error)
         converted = _replace(model, replacements)
@@ -365,7 +363,8 @@ def _layer_outputs(model: nn.Module, probe: Probe, layers: Sequence[nn.Module]) 
 
 def _check(off: float, dtype: torch.dtype, where: str) -> None:
     if not off <= TOLERANCE[dtype]:
-        raise _OutputsDiffer(
+        raise ConversionMismatch(
             f"{where}: outputs before and after differ by {off:.2g} of the largest value; allowed for {dtype}: "
-            f"{TOLERANCE[dtype]:.0e}. Nothing was changed. Leave the layer out by a rule with Keep(), or report it."
+            f"{TOLERANCE[dtype]:.0e}. Nothing was changed. Leave the layer out by a rule with Keep(), or report it.",
+            in_values=True,
         )

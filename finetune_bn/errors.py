@@ -16,7 +16,15 @@ class UnsupportedLayer(FinetuneBNError):
 
 
 class ConversionMismatch(FinetuneBNError):
-    """A conversion that claims the same outputs did not give them; nothing was changed."""
+    """A conversion that claims the same outputs did not give them; nothing was changed.
+
+    Attributes:
+        in_values: whether the outputs are there and differ in value, which rounding alone might explain.
+    """
+
+    def __init__(self, message: str, in_values: bool = False) -> None:
+        super().__init__(message)
+        self.in_values = in_values
 
 
 class MissingDependency(FinetuneBNError, ImportError):

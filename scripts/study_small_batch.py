@@ -260,6 +260,12 @@ def markdown(summary: dict[str, Any]) -> str:
     for line in whole:
         cells = [str(line["batch"]), line["arm"], f"{line['lr']:g}", str(line["seeds"])]
         lines.append("| " + " | ".join([*cells, *(figure(line, key) for key in ["test_accuracy", *vendors])]) + " |")
+    for batch, margin in summary["margin"].items():
+        if sum(line["batch"] == int(batch) for line in whole) == len(ARMS):
+            lines += [
+                "",
+                f"Batch {batch}: {margin['best_frozen']} is {margin['points_above_live']:+.1f} points from live.",
+            ]
     missing = [b for b in sorted(BATCHES) if sum(line["batch"] == b for line in whole) < len(ARMS)]
     if missing:
         lines += [
