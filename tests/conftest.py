@@ -1,4 +1,4 @@
-"""Every test starts from the same seeds, on at most two threads, and without a network."""
+"""Every test starts from the same seeds, on one thread, and without a network."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def no_network() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+def one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
