@@ -90,3 +90,15 @@ def seeded() -> None:
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """Take down a process group that a test's Trainer opened: Lightning leaves it, and SyncBatchNorm then syncs."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+        if name not in before:
+            os.environ.pop(name, None)
