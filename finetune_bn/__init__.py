@@ -9,6 +9,8 @@ from finetune_bn.convert import convert, revert
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.plans import Plan, plan
 from finetune_bn.policies import Freeze, FreezeAffine, Keep, NormalizeOnly, Policy, Rule, Rules
+from finetune_bn.recalibrate import recalibrate
+from finetune_bn.recalibration_record import LayerRecord, Recalibration
 
 __version__ = "0.1.0"
 
@@ -17,12 +19,15 @@ __all__ = [
     "Freeze",
     "FreezeAffine",
     "Keep",
+    "LayerRecord",
     "NormalizeOnly",
     "Plan",
     "Policy",
+    "Recalibration",
     "Rule",
     "Rules",
     "convert",
     "plan",
+    "recalibrate",
     "revert",
 ]

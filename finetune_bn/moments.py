@@ -14,6 +14,9 @@ from torch import Tensor
 
 from finetune_bn.errors import FinetuneBNError, complaint
 
+# Square of the ratio mean / standard deviation from which a float32 mean is off by 1e-5 standard deviations and more.
+_LARGE_MEAN = 1e6
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -33,19 +36,27 @@ class Moments:
     def of(cls, x: Tensor) -> Moments:
         """Return the moments of `x` [N, C, ...], over all dimensions but the second.
 
-        Deviations are taken from a value of the channel itself before they are summed, so that a mean that is large
-        against the standard deviation costs no digits, in float16 and bfloat16 input neither.
+        In float32 or higher, whatever the dtype of `x`. A mean that is large against the standard deviation costs no
+        digits: deviations are taken from the mean before they are squared, or from a value of the channel itself
+        where the mean is too large for its dtype.
 
         Raises:
             FinetuneBNError: `x` has no channel dimension, or no values.
         """
         if x.dim() < 2 or not x.numel():
             raise FinetuneBNError(complaint("x", tuple(x.shape), "[N, C, ...] with at least one value a channel"))
-        channels = x.detach().transpose(0, 1).reshape(x.shape[1], -1)
-        pivot = channels[:, :1].to(accumulator(x))
-        variance, mean = torch.var_mean(channels.to(accumulator(x)) - pivot, dim=1, correction=0)
-        count = torch.tensor(float(channels.shape[1]), dtype=torch.float64, device=x.device)
-        return cls(count, pivot[:, 0].double() + mean.double(), variance.double() * count)
+        x = x.detach().to(accumulator(x))
+        number = x.numel() // x.shape[1]
+        count = torch.tensor(float(number), dtype=torch.float64, device=x.device)
+        # The kernel that BatchNorm itself runs in training: two passes on CPU, Welford on CUDA.
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        mean, variance = mean.double(), variance.double()
+        if cls(count, mean, variance * count).mean_is_too_large():
+            channels = x.transpose(0, 1).reshape(x.shape[1], -1)
+            pivot = channels[:, :1]
+            variance, mean = torch.var_mean(channels - pivot, dim=1, correction=0)
+            mean, variance = pivot[:, 0].double() + mean.double(), variance.double()
+        return cls(count, mean, variance * count)
 
     @classmethod
     def of_statistics(cls, mean: Tensor, var: Tensor, count: float) -> Moments:
@@ -69,6 +80,10 @@ class Moments:
     def var(self, correction: int = 0) -> Tensor:
         """Return the variance [C], float64: divided by `count` as BN normalizes, or by `count - 1` as BN stores it."""
         return self.m2 / (self.count - correction)
+
+    def mean_is_too_large(self) -> bool:
+        """Whether the mean of a channel is so much larger than its standard deviation that float32 has lost digits."""
+        return bool((self.mean.square() * self.count > _LARGE_MEAN * self.m2).any())
 
     @property
     def is_finite(self) -> bool:
@@ -94,14 +109,16 @@ class Moments:
 
 
 def merge_all(parts: Iterable[Moments]) -> Moments:
-    """Return the moments of all values of the parts, merged pairwise so that rounding grows with the logarithm."""
-    level = list(parts)
-    if not level:
+    """Return the moments of all values of the parts, in one step: Chan's formula for many parts."""
+    parts = list(parts)
+    if not parts:
         raise FinetuneBNError(complaint("parts", [], "at least one"))
-    while len(level) > 1:
-        pairs = [a.merge(b) for a, b in zip(level[::2], level[1::2], strict=False)]
-        level = pairs + level[len(level) - len(level) % 2 :]
-    return level[0]
+    counts, means = torch.stack([part.count for part in parts])[:, None], torch.stack([part.mean for part in parts])
+    count = counts.sum(0)
+    anchor = means[(counts[:, 0] > 0).long().argmax()]
+    mean = anchor + (counts * (means - anchor)).sum(0) / count.clamp_min(1)
+    m2 = torch.stack([part.m2 for part in parts]).sum(0) + (counts * (means - mean).square()).sum(0)
+    return Moments(count[0], mean, m2)
 
 
 def accumulator(x: Tensor) -> torch.dtype:

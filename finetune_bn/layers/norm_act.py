@@ -123,3 +123,14 @@ def frozen_class(bn: _BatchNorm) -> type[FrozenBatchNorm]:
         if isinstance(bn, live):
             return frozen
     return FrozenBatchNorm  # SyncBatchNorm and the `_BatchNormXd` that reverting it leaves take any input rank
+
+
+def behind_norm(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply what a norm+act layer, live or frozen, does to its normalized activation; `x` itself for other layers."""
+    if not isinstance(layer, FrozenBatchNormAct2d) and not is_norm_act(layer):
+        return x
+    for name in ("drop", "act"):
+        module = getattr(layer, name, None)  # timm's SyncBatchNormAct may carry neither of the two
+        if module is not None:
+            x = module(x)
+    return x

@@ -1,0 +1,227 @@
+"""Run a model over chunks of images while chosen BatchNorm layers measure what they receive.
+
+Three ways, by what the layers normalize by meanwhile: the statistics of all chunks (lock-step), of each chunk, or
+those that they had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.feeding import Chunk, Feeder
+from finetune_bn.layers.statistics import Statistics, normalize, normalize_by_batch
+from finetune_bn.lockstep import FINISHED, caller_settings, meet, run_in_lockstep
+from finetune_bn.moments import Moments, merge_all
+from finetune_bn.ranks import OtherProcessFailed, Ranks
+from finetune_bn.sampling_error import ImageSpread
+
+# All of the first images tell how images differ, later ones at intervals: the estimate needs no more, and costs time.
+_LOOK_AT_ALL, _LOOK_EVERY = 32, 16
+
+Settle = Callable[[int, Moments], Statistics]
+
+
+@dataclass
+class Layer:
+    """A layer that measures, and what it has measured.
+
+    Attributes:
+        name: its first name in the model.
+        module: the layer.
+        before: its statistics when the measuring began.
+        moments: of everything that arrived.
+        spread: how images differ.
+        finite: for each chunk and call whether all values were finite, with the numbers of the chunk's batches.
+    """
+
+    name: str
+    module: nn.Module
+    before: Statistics
+    moments: Moments = field(init=False)
+    spread: ImageSpread = field(init=False)
+    finite: list[tuple[Tensor, tuple[int, ...]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew."""
+        channels, device = self.before.mean.numel(), self.before.mean.device
+        self.moments = Moments.none(channels, device)
+        self.spread = ImageSpread.none(channels, device)
+        self.finite = []
+
+    def note(self, moments: Moments, batches: tuple[int, ...], spread: ImageSpread | None) -> None:
+        """Add what arrived."""
+        self.moments = self.moments.merge(moments)
+        self.finite.append(((moments.mean + moments.m2).isfinite().all(), batches))
+        if spread is not None:
+            self.spread = self.spread.merge(spread)
+
+
+class Collector:
+    """Measures while a model runs; the model's own tensors are not written to.
+
+    Args:
+        layers: the layers that measure.
+        feeder: passes chunks to the model.
+        ranks: the processes whose data are pooled.
+        settle: turns (number of a layer, moments) into the statistics by which it is to normalize.
+        preserve: the layers normalize by what they had, whatever they measure.
+    """
+
+    def __init__(self, layers: Sequence[Layer], feeder: Feeder, ranks: Ranks, settle: Settle, preserve: bool) -> None:
+        self.layers = list(layers)
+        self.feeder = feeder
+        self.ranks = ranks
+        self.settle = settle
+        self.preserve = preserve
+        self.order: list[int] = []
+        self._seen = 0
+        self._settings = caller_settings(feeder.device)
+        self._chunk = threading.local()
+
+    def forget(self) -> None:
+        """Start anew."""
+        self._seen = 0
+        self.order.clear()
+        for layer in self.layers:
+            layer.forget()
+
+    def one_by_one(self, chunk: Chunk, *, as_kernel: bool) -> None:
+        """Run a chunk, each layer normalizing by the chunk itself, or by what it had where that is preserved.
+
+        Args:
+            chunk: the images.
+            as_kernel: the statistics settled on are those measured, which BatchNorm's kernel for training can use.
+        """
+        way = self._preserving if self.preserve else partial(self._by_itself, as_kernel=as_kernel)
+        with self._patched(way), self._settings():
+            self._feed(chunk, self._looked_at(chunk))
+
+    def together(self, chunks: Sequence[Chunk], on_layer: Callable[[int], None]) -> None:
+        """Run the chunks in lock-step, each layer normalizing by the statistics of all of them, on all processes.
+
+        What was measured before is forgotten.
+        """
+        self.forget()
+        jobs = [partial(self._feed, chunk, self._looked_at(chunk)) for chunk in chunks]
+        try:
+            with self._patched(self._by_all):
+                run_in_lockstep(jobs, partial(self._pool, on_layer), self._settings)
+        except OtherProcessFailed:
+            raise
+        except BaseException:
+            self.ranks.fail(1)
+            raise
+
+    def _feed(self, chunk: Chunk, looked_at: Tensor) -> None:
+        self._chunk.batches = tuple(dict.fromkeys(chunk.batch))
+        self._chunk.images, self._chunk.looked_at = len(chunk), looked_at
+        self.feeder(chunk)
+
+    def _looked_at(self, chunk: Chunk) -> Tensor:
+        """Return which images of the chunk tell how images differ."""
+        numbers = range(self._seen, self._seen + len(chunk))
+        self._seen += len(chunk)
+        chosen = [i for i, n in enumerate(numbers) if n < _LOOK_AT_ALL or n % _LOOK_EVERY == 0]
+        return torch.tensor(chosen, dtype=torch.long, device=self.feeder.device)
+
+    @contextlib.contextmanager
+    def _patched(self, way: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+        """Let the layers compute by `way(number, input)`; their hooks go on as they were."""
+        try:
+            for number, layer in enumerate(self.layers):
+                layer.module.forward = partial(self._arrive, way, number)
+            yield
+        finally:
+            for layer in self.layers:
+                vars(layer.module).pop("forward", None)
+
+    def _arrive(self, way: Callable[[int, Tensor], Tensor], number: int, x: Tensor) -> Tensor:
+        check = getattr(self.layers[number].module, "_check_input_dim", None)
+        if check is not None:
+            check(x)
+        if number not in self.order:
+            self.order.append(number)
+        return way(number, x)
+
+    def _preserving(self, number: int, x: Tensor) -> Tensor:
+        module = self.layers[number].module
+        self._note(number, Moments.of(x), x)
+        y: Tensor = type(module).forward(module, x)
+        return y
+
+    def _by_itself(self, number: int, x: Tensor, *, as_kernel: bool) -> Tensor:
+        layer = self.layers[number]
+        values = x.numel() // x.shape[1]
+        if as_kernel and values > 1:
+            y, mean, var = normalize_by_batch(layer.module, x, layer.before)
+            moments = Moments.of_statistics(mean, var * (1 - 1 / values), values)
+            # The kernel measures as `Moments.of` does, but for means that are too large for their dtype.
+            self._note(number, Moments.of(x) if moments.mean_is_too_large() else moments, x)
+            return y
+        moments = Moments.of(x)
+        self._note(number, moments, x)
+        # One value alone has no variance to normalize by.
+        return normalize(layer.module, x, self.settle(number, moments) if values > 1 else layer.before)
+
+    def _by_all(self, number: int, x: Tensor) -> Tensor:
+        moments = Moments.of(x)
+        self._note(number, moments, x)
+        settled: Statistics = meet(number, moments)
+        return normalize(self.layers[number].module, x, settled)
+
+    def _note(self, number: int, moments: Moments, x: Tensor) -> None:
+        layer, chunk = self.layers[number], self._chunk
+        looked_at: Tensor = chunk.looked_at
+        if x.shape[0] != chunk.images:  # the model has folded something else into the batch dimension
+            looked_at = looked_at[looked_at < x.shape[0]]
+        spread = ImageSpread.of(x[looked_at], moments.mean) if looked_at.numel() else None
+        layer.note(moments, chunk.batches, spread)
+
+    def _pool(self, on_layer: Callable[[int], None], place: int, brought: list[Moments]) -> Statistics | bool | None:
+        places = {int(row[0]) for row in self.ranks.agree(float(place))}
+        if places == {FINISHED}:
+            return None
+        here = places - {FINISHED}  # a process without data has none to bring, at any layer
+        if len(here) > 1:
+            raise FinetuneBNError(
+                complaint("mode", "exact", "a model that calls its layers in the same order on every process")
+            )
+        number = here.pop()
+        layer = self.layers[number]
+        own = merge_all(brought) if brought else Moments.none(layer.before.mean.numel(), layer.before.mean.device)
+        pooled = self.ranks.merge(own)
+        self.check_finite(number, pooled)
+        on_layer(len(self.order))
+        settled = self.settle(number, pooled)
+        return settled if place != FINISHED else True
+
+    def check_finite(self, number: int, pooled: Moments) -> None:
+        """Raise if NaN or infinite values arrived at a layer; those behind it need no mention.
+
+        Raises:
+            FinetuneBNError: they did; with the layer's name and the batches.
+        """
+        if pooled.is_finite:
+            return
+        layer = self.layers[number]
+        bad = sorted({batch for finite, batches in layer.finite if not finite for batch in batches})
+        batches = f"from batches {', '.join(map(str, bad[:8]))}" if bad else "from another process"
+        raise FinetuneBNError(
+            complaint(
+                "batches",
+                f"NaN or infinite values at the input of layer {layer.name!r}, {batches}",
+                "finite activations",
+                "Look for NaN in those images; in float16, for overflow: use bfloat16 or float32.",
+            )
+        )

@@ -1,0 +1,163 @@
+"""Run several forward passes of one model side by side, so that all reach a layer before any goes on behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from finetune_bn.errors import FinetuneBNError, complaint
+
+FINISHED = -1
+
+
+class DifferentPaths(FinetuneBNError):
+    """The passes do not call the same layers in the same order, so there is nothing to pool."""
+
+
+class _Cancelled(BaseException):
+    """Ends a pass that waits at a layer; not an Exception, so that no model catches it."""
+
+
+class _Pass:
+    """One forward pass on a thread of its own; only one of them runs at any time."""
+
+    def __init__(self, job: Callable[[], None], settings: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        self.place = FINISHED
+        self.brought: Any = None
+        self.answer: Any = None
+        self.error: BaseException | None = None
+        self.cancelled = False
+        self._job, self._settings = job, settings
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def proceed(self) -> None:
+        """Let the pass run until it arrives at the next layer or ends."""
+        self._go.release()
+        self._back.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def wait_at(self, place: int, brought: Any) -> Any:
+        """Called by the pass: stop at a layer, and return what was made of what all passes brought there."""
+        self.place, self.brought = place, brought
+        self._back.release()
+        self._go.acquire()
+        if self.cancelled:
+            raise _Cancelled
+        answer, self.answer = self.answer, None
+        return answer
+
+    def cancel(self) -> None:
+        """End the pass where it waits."""
+        if self._thread.is_alive():
+            self.cancelled = True
+            self._go.release()
+            self._thread.join()
+
+    def _run(self) -> None:
+        self._go.acquire()
+        try:
+            if not self.cancelled:
+                _CURRENT.of = self
+                with self._settings():
+                    self._job()
+        except _Cancelled:
+            pass
+        except BaseException as error:
+            self.error = error
+        finally:
+            _CURRENT.of = None
+            self.place, self.brought = FINISHED, None
+            self._back.release()
+
+
+_CURRENT = threading.local()
+
+
+def meet(place: int, brought: Any) -> Any:
+    """Wait, in a pass that `run_in_lockstep` started, for the others to arrive at the layer of this number.
+
+    Args:
+        place: the layer's number, the same in all passes.
+        brought: what this pass adds.
+
+    Returns:
+        What `pool` returned for the layer.
+    """
+    current: _Pass = _CURRENT.of
+    return current.wait_at(place, brought)
+
+
+def run_in_lockstep(
+    jobs: Sequence[Callable[[], None]],
+    pool: Callable[[int, list[Any]], Any],
+    settings: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> None:
+    """Run the jobs together; at each layer `pool` gets what all of them brought, and its answer goes to all.
+
+    The jobs take turns: no two run at once, so a model that is not thread-safe comes to no harm, and the result does
+    not depend on timing. Each has a thread only because a forward pass that waits needs a stack of its own.
+
+    Args:
+        jobs: forward passes; inside them layers call `meet`.
+        pool: called with the number of a layer and what the jobs brought, in the order of the jobs; and at the end
+            with `FINISHED` and an empty list. While it returns something else than None for that, it is called on
+            (other processes are not through yet).
+        settings: opened around each job in its thread, for what torch keeps per thread (gradient mode, autocast).
+
+    Raises:
+        DifferentPaths: the jobs arrived at different layers.
+    """
+    passes = [_Pass(job, settings) for job in jobs]
+    try:
+        for each in passes:
+            each.proceed()
+        while True:
+            places = {each.place for each in passes} or {FINISHED}
+            if len(places) > 1:
+                raise DifferentPaths(
+                    complaint(
+                        "mode",
+                        "exact",
+                        "a model that calls its layers in the same order for every batch",
+                        "This one does not; mode='one_pass' does not need it.",
+                    )
+                )
+            place = places.pop()
+            answer = pool(place, [each.brought for each in passes] if place != FINISHED else [])
+            if place == FINISHED:
+                if answer is None:
+                    return
+                continue
+            for each in passes:
+                each.answer, each.brought = answer, None
+            for each in passes:
+                each.proceed()
+    finally:
+        for each in passes:
+            each.cancel()
+
+
+def caller_settings(device: torch.device) -> Callable[[], contextlib.ExitStack]:
+    """Return what opens the caller's autocast, device and stream in another thread, without gradients.
+
+    Torch keeps all of these per thread. Autocast is the caller's at the time of this call.
+    """
+    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def settings() -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.no_grad())
+        if stream is not None:
+            stack.enter_context(torch.cuda.stream(stream))
+        stack.enter_context(torch.autocast(device.type, dtype=dtype, enabled=enabled))
+        return stack
+
+    return settings

@@ -1,0 +1,126 @@
+"""What a recalibration found, as data: one row a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer before and after.
+
+    Attributes:
+        names: all names of the layer in the model.
+        kind: class name of the layer.
+        values: values of a channel that were measured (images times positions).
+        mean_before: running mean before, [C], float32 or higher, on the CPU; and so the other three.
+        var_before: running variance before.
+        mean_after: running mean now.
+        var_after: running variance now.
+        standard_error: of what was measured, from how images differ: of the mean in standard deviations of the
+            channel, of the variance relative; the larger of the two root mean squares over channels. NaN with one
+            image.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    values: int
+    mean_before: Tensor = field(repr=False)
+    var_before: Tensor = field(repr=False)
+    mean_after: Tensor = field(repr=False)
+    var_after: Tensor = field(repr=False)
+    standard_error: float
+
+    @property
+    def shift(self) -> float:
+        """How far the means moved, in standard deviations of before; root mean square over channels."""
+        sd = self.var_before.double().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        alive = self.var_before > 0
+        moved = (self.mean_after.double() - self.mean_before.double()) / sd
+        return float(moved[alive].square().mean().sqrt()) if alive.any() else 0.0
+
+    @property
+    def var_ratio(self) -> float:
+        """Variance after over variance before; geometric mean over the channels where both are positive."""
+        alive = (self.var_before > 0) & (self.var_after > 0)
+        ratio = self.var_after.double()[alive] / self.var_before.double()[alive]
+        return float(ratio.log().mean().exp()) if alive.any() else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain data, without the statistics themselves."""
+        figures = {name: getattr(self, name) for name in ("kind", "values", "shift", "var_ratio", "standard_error")}
+        return {"names": list(self.names), **figures}
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """What `recalibrate` did; `print` it for a table.
+
+    Attributes:
+        mode: `exact` or `one_pass`, as it was run in the end.
+        how: `renormalize` or `preserve`.
+        images: images of all processes that were measured.
+        rows: one a layer that was recalibrated, in the order in which the data reach them.
+        left_alone: (layer, reason) of every BatchNorm layer that was not.
+        warnings: what a user should know of the data.
+    """
+
+    mode: str
+    how: str
+    images: int
+    rows: tuple[LayerRecord, ...]
+    left_alone: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def standard_error(self) -> float:
+        """The largest standard error of a layer."""
+        return max((row.standard_error for row in self.rows), default=float("nan"))
+
+    @property
+    def shift(self) -> float:
+        """How far the means moved, in standard deviations of before; root mean square over layers."""
+        squares = [row.shift**2 for row in self.rows]
+        return float((sum(squares) / max(len(squares), 1)) ** 0.5)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain data, for JSON."""
+        return {
+            "mode": self.mode,
+            "how": self.how,
+            "images": self.images,
+            "standard_error": self.standard_error,
+            "shift": self.shift,
+            "rows": [row.to_dict() for row in self.rows],
+            "left_alone": [list(pair) for pair in self.left_alone],
+            "warnings": list(self.warnings),
+        }
+
+    def __str__(self) -> str:
+        header = ("layer", "type", "values", "mean moved by (sd)", "variance x", "standard error")
+        body = [
+            (
+                " = ".join(name or "(root)" for name in row.names),
+                row.kind,
+                str(row.values),
+                f"{row.shift:.3f}",
+                f"{row.var_ratio:.3f}",
+                f"{row.standard_error:.4f}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+        table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in body]
+        top = "  ".join(cell.ljust(w) for cell, w in zip(header, widths, strict=True)).rstrip()
+        title = (
+            f"{len(self.rows)} BatchNorm layers recalibrated on {self.images} images "
+            f"(mode {self.mode}, {self.how}): means moved by {self.shift:.3f} sd, "
+            f"standard error at most {self.standard_error:.4f}"
+        )
+        alone = [f"left alone: {name or '(root)'} {reason}" for name, reason in self.left_alone]
+        noted = [f"note: {warning}" for warning in self.warnings]
+        return "\n".join([title, top, "-" * len(top), *table, *alone, *noted])
