@@ -71,7 +71,7 @@ def recalibrate(
         batch_size: images that `one_pass` normalizes together; None: as many as fit in memory, 1,024 at most.
         memory: bytes for activations that wait in `exact`; None: half of what the device has free.
         forward: `(model, batch)` that passes a batch to the model; None takes the first tensor of a tuple or list,
-            and of a dict what `model.forward` takes.
+            and of a dict what `model.forward` takes. Batches of tensors may be cut and joined before.
         device: where batches are moved to; None: where the model is.
         group: process group over which statistics are pooled; None: all processes, where there are several.
         progress: show a progress bar; None: on a terminal.

@@ -12,10 +12,8 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -247,17 +245,6 @@ def to_json(data: Any) -> str:
     """Return plain data as JSON: floats to six digits, null for NaN and infinity, lists of numbers on one line."""
     text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False)
     return re.sub(r"\[\s+(-?\d[-+\d.e,\s]*?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text) + "\n"
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that, whatever happens, there is the old one or the whole new one; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _curve(history: History, name: str) -> list[tuple[float, float]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from finetune_bn.files import write_atomically
 from finetune_bn.report import (
     FONT,
     INK,
@@ -26,7 +27,6 @@ from finetune_bn.report import (
     new_figure,
     png,
     to_json,
-    write_atomically,
 )
 
 CLASSES_SHOWN = 50

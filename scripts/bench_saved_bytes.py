@@ -16,12 +16,13 @@ from typing import Any
 import timm
 import torch
 from rich.progress import track
-from store import Store, write_atomically
+from store import Store
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import finetune_bn as fbn
+from finetune_bn.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -22,6 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from finetune_bn.files import write_atomically
+
 PACKAGES = {
     "torch": "torch",
     "torchvision": "torchvision",
@@ -127,18 +129,6 @@ class Store:
             "summary": self.summary,
         }
         write_atomically(self.path, to_json(content))
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_json(content: Mapping[str, Any]) -> str:

@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from store import Store, write_atomically
+from store import Store
 from torch import Tensor, nn
 
 import finetune_bn as fbn
+from finetune_bn.files import write_atomically
 from finetune_bn.functional import between_image_spread
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,8 +25,10 @@ from typing import Any
 
 import torch
 from checks import SEED, check
-from store import Store, write_atomically
+from store import Store
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from finetune_bn.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 

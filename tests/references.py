@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 Array = npt.NDArray[np.float64]
 
@@ -69,3 +71,38 @@ def values_of(layer: Any) -> Values:
         as_array(layer.running_var),
         layer.eps,
     )
+
+
+def layer_by_layer(model: nn.Module, x: Tensor) -> dict[str, tuple[Array, Array]]:
+    """Return mean and unbiased variance at the input of each BatchNorm, each measured when those before it are final.
+
+    In float64, one eval-mode forward pass of all images a layer, in the order in which the layers are called:
+    sequential re-estimation. The model itself is left as it is.
+    """
+    model = copy.deepcopy(model).double().eval()
+    order: list[str] = []
+    arrived: dict[str, Array] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name not in order:
+                order.append(name)
+            arrived[name] = as_array(args[0])
+
+        return hook
+
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(watch(name))
+    found: dict[str, tuple[Array, Array]] = {}
+    with torch.no_grad():
+        model(x.double())
+        for name in list(order):
+            model(x.double())
+            values = np.moveaxis(arrived[name], 1, 0).reshape(arrived[name].shape[1], -1)
+            mean = values.mean(1)
+            var = ((values - mean[:, None]) ** 2).sum(1) / (values.shape[1] - 1)
+            layers[name].running_mean.copy_(torch.from_numpy(mean))
+            layers[name].running_var.copy_(torch.from_numpy(var))
+            found[name] = (mean, var)
+    return found

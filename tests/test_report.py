@@ -41,7 +41,6 @@ from finetune_bn.report import (
     png,
     shortened,
     to_json,
-    write_atomically,
 )
 
 HISTORY = [
@@ -196,7 +195,7 @@ def test_colors_of_curves_differ_in_print_and_stand_out_from_white() -> None:
 def test_a_figure_is_made_without_pyplot_and_without_a_display(tmp_path: Path) -> None:
     code = (
         "import sys; from finetune_bn.report import *; f = new_figure(2, 2); domain_bars(f.subplots(), {'a': 0.5});"
-        f"write_atomically(__import__('pathlib').Path({str(tmp_path / 'a.png')!r}), png(f));"
+        f"open({str(tmp_path / 'a.png')!r}, 'wb').write(png(f));"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MPLBACKEND")}
@@ -271,29 +270,3 @@ def test_json_puts_a_row_of_numbers_on_one_line_and_leaves_texts_alone() -> None
     assert "[1, 2.5]" in text
     assert "[-3, 1e-09]" in text
     assert json.loads(text) == {"rows": [[1, 2.5], [-3, 1e-9]], "text": "[\n  1,\n  2\n]", "texts": ["[", "1", "]"]}
-
-
-def test_a_file_is_written_with_its_folders_and_replaces_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "report.txt"
-    write_atomically(path, "old")
-    write_atomically(path, "new é".encode())
-    assert path.read_text(encoding="utf-8") == "new é"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "report.txt"
-    write_atomically(path, "old")
-
-    def full_disk(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[:2])
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="no space left"):
-        write_atomically(path, "new and longer")
-    assert path.read_text(encoding="utf-8") == "old"
-    assert list(tmp_path.iterdir()) == [path]
