@@ -117,13 +117,12 @@ class Feeder:
         images = len(tensors[0])
         return Chunk(content, (number,) * images, tuple(range(images)))
 
-    def __call__(self, chunk: Chunk) -> None:
-        """Pass a chunk through the model."""
+    def __call__(self, chunk: Chunk) -> Any:
+        """Pass a chunk through the model, and return what it returns."""
         if self.forward is not None:
-            self.forward(self.model, chunk.content)
-            return
+            return self.forward(self.model, chunk.content)
         args, kwargs = chunk.content
-        self.model(*args, **kwargs)
+        return self.model(*args, **kwargs)
 
     def _inputs(self, batch: Any, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if isinstance(batch, (tuple, list)) and len(batch):

@@ -52,7 +52,7 @@ class Probe:
                         f"The model said: {type(error).__name__}: {error}",
                     )
                 ) from error
-        return _tensors(output)
+        return tensors_in(output)
 
     def call(self, model: nn.Module) -> Any:
         """Call the probed module of `model`; on a copy of the input, which models may change in place."""
@@ -137,14 +137,14 @@ def quietly(model: nn.Module) -> Iterator[None]:
                     _refill(attributes[name], content)
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors_in(output: Any) -> list[Tensor]:
     """Return the tensors in what a model returned, those in dataclasses included."""
     tensors: list[Tensor] = []
     for leaf in tree_leaves(output):
         if torch.is_tensor(leaf):
             tensors.append(leaf.detach())
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            tensors += _tensors([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+            tensors += tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
     return tensors
 
 

@@ -48,6 +48,7 @@ LEVELS: dict[str, float] = {
     "measuring": 4.1,
     "recalibration_record": 4.0,
     "recalibrate": 4.2,
+    "leakage": 4.2,
     "banks": 4.2,
     "": 4.9,
     # 5: what stands around a converted model
