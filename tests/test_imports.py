@@ -26,6 +26,7 @@ LEVELS: dict[str, float] = {
     "lockstep": 1,
     "live_memory": 1,
     "progress": 1,
+    "samplers": 1,
     "sampling_error": 1.1,
     "ranks": 1.1,
     # 2: layers
@@ -72,6 +73,7 @@ LEVELS: dict[str, float] = {
     "callbacks.conversion": 6.11,
     "callbacks.reload": 6.11,
     "callbacks.report": 6.12,
+    "callbacks.sampling": 6.10,
     "callbacks": 6.19,
     "tasks": 6.2,
     # 7: the command
