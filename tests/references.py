@@ -73,36 +73,44 @@ def values_of(layer: Any) -> Values:
     )
 
 
-def layer_by_layer(model: nn.Module, x: Tensor) -> dict[str, tuple[Array, Array]]:
+def layer_by_layer(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float64) -> dict[str, tuple[Array, Array]]:
     """Return mean and unbiased variance at the input of each BatchNorm, each measured when those before it are final.
 
-    In float64, one eval-mode forward pass of all images a layer, in the order in which the layers are called:
-    sequential re-estimation. The model itself is left as it is.
+    Sequential re-estimation: one eval-mode forward pass of all images a layer, in the order in which the layers are
+    called, no further than to that layer. The passes are in `dtype`, the statistics in float64. The model itself is
+    left as it is.
     """
-    model = copy.deepcopy(model).double().eval()
-    order: list[str] = []
-    arrived: dict[str, Array] = {}
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if name not in order:
-                order.append(name)
-            arrived[name] = as_array(args[0])
-
-        return hook
-
+    model = copy.deepcopy(model).to(dtype).eval()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    order: list[str] = []
     for name, layer in layers.items():
-        layer.register_forward_pre_hook(watch(name))
+        layer.register_forward_pre_hook(lambda module, args, name=name: order.append(name))
     found: dict[str, tuple[Array, Array]] = {}
     with torch.no_grad():
-        model(x.double())
-        for name in list(order):
-            model(x.double())
-            values = np.moveaxis(arrived[name], 1, 0).reshape(arrived[name].shape[1], -1)
-            mean = values.mean(1)
-            var = ((values - mean[:, None]) ** 2).sum(1) / (values.shape[1] - 1)
+        model(x.to(dtype))
+        for name in dict.fromkeys(order):
+            mean, var = _statistics_at(layers[name], model, x.to(dtype))
             layers[name].running_mean.copy_(torch.from_numpy(mean))
             layers[name].running_var.copy_(torch.from_numpy(var))
             found[name] = (mean, var)
     return found
+
+
+class _Arrived(Exception):
+    """The images are at the layer in question; what lies behind it need not run."""
+
+
+def _statistics_at(layer: nn.Module, model: nn.Module, x: Tensor) -> tuple[Array, Array]:
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _Arrived(args[0])
+
+    handle = layer.register_forward_pre_hook(stop)
+    try:
+        model(x)
+    except _Arrived as arrived:
+        values = as_array(arrived.args[0])
+    finally:
+        handle.remove()
+    values = np.moveaxis(values, 1, 0).reshape(values.shape[1], -1)
+    mean = values.mean(1)
+    return mean, ((values - mean[:, None]) ** 2).sum(1) / (values.shape[1] - 1)
