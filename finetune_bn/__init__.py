@@ -5,27 +5,45 @@ Plan, convert, revert: plain functions on a `torch.nn.Module` that need torch al
 weights in `finetune_bn.backbones`.
 """
 
+from finetune_bn.banks import StatisticsBank
 from finetune_bn.convert import convert, revert
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.plans import Plan, plan
-from finetune_bn.policies import Freeze, FreezeAffine, Keep, NormalizeOnly, Policy, Rule, Rules
+from finetune_bn.policies import (
+    EvalNorm,
+    Freeze,
+    FreezeAffine,
+    Ghost,
+    Keep,
+    NormalizeOnly,
+    Policy,
+    Renorm,
+    Rule,
+    Rules,
+    Stochastic,
+)
 from finetune_bn.recalibrate import recalibrate
 from finetune_bn.recalibration_record import LayerRecord, Recalibration
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EvalNorm",
     "FinetuneBNError",
     "Freeze",
     "FreezeAffine",
+    "Ghost",
     "Keep",
     "LayerRecord",
     "NormalizeOnly",
     "Plan",
     "Policy",
     "Recalibration",
+    "Renorm",
     "Rule",
     "Rules",
+    "StatisticsBank",
+    "Stochastic",
     "convert",
     "plan",
     "recalibrate",

@@ -19,15 +19,18 @@ from typing_extensions import override
 # Imported for their class names, which can then be written without a path in a config.
 import finetune_bn.data
 import finetune_bn.tasks  # noqa: F401
-from finetune_bn.callbacks import BatchNormConversion
+from finetune_bn.callbacks import BatchNormConversion, BatchNormRecalibration
+from finetune_bn.callbacks.checkpoint import Split, recalibrate_checkpoint
 from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.files import write_atomically
+from finetune_bn.measuring import How, Mode, Part
 from finetune_bn.plans import plan
 from finetune_bn.policies import Policy
-from finetune_bn.report import write_atomically
+from finetune_bn.report import to_json
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, and one verb more."""
+    """Lightning's Trainer, and two verbs more."""
 
     def plan(
         self,
@@ -63,6 +66,93 @@ class Trainer(pl.Trainer):
             raise FinetuneBNError(complaint("output", output, "a file that can be written", f"{error}.")) from error
         print(f"Plan of {len(the_plan.rows)} layers: {output}")
 
+    def recalibrate(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule,
+        ckpt_path: str | None = None,
+        output: str | None = None,
+        report: str | None = None,
+        split: Split = "train",
+        domain: str | None = None,
+        module: str | None = None,
+        layers: str | list[str] = "*",
+        mode: Mode = "auto",
+        how: How = "renormalize",
+        part: Part = "both",
+        prior: float = 0,
+        max_samples: int | None = None,
+        min_samples: int = 8,
+        tolerance: float | None = None,
+        batch_size: int | None = None,
+        memory: int | None = None,
+        seed: int = 0,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Give a checkpoint the BatchNorm statistics of the data, and write it to a new file. Trains nothing.
+
+        It runs on one device, whatever the config asks for.
+
+        Args:
+            model: The model of the config.
+            datamodule: The data of the config.
+            ckpt_path: The checkpoint. It is read only.
+            output: The new checkpoint, overwritten if it is there. Default: beside the old one, under its name with
+                -recalibrated behind it.
+            report: A JSON file for what was measured, layer by layer.
+            split: Whose images are taken: train, val or test. Labels are not used.
+            domain: Only the images of this domain.
+            module: Attribute path of the part that takes the images and whose layers are recalibrated, such as `net`.
+                By default the whole model.
+            layers: Name patterns of the layers, such as `layer4.*`, relative to module; all by default.
+            mode: exact: all images together, layer by layer, so that it does not matter how they are cut into batches.
+                one_pass: each chunk of images is normalized by itself. auto: exact where the activations fit in memory.
+            how: renormalize: gamma and beta keep their values and the function changes. preserve: the function stays,
+                and gamma and beta are solved anew.
+            part: The mean and the variance (both), or one of them.
+            prior: Weight of the statistics from before, in images.
+            max_samples: How many images are taken at most. Default: all.
+            min_samples: Fewer images are an error.
+            tolerance: Stop when the standard error of all statistics is at most this, in standard deviations.
+            batch_size: Images that one_pass normalizes together. Default: as many as fit in memory, 1,024 at most.
+            memory: Bytes for activations that wait in mode exact. Default: half of what the device has free.
+            seed: Decides the order of the images, and so which are taken.
+            weights_only: Read tensors and plain values from the checkpoint, and no other objects.
+        """
+        if ckpt_path is None:
+            raise FinetuneBNError(complaint("ckpt_path", None, "the checkpoint to recalibrate"))
+        if report is not None and (Path(report).is_dir() or not Path(report).absolute().parent.is_dir()):
+            raise FinetuneBNError(complaint("report", report, "a file in a folder that there is"))
+        recalibration = BatchNormRecalibration(
+            module=module,
+            layers=layers,
+            mode=mode,
+            how=how,
+            part=part,
+            prior=prior,
+            max_samples=max_samples,
+            min_samples=min_samples,
+            tolerance=tolerance,
+            batch_size=batch_size,
+            memory=memory,
+            seed=seed,
+        )
+        path, record = recalibrate_checkpoint(
+            self,
+            model,
+            datamodule,
+            ckpt_path,
+            output,
+            recalibration,
+            split=split,
+            domain=domain,
+            weights_only=weights_only,
+        )
+        if report is not None:
+            facts = {"ckpt_path": ckpt_path, "output": str(path), "split": split, "domain": domain}
+            write_atomically(report, to_json(facts | record.to_dict()))
+        print(f"{record}\nRecalibrated checkpoint: {path}")
+
 
 class FinetuneBNCLI(LightningCLI):
     """LightningCLI with a `batch_norm` section for the layers and the number of classes taken from the data."""
@@ -91,7 +181,8 @@ class FinetuneBNCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        return LightningCLI.subcommands() | {"plan": {"model", "datamodule"}}
+        own = {"model", "datamodule"}
+        return LightningCLI.subcommands() | {"plan": own, "recalibrate": own}
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -101,6 +192,13 @@ class FinetuneBNCLI(LightningCLI):
         )
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         parser.link_arguments("data.class_names", "model.init_args.class_names", apply_on="instantiate")
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Let `recalibrate`, which writes one file, run on one device of those that the config asks for."""
+        if self.subcommand == "recalibrate":
+            options = self.config[self.subcommand].trainer
+            options.devices, options.num_nodes, options.strategy = 1, 1, "auto"
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -9,62 +9,99 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.feeding import Chunk, Feeder
+from finetune_bn.feeding import Chunk, Feeder, recut
 from finetune_bn.layers.statistics import Statistics, normalize, normalize_by_batch
-from finetune_bn.lockstep import FINISHED, caller_settings, meet, run_in_lockstep
-from finetune_bn.moments import Moments, merge_all
+from finetune_bn.lockstep import FINISHED, DifferentPaths, caller_settings, meet, run_in_lockstep
+from finetune_bn.moments import ImageMeans, Moments, has_long_rows, measure_images, merge_all
 from finetune_bn.ranks import OtherProcessFailed, Ranks
 from finetune_bn.sampling_error import ImageSpread
 
 # All of the first images tell how images differ, later ones at intervals: the estimate needs no more, and costs time.
 _LOOK_AT_ALL, _LOOK_EVERY = 32, 16
+# Images that go through the model at once in lock-step: as many as fill the cores, and few enough for their caches.
+PIECE = 64
+# So many measurements of a layer are merged at once.
+_MERGE_AT = 32
 
 Settle = Callable[[int, Moments], Statistics]
 
 
-@dataclass
 class Layer:
     """A layer that measures, and what it has measured.
 
-    Attributes:
+    What arrives waits and is merged many at once: one by one the small operations would take longer than the sums.
+
+    Args:
         name: its first name in the model.
         module: the layer.
         before: its statistics when the measuring began.
-        moments: of everything that arrived.
-        spread: how images differ.
-        finite: for each chunk and call whether all values were finite, with the numbers of the chunk's batches.
     """
 
-    name: str
-    module: nn.Module
-    before: Statistics
-    moments: Moments = field(init=False)
-    spread: ImageSpread = field(init=False)
-    finite: list[tuple[Tensor, tuple[int, ...]]] = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, name: str, module: nn.Module, before: Statistics) -> None:
+        self.name = name
+        self.module = module
+        self.before = before
         self.forget()
 
     def forget(self) -> None:
         """Start anew."""
         channels, device = self.before.mean.numel(), self.before.mean.device
-        self.moments = Moments.none(channels, device)
-        self.spread = ImageSpread.none(channels, device)
-        self.finite = []
+        self._known = (Moments.none(channels, device), ImageSpread.none(channels, device))
+        self._not_finite: tuple[int, ...] = ()
+        self._waiting: list[tuple[Moments, tuple[int, ...], ImageMeans | None]] = []
 
-    def note(self, moments: Moments, batches: tuple[int, ...], spread: ImageSpread | None) -> None:
-        """Add what arrived."""
-        self.moments = self.moments.merge(moments)
-        self.finite.append(((moments.mean + moments.m2).isfinite().all(), batches))
-        if spread is not None:
-            self.spread = self.spread.merge(spread)
+    def note(self, moments: Moments, batches: tuple[int, ...], images: ImageMeans | None) -> None:
+        """Add what arrived of some batches, and the images among it that tell how images differ."""
+        self._waiting.append((moments, batches, images))
+        if len(self._waiting) == _MERGE_AT:
+            self._merge()
+
+    @property
+    def moments(self) -> Moments:
+        """The moments of everything that arrived."""
+        self._merge()
+        return self._known[0]
+
+    @property
+    def spread(self) -> ImageSpread:
+        """How images differ."""
+        self._merge()
+        return self._known[1]
+
+    @property
+    def not_finite(self) -> list[int]:
+        """The batches with NaN or infinite values, and those that went through the model together with such."""
+        self._merge()
+        return sorted(set(self._not_finite))
+
+    def _merge(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        moments, spread = self._known
+        finite = torch.stack([part.mean + part.m2 for part, _, _ in waiting]).isfinite().all(1)
+        for (_, batches, _), good in zip(waiting, finite.tolist(), strict=True):
+            self._not_finite += () if good else batches
+        looked_at = [images for _, _, images in waiting if images is not None]
+        if looked_at:
+            spread = spread.merge(ImageSpread.of_images(looked_at))
+        self._known = merge_all([moments, *(part for part, _, _ in waiting)]), spread
+
+    def snapshot(self) -> Callable[[], None]:
+        """Return what brings back the state of now."""
+        self._merge()
+        known, not_finite = self._known, self._not_finite
+
+        def restore() -> None:
+            self._known, self._not_finite, self._waiting = known, not_finite, []
+
+        return restore
 
 
 class Collector:
@@ -85,6 +122,7 @@ class Collector:
         self.settle = settle
         self.preserve = preserve
         self.order: list[int] = []
+        self._cut_up = feeder.device.type == "cpu" and not preserve
         self._seen = 0
         self._settings = caller_settings(feeder.device)
         self._chunk = threading.local()
@@ -103,9 +141,38 @@ class Collector:
             chunk: the images.
             as_kernel: the statistics settled on are those measured, which BatchNorm's kernel for training can use.
         """
+        if self._cut_up and len(chunk) > PIECE and chunk.shape_key is not None and self._in_pieces(chunk, as_kernel):
+            return
         way = self._preserving if self.preserve else partial(self._by_itself, as_kernel=as_kernel)
         with self._patched(way), self._settings():
             self._feed(chunk, self._looked_at(chunk))
+
+    def _in_pieces(self, chunk: Chunk, as_kernel: bool) -> bool:
+        """Run a chunk in lock-step with itself: the same, without the large allocations, which cost more than sums.
+
+        False where the pieces take different paths through the model; then nothing was measured.
+        """
+        seen, restore = self._seen, [layer.snapshot() for layer in self.layers]
+        jobs = [partial(self._feed, piece, self._looked_at(piece)) for piece in recut([chunk], PIECE)]
+
+        def pool(place: int, brought: list[Moments]) -> Statistics | None:
+            return None if place == FINISHED else self._settled(place, merge_all(brought), as_kernel)
+
+        try:
+            with self._patched(self._by_all):
+                run_in_lockstep(jobs, pool, self._settings)
+        except DifferentPaths:
+            self._cut_up, self._seen = False, seen
+            for each in restore:
+                each()
+            return False
+        return True
+
+    def _settled(self, number: int, moments: Moments, as_kernel: bool) -> Statistics:
+        """Return what a chunk is normalized by; BatchNorm's kernel divides the variance by n, and stores that by n - 1."""
+        if as_kernel:
+            return self.layers[number].before.moved_to(moments.mean, moments.var(), preserve=False)
+        return self.settle(number, moments)
 
     def together(self, chunks: Sequence[Chunk], on_layer: Callable[[int], None]) -> None:
         """Run the chunks in lock-step, each layer normalizing by the statistics of all of them, on all processes.
@@ -156,37 +223,47 @@ class Collector:
 
     def _preserving(self, number: int, x: Tensor) -> Tensor:
         module = self.layers[number].module
-        self._note(number, Moments.of(x), x)
+        self._measure(number, x)
         y: Tensor = type(module).forward(module, x)
         return y
 
     def _by_itself(self, number: int, x: Tensor, *, as_kernel: bool) -> Tensor:
         layer = self.layers[number]
         values = x.numel() // x.shape[1]
-        if as_kernel and values > 1:
+        if as_kernel and values > 1 and not has_long_rows(x):
             y, mean, var = normalize_by_batch(layer.module, x, layer.before)
             moments = Moments.of_statistics(mean, var * (1 - 1 / values), values)
             # The kernel measures as `Moments.of` does, but for means that are too large for their dtype.
             self._note(number, Moments.of(x) if moments.mean_is_too_large() else moments, x)
             return y
-        moments = Moments.of(x)
-        self._note(number, moments, x)
-        # One value alone has no variance to normalize by.
-        return normalize(layer.module, x, self.settle(number, moments) if values > 1 else layer.before)
+        moments = self._measure(number, x)
+        if values == 1:  # one value alone has no variance to normalize by
+            return normalize(layer.module, x, layer.before)
+        return normalize(layer.module, x, self._settled(number, moments, as_kernel))
 
     def _by_all(self, number: int, x: Tensor) -> Tensor:
-        moments = Moments.of(x)
-        self._note(number, moments, x)
+        moments = self._measure(number, x)
         settled: Statistics = meet(number, moments)
         return normalize(self.layers[number].module, x, settled)
 
-    def _note(self, number: int, moments: Moments, x: Tensor) -> None:
-        layer, chunk = self.layers[number], self._chunk
-        looked_at: Tensor = chunk.looked_at
+    def _measure(self, number: int, x: Tensor) -> Moments:
+        if not has_long_rows(x):
+            moments = Moments.of(x)
+            self._note(number, moments, x)
+            return moments
+        moments, images = measure_images(x)
+        self._note(number, moments, x, images)
+        return moments
+
+    def _note(self, number: int, moments: Moments, x: Tensor, images: ImageMeans | None = None) -> None:
+        chunk = self._chunk
+        chosen: Tensor = chunk.looked_at
         if x.shape[0] != chunk.images:  # the model has folded something else into the batch dimension
-            looked_at = looked_at[looked_at < x.shape[0]]
-        spread = ImageSpread.of(x[looked_at], moments.mean) if looked_at.numel() else None
-        layer.note(moments, chunk.batches, spread)
+            chosen = chosen[chosen < x.shape[0]]
+        few: ImageMeans | None = None
+        if chosen.numel():
+            few = ImageMeans.of(x[chosen], moments.mean) if images is None else images[chosen]
+        self.layers[number].note(moments, chunk.batches, few)
 
     def _pool(self, on_layer: Callable[[int], None], place: int, brought: list[Moments]) -> Statistics | bool | None:
         places = {int(row[0]) for row in self.ranks.agree(float(place))}
@@ -215,7 +292,7 @@ class Collector:
         if pooled.is_finite:
             return
         layer = self.layers[number]
-        bad = sorted({batch for finite, batches in layer.finite if not finite for batch in batches})
+        bad = layer.not_finite
         batches = f"from batches {', '.join(map(str, bad[:8]))}" if bad else "from another process"
         raise FinetuneBNError(
             complaint(

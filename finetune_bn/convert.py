@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,12 @@ from finetune_bn.errors import (
 from finetune_bn.functional import TOLERANCE, at_least_float32
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.layers.live import hold_affine, is_held, release_affine, train_again
-from finetune_bn.layers.norm_act import frozen_class
+from finetune_bn.layers.noise import NoisyFrozenBatchNorm
+from finetune_bn.layers.norm_act import EVAL, GHOST, NOISY, RENORM, STOCHASTIC, Family, class_for, frozen_class
+from finetune_bn.layers.stochastic import EvalBatchNorm
+from finetune_bn.layers.tracking import TrackingBatchNorm
 from finetune_bn.plans import Plan, PlanRow, check_model, plan, refusal
-from finetune_bn.policies import Freeze, FreezeAffine, Keep, NormalizeOnly, Policy
+from finetune_bn.policies import EvalNorm, Freeze, FreezeAffine, Ghost, Keep, NormalizeOnly, Policy, Renorm, Stochastic
 from finetune_bn.probe import Probe, can_run, distance, find_probes, quietly
 from finetune_bn.sites import find_batch_norms
 
@@ -50,11 +54,12 @@ def convert(model: nn.Module, policy: Policy | Plan, *, example_input: Any = Non
     """Do to the BatchNorm layers of `model` what the policy says, in place, and return the model.
 
     All or nothing: everything is validated before the first layer is touched, and on any error the model is as it
-    was. A conversion that claims the same function proves it: every new layer against the old one on random input,
-    and the network against itself on `example_input` (timm models and Lightning modules with an `example_input_array`
-    need none), both in eval mode; in float64 where the network amplifies the rounding of float32. Names, hooks,
-    devices, dtypes, shared layers, `requires_grad` and the state-dict keys stay. Converting again changes the policy
-    of what was converted; the same plan twice changes nothing.
+    was. A conversion that claims the same function in eval mode proves it: every new layer against the old one on
+    random input, and the network against itself on `example_input` (timm models and Lightning modules with an
+    `example_input_array` need none); in float64 where the network amplifies the rounding of float32. EvalNorm, which
+    is there to change it, is proven before it takes effect. Names, hooks, devices, dtypes, shared layers,
+    `requires_grad` and the state-dict keys stay. Converting again changes the policy of what was converted; the same
+    plan twice changes nothing.
     Convert before the optimizer is made: `merged` trains Parameters of its own.
 
     Args:
@@ -95,7 +100,8 @@ def revert(model: nn.Module, *, example_input: Any = None, verify: bool = True) 
 
 
 def _build_revert(model: nn.Module) -> list[_Swap]:
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, FrozenBatchNorm) or is_held(m)]
+    converted = (FrozenBatchNorm, TrackingBatchNorm)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, converted) or is_held(m)]
     if not layers:
         raise NoBatchNormMatched(
             complaint("model", type(model).__name__, "a model with layers that `convert` changed", "Nothing to revert.")
@@ -110,12 +116,37 @@ def _keep(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], Non
 
 def _freeze(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
     assert isinstance(policy, Freeze)
-    if isinstance(layer, FrozenBatchNorm) and layer.affine_kind == policy.affine:
+    noise = layer.noise if isinstance(layer, NoisyFrozenBatchNorm) else None
+    if isinstance(layer, FrozenBatchNorm) and (layer.affine_kind, noise) == (policy.affine, policy.noise):
         return layer, None
     bn = _as_batch_norm(layer)
-    frozen = frozen_class(bn).from_batch_norm(bn, policy.affine)
+    if policy.noise is None:
+        frozen = frozen_class(bn).from_batch_norm(bn, policy.affine)
+    else:
+        frozen = class_for(bn, NOISY).from_batch_norm(bn, policy.affine, policy.noise)
     # What an earlier policy held constant is trained again where this one says so.
     return frozen, (lambda: train_again(bn, frozen)) if is_held(bn) else None
+
+
+_FAMILIES: dict[type[Policy], Family[Any]] = {Ghost: GHOST, Renorm: RENORM, Stochastic: STOCHASTIC, EvalNorm: EVAL}
+
+
+def _track(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
+    family = _FAMILIES[type(policy)]
+    settings = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}  # type: ignore[arg-type]
+    if isinstance(layer, family[0]) and layer.settings == settings:
+        return layer, None
+    bn = _as_batch_norm(layer)
+    new = class_for(bn, family).from_batch_norm(bn, **settings)
+    if isinstance(policy, EvalNorm):
+        new.alpha = 0.0  # but for this it is a BatchNorm, and is proven as one
+
+    def then() -> None:
+        train_again(bn, new)
+        if isinstance(policy, EvalNorm):
+            new.alpha = policy.alpha
+
+    return new, then if is_held(bn) or isinstance(policy, EvalNorm) else None
 
 
 def _hold(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
@@ -128,6 +159,7 @@ _BUILDERS: dict[type[Policy], Callable[[nn.Module, Policy], tuple[nn.Module, Cal
     Freeze: _freeze,
     FreezeAffine: _hold,
     NormalizeOnly: _hold,
+    **dict.fromkeys(_FAMILIES, _track),
 }
 
 
@@ -176,7 +208,7 @@ def _find(model: nn.Module, row: PlanRow) -> nn.Module:
 
 
 def _as_batch_norm(layer: nn.Module) -> _BatchNorm:
-    if isinstance(layer, FrozenBatchNorm):
+    if isinstance(layer, (FrozenBatchNorm, TrackingBatchNorm)):
         return layer.to_batch_norm()
     assert isinstance(layer, _BatchNorm)
     return layer
@@ -193,6 +225,20 @@ def _releaser(module: nn.Module) -> Callable[[], None]:
 def _swap(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_input: Any, verify: bool) -> nn.Module:
     """Put the new layers in place; where outputs must stay the same and do not, put the old ones back and raise."""
     swaps = build(model)
+    with contextlib.ExitStack() as stack:
+        for swap in swaps:
+            if isinstance(swap.old, EvalBatchNorm):
+                stack.enter_context(swap.old.as_batch_norm())  # it differs from BatchNorm on purpose, and by this alone
+        converted = _prove_and_replace(model, swaps, build, example_input, verify)
+    for swap in swaps:
+        if swap.then is not None:
+            swap.then()
+    return converted
+
+
+def _prove_and_replace(
+    model: nn.Module, swaps: list[_Swap], build: Callable[[nn.Module], list[_Swap]], example_input: Any, verify: bool
+) -> nn.Module:
     replacements = [(swap.old, swap.new) for swap in swaps if swap.new is not swap.old]
     proofs: list[_Proof] = []
     if verify and replacements and can_run(model):
@@ -215,9 +261,6 @@ def _swap(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_i
             raise
         log.warning("the same function, proven in float64; this network amplifies float32 rounding: %s", error)
         converted = _replace(model, replacements)
-    for swap in swaps:
-        if swap.then is not None:
-            swap.then()
     return converted
 
 

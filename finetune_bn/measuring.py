@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from finetune_bn.collecting import Collector, Layer
+from finetune_bn.collecting import PIECE, Collector, Layer
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.feeding import Chunk, Feeder, recut
 from finetune_bn.layers.statistics import Statistics
@@ -32,8 +32,6 @@ Part = Literal["both", "mean", "var"]
 
 # The share of the free memory for activations that wait, and how many images one pass normalizes together at most.
 _SHARE_OF_MEMORY, _LARGEST_CHUNK = 0.5, 1024
-# Images that go through the model at once in lock-step: as many as fill the cores, and few enough for their caches.
-_LOCKSTEP_CHUNK = 64
 # With a tolerance: so many images tell how many it takes; and a little more than they tell, so as not to miss it.
 _PILOT, _MARGIN = 64, 1.02
 # Below this p-value a loader is said not to be i.i.d.: one false alarm in a thousand.
@@ -161,7 +159,7 @@ class Measuring:
             share = self._share(target)
             fresh = stock.up_to(math.inf if share is None else share)
             first = next(fresh, None)
-            if first is not None and not self._budget:
+            if first is not None and not self._budget and self._memory_decides():
                 self._weigh(first)
             self._expected = stock.expected * self.ranks.world
             chunks = self._seen(itertools.chain([] if first is None else [first], fresh))
@@ -191,7 +189,7 @@ class Measuring:
         """Run what waits; False where the model takes different paths, and one pass is to be tried instead."""
         note = f"of {self.images} images"
         try:
-            self.collector.together(list(recut(self._waiting, _LOCKSTEP_CHUNK)), lambda done: report(done, note))
+            self.collector.together(list(recut(self._waiting, PIECE)), lambda done: report(done, note))
         except DifferentPaths:
             if self.settings.mode == "exact" or self.ranks.world > 1:
                 raise
@@ -272,6 +270,11 @@ class Measuring:
             mean = source_mean
         return before.moved_to(mean, var, preserve=settings.how == "preserve")
 
+    def _memory_decides(self) -> bool:
+        settings = self.settings
+        size_is_free = settings.mode == "one_pass" and settings.batch_size is None
+        return settings.how != "preserve" and (settings.mode == "auto" or size_is_free)
+
     def _weigh(self, chunk: Chunk) -> None:
         """Find out how much memory an image takes that waits, and how much there is."""
         part = chunk[:2] if chunk.shape_key is not None else chunk
@@ -286,7 +289,7 @@ class Measuring:
 
     def _chunk_size(self) -> int:
         if self.settings.how == "preserve":
-            return self.settings.batch_size or _LOCKSTEP_CHUNK
+            return self.settings.batch_size or PIECE
         # What waits at a layer is there three times over while one chunk passes it: before, behind and in between.
         fit = int(self._budget / max(3 * self._per_image, 1))
         return self.settings.batch_size or max(1, min(fit, _LARGEST_CHUNK))

@@ -18,19 +18,25 @@ from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedL
 from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm, why_not_frozen
 from finetune_bn.layers.live import changes_function, is_held
 from finetune_bn.layers.norm_act import has_known_forward, is_norm_act
+from finetune_bn.layers.tracking import TrackingBatchNorm, why_not_tracking
 from finetune_bn.policies import (
+    EvalNorm,
     Freeze,
+    Ghost,
     Keep,
     NormalizeOnly,
     Policy,
+    Renorm,
     Rule,
     Rules,
+    Stochastic,
     check_policy,
     policy_from_dict,
 )
 from finetune_bn.probe import can_run, find_probes
 from finetune_bn.sites import BatchNormSite, find_batch_norms, find_lookalikes, locate, timm_stages
 
+_TRACKING = (Ghost, Renorm, Stochastic, EvalNorm)
 _FIVE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -197,22 +203,29 @@ def refusal(bn: nn.Module, policy: Policy) -> str | None:
     if any(is_lazy(t) for t in [*bn.parameters(False), *bn.buffers(False)]):
         return "is not initialized yet (a lazy layer): run the model once first"
     values: Mapping[str, Tensor | None] = bn._parameters
+    tracking = bn if isinstance(bn, TrackingBatchNorm) else None
     if isinstance(bn, FrozenBatchNorm):
         source = bn._source[0] if bn._source else bn._new_batch_norm()
         values = bn._values_for(source)
         bn = source
-    if parametrize.is_parametrized(bn):
+    elif tracking is not None and has_known_forward(tracking):
+        bn = tracking._source[0] if tracking._source else tracking._new_batch_norm()
+    if any(parametrize.is_parametrized(layer) for layer in (bn, tracking) if layer is not None):
         return "has parametrized tensors (torch.nn.utils.parametrize): remove the parametrizations first"
     if not has_known_forward(bn):  # type: ignore[arg-type]
         kind = f"{type(bn).__module__}.{type(bn).__qualname__}"
         patched = "forward" in vars(bn)
         return f"{kind} has a forward patched in" if patched else f"is a subclass with a forward of its own ({kind})"
-    if isinstance(policy, Freeze):
+    if isinstance(policy, (Freeze, *_TRACKING)):
         known = (*_FIVE, "drop", "act") if is_norm_act(bn) else _FIVE
         extra = [name for part in (bn._parameters, bn._buffers, bn._modules) for name in part if name not in known]
+        kind = "a frozen layer" if isinstance(policy, Freeze) else f"a layer for {type(policy).__name__}"
         if extra:
-            return f"holds {', '.join(extra)} besides BatchNorm's five tensors, which a frozen layer would lose"
-        return why_not_frozen(bn, policy.affine)  # type: ignore[arg-type]
+            return f"holds {', '.join(extra)} besides BatchNorm's five tensors, which {kind} would lose"
+        layer = tracking or bn  # the statistics of today, where they are live
+        if isinstance(policy, Freeze):
+            return why_not_frozen(layer, policy.affine)  # type: ignore[arg-type]
+        return why_not_tracking(layer)
     if bn.weight is None and bn.bias is None:
         return "has no weight and no bias to hold constant; Keep() would do the same"
     if (
@@ -271,7 +284,7 @@ def _choose(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequence[Ru
 
 def _kinds(site: BatchNormSite) -> set[str]:
     """Return the class names by which a rule may call the layer: a frozen one also by that of the BN it was."""
-    source = site.module._source if isinstance(site.module, FrozenBatchNorm) else ()
+    source = site.module._source if isinstance(site.module, (FrozenBatchNorm, TrackingBatchNorm)) else ()
     return {site.kind, *(type(bn).__name__ for bn in source)}
 
 
@@ -280,24 +293,28 @@ def _row(site: BatchNormSite, rule: Rule | None, position: str, named_rule: bool
         return PlanRow(site.names, site.kind, site.num_features, None, "left alone: no rule matches", False, position)
     problem = refusal(site.module, rule.policy)
     because = f"rule {rule.describe()}" if named_rule else ""
-    if isinstance(rule.policy, Freeze) and not problem:
+    if not problem:
         because = "; ".join(filter(None, (because, *_notes(site.module, rule.policy))))
     return PlanRow(
         site.names, site.kind, site.num_features, rule.policy, problem or because, problem is not None, position
     )
 
 
-def _notes(bn: nn.Module, policy: Freeze) -> Iterator[str]:
-    """Yield what someone who freezes this live layer should know."""
-    if isinstance(bn, FrozenBatchNorm):
+def _notes(bn: nn.Module, policy: Policy) -> Iterator[str]:
+    """Yield what someone who does this to the live layer should know."""
+    if isinstance(bn, FrozenBatchNorm) or not isinstance(policy, (Freeze, *_TRACKING)):
         return
-    off = [n for n in LEARNABLE[policy.affine] if getattr(bn, n) is not None and not getattr(bn, n).requires_grad]
+    if isinstance(policy, _TRACKING) and isinstance(bn, nn.SyncBatchNorm):
+        yield "each process will normalize by images of its own: they are no longer synchronized"
+    trained = LEARNABLE[policy.affine] if isinstance(policy, Freeze) else ()
+    off = [name for name in trained if getattr(bn, name) is not None and not getattr(bn, name).requires_grad]
     if off and not is_held(bn):
         yield f"{' and '.join(off)} keep requires_grad=False"
     mean, var = bn.running_mean, bn.running_var
     assert isinstance(mean, Tensor)
     assert isinstance(var, Tensor)
-    if not mean.is_meta and not mean.any() and bool((var == 1).all()):
+    goes_by_them = isinstance(policy, (Freeze, Renorm, Stochastic)) and not mean.is_meta
+    if goes_by_them and not mean.any() and bool((var == 1).all()):
         yield "its statistics are those of a new layer (mean 0, variance 1): are the pretrained weights loaded?"
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.frozen import Affine, check_affine
+from finetune_bn.layers.ghost import check_groups
+from finetune_bn.layers.noise import check_noise
+from finetune_bn.layers.renorm import check_limits, check_momentum
+from finetune_bn.layers.stochastic import check_alpha, check_probability
 
 
 class Policy:
@@ -44,16 +49,23 @@ class Freeze(Policy):
     Args:
         affine: what is trained: `none` (gamma', beta' constant), `shift` (beta' alone, costs no activation memory),
             `merged` (gamma' and beta'), `original` (BN's own gamma and beta over the fixed statistics).
+        noise: keep the noise that statistics have in i.i.d. batches of so many images: in training each batch is
+            normalized by statistics drawn around the fixed ones. It regularizes as BatchNorm does, and no image
+            depends on another. None: no noise. Not with `merged`.
     """
 
     affine: Affine = "none"
+    noise: int | None = None
 
     def __post_init__(self) -> None:
         check_affine(self.affine)
+        if self.noise is not None:
+            check_noise(self.noise, self.affine)
 
     def describe(self) -> str:
         """Return the policy in a few words, for tables."""
-        return f"freeze, affine={self.affine}"
+        noise = "" if self.noise is None else f", noise of {self.noise} images"
+        return f"freeze, affine={self.affine}{noise}"
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,112 @@ class NormalizeOnly(Policy):
     def describe(self) -> str:
         """Return the policy in a few words, for tables."""
         return "normalize only (gamma=1, beta=0)"
+
+
+@dataclass(frozen=True)
+class Ghost(Policy):
+    """Statistics of part of the batch in training: of each of the groups `x[i::groups]`.
+
+    For batches of P labels with K images each, label by label, as P x K samplers make them: with `groups` = K each
+    group holds one image of each label, so images of one label never share statistics. The running statistics, by
+    which the network is evaluated, follow those of the whole batch.
+
+    Args:
+        groups: number of groups in a batch, 2 or more: K, the images of a label.
+    """
+
+    groups: int
+
+    def __post_init__(self) -> None:
+        check_groups(self.groups, 2)
+
+    def describe(self) -> str:
+        """Return the policy in a few words, for tables."""
+        return f"ghost batches x[i::{self.groups}]"
+
+
+@dataclass(frozen=True)
+class Renorm(Policy):
+    """Batch renormalization (Ioffe 2017) from the pretrained statistics: trained as it will be evaluated.
+
+    In training the running statistics normalize, drawn towards the batch's where those are out of reach, and the
+    gradient is BatchNorm's. With `r_max` and `d_max` inf the forward pass is a frozen one; with 1 and 0 it is
+    BatchNorm's.
+
+    Args:
+        r_max: by what factor the standard deviations of batch and running statistics may differ: 1 or more, or inf
+            (`.inf` in YAML).
+        d_max: by how many running standard deviations their means may differ: 0 or more, or inf.
+        bn_steps: training batches with the limits 1 and 0, before they grow.
+        ramp_steps: training batches over which the limits grow to `r_max` and `d_max`.
+        momentum: share of a new batch in the running statistics; 0 keeps the pretrained ones. None: the layers' own,
+            as a rule 0.1 (the paper: 0.01).
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+    bn_steps: int = 0
+    ramp_steps: int = 0
+    momentum: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("r_max", "d_max"):
+            if getattr(self, name) == "inf":  # as JSON holds it
+                object.__setattr__(self, name, math.inf)
+        check_limits(self.r_max, self.d_max, self.bn_steps, self.ramp_steps)
+        check_momentum(self.momentum)
+
+    def describe(self) -> str:
+        """Return the policy in a few words, for tables."""
+        steps = f", {self.bn_steps} + {self.ramp_steps} steps" if self.bn_steps or self.ramp_steps else ""
+        momentum = "" if self.momentum is None else f", momentum={self.momentum:g}"
+        return f"batch renorm, r_max={self.r_max:g}, d_max={self.d_max:g}{steps}{momentum}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the policy as plain data; JSON has no number for infinity, so it is the text "inf"."""
+        return {name: "inf" if value == math.inf else value for name, value in super().to_dict().items()}
+
+
+@dataclass(frozen=True)
+class Stochastic(Policy):
+    """Stochastic normalization (Kou et al. 2020): batch statistics in some channels, running ones in the others.
+
+    Drawn anew for each channel and training batch. Evaluation is BatchNorm's.
+
+    Args:
+        p: probability that a channel goes by the statistics of the batch.
+    """
+
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_probability(self.p)
+
+    def describe(self) -> str:
+        """Return the policy in a few words, for tables."""
+        return f"stochastic norm, p={self.p:g}"
+
+
+@dataclass(frozen=True)
+class EvalNorm(Policy):
+    """EvalNorm (Singh and Shrivastava 2019): in evaluation an image counts in its own statistics, as in training.
+
+    Training is BatchNorm's. This policy changes what the network computes in evaluation, on purpose; all else is
+    proven to stay.
+
+    Args:
+        alpha: weight of the image against the running statistics, from 0 to less than 1. As a rule 1 / (images in a
+            training batch).
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha)
+
+    def describe(self) -> str:
+        """Return the policy in a few words, for tables."""
+        return f"eval norm, alpha={self.alpha:g}"
 
 
 @dataclass(frozen=True)
@@ -160,7 +278,9 @@ class Rules(Policy):
         return {"policy": "Rules", "rules": entries}
 
 
-_BY_NAME: dict[str, type[Policy]] = {p.__name__: p for p in (Keep, Freeze, FreezeAffine, NormalizeOnly, Rules)}
+_BY_NAME: dict[str, type[Policy]] = {
+    p.__name__: p for p in (Keep, Freeze, FreezeAffine, NormalizeOnly, Ghost, Renorm, Stochastic, EvalNorm, Rules)
+}
 
 
 def policy_from_dict(data: dict[str, Any]) -> Policy:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.moments import accumulator
+from finetune_bn.moments import ImageMeans
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,20 @@ class ImageSpread:
     @classmethod
     def of(cls, x: Tensor, pivot: Tensor) -> ImageSpread:
         """Return the spread of the images in `x` [N, C, ...]; `pivot` [C] costs digits where it is far off the mean."""
-        x, pivot = x.to(accumulator(x)), pivot.double()
-        d = x - pivot.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
-        pivot = pivot.to(x.dtype).double()  # what was subtracted
-        d = d.reshape(*x.shape[:2], -1)
-        ab = torch.stack([d.mean(2), d.square().mean(2)]).double()
+        return cls.of_images([ImageMeans.of(x, pivot)])
+
+    @classmethod
+    def of_images(cls, parts: Sequence[ImageMeans]) -> ImageSpread:
+        """Return the spread of the images of all parts, of which there is at least one."""
+        pivot, rows = parts[0].pivot.double(), []
+        for part in parts:
+            a, d = part.first.double(), part.pivot.double() - pivot
+            rows.append(torch.stack([a + d, part.second + 2 * d * a + d.square()]))
+        ab = torch.cat(rows, 1)
         center = ab.mean(1)
         da, db = ab - center[:, None]
         co = torch.stack([da.square().sum(0), db.square().sum(0), (da * db).sum(0)])
-        count = torch.tensor(float(x.shape[0]), dtype=torch.float64, device=x.device)
+        count = torch.tensor(float(ab.shape[1]), dtype=torch.float64, device=ab.device)
         return cls(count, center, co, pivot)
 
     @classmethod

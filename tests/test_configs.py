@@ -21,6 +21,7 @@ from PIL import Image
 
 from finetune_bn.cli import FinetuneBNCLI, main
 from finetune_bn.layers.frozen import FrozenBatchNorm
+from finetune_bn.tasks import MetricLearning
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
@@ -31,6 +32,12 @@ POLICIES = {
     "frozen_shift": {"policy": "Freeze", "affine": "shift"},
     "frozen_merged": {"policy": "Freeze", "affine": "merged"},
     "frozen_original": {"policy": "Freeze", "affine": "original"},
+}
+METRIC_POLICIES = {
+    "metric_live": {"policy": "Keep"},
+    "metric_frozen": {"policy": "Freeze", "affine": "none"},
+    "metric_frozen_merged": {"policy": "Freeze", "affine": "merged"},
+    "metric_frozen_original": {"policy": "Freeze", "affine": "original"},
 }
 SMALL_NET = ("--model.weights", "none", "--model.backbone", "test_efficientnet", "--data.image_size", "32")
 SHORT = (
@@ -84,7 +91,7 @@ def test_a_config_begins_with_what_it_does_and_how_it_is_run(path: Path) -> None
     assert {name for name in run if name.startswith("configs/")} <= {f"configs/{path.name}"}
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*POLICIES, *METRIC_POLICIES])
 def test_the_header_of_a_policy_config_is_three_to_six_sentences(name: str) -> None:
     prose = re.sub(r"\w+\.yaml", "file", header(FOLDER / f"{name}.yaml").partition("finetune-bn fit")[0])
     assert 3 <= len(re.findall(r"[.](?:\s|$)", prose)) <= 6
@@ -99,25 +106,25 @@ def test_a_config_runs_unchanged_with_and_without_a_gpu(path: Path) -> None:
     assert trainer.keys().isdisjoint({"precision", "devices", "strategy", "num_nodes", "plugins"})
 
 
-def test_the_policy_configs_differ_in_the_policy_the_learning_rate_and_the_folder_alone() -> None:
+@pytest.mark.parametrize("names", [POLICIES, METRIC_POLICIES], ids=["classification", "metric learning"])
+def test_the_policy_configs_differ_in_the_policy_the_learning_rate_and_the_folder_alone(names: Any) -> None:
     rest = []
-    for name in POLICIES:
+    for name in names:
         config = content(FOLDER / f"{name}.yaml")
         del config["batch_norm"]["policy"], config["model"]["init_args"]["lr"]
         assert config["trainer"].pop("default_root_dir") == f"runs/{name}"
         rest.append(config)
     assert all(config == rest[0] for config in rest)
-    assert rest[0]["model"]["init_args"] == {"backbone": "tf_efficientnet_lite0", "weights": "package"}
-    assert {key: rest[0]["data"]["init_args"][key] for key in ("image_size", "batch_size")} == {
-        "image_size": 64,
-        "batch_size": 4,
-    }
+    for name, value in {"backbone": "tf_efficientnet_lite0", "weights": "package"}.items():
+        assert rest[0]["model"]["init_args"][name] == value
+    batches = {key: rest[0]["data"]["init_args"].get(key) for key in ("image_size", "batch_size", "images_per_label")}
+    assert list(batches.values()) == ([64, 4, None] if names is POLICIES else [64, 32, 2])
 
 
 # --- plan -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*POLICIES, *METRIC_POLICIES])
 def test_a_policy_config_does_to_every_layer_what_its_name_says(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
 ) -> None:
@@ -125,12 +132,15 @@ def test_a_policy_config_does_to_every_layer_what_its_name_says(
     main(["plan", "--config", str(FOLDER / f"{name}.yaml"), "--format", "json"])
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert len(rows) == 49
-    assert all(row["action"] == POLICIES[name] for row in rows)
+    asked = (POLICIES | METRIC_POLICIES)[name].items()
+    assert all(asked <= row["action"].items() for row in rows)
     assert not any(row["reason"] for row in rows), "pretrained weights are loaded, nothing to remark"
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem not in POLICIES], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.stem not in POLICIES | METRIC_POLICIES], ids=lambda path: path.stem
+)
 def test_every_other_config_is_planned(capsys: pytest.CaptureFixture[str], image_folder: Path, path: Path) -> None:
     own_images = ["--data.root", str(image_folder)] if "root" in content(path)["data"]["init_args"] else []
     main(["plan", "--config", str(path), *SMALL_NET, *own_images])
@@ -253,6 +263,86 @@ def test_own_images_are_learned_with_gamma_and_beta_trained(image_folder: Path, 
     assert torch.equal(state["net.bn1.running_mean"], torch.zeros_like(state["net.bn1.running_mean"]))
 
 
+# --- metric learning ------------------------------------------------------------------------------------------------
+
+# 24 emoji to train on, with proxies for them.
+PROXIES = (
+    *("--data.subcategories", "[zodiac, game]", "--data.batch_size", "8", "--model.dimension", "8"),
+    *("--model.loss", "pytorch_metric_learning.losses.ProxyAnchorLoss"),
+    *("--model.loss.num_classes", "24", "--model.loss.embedding_size", "8"),
+    *("--model.miner", "pytorch_metric_learning.miners.MultiSimilarityMiner", "--model.miner.epsilon", "0.2"),
+)
+
+
+@pytest.fixture(scope="module")
+def metric(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    pytest.importorskip("pytorch_metric_learning")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setattr(sys, "argv", ["finetune-bn"])
+        yield Trained(tmp_path_factory.mktemp("metric"), FOLDER / "metric_frozen.yaml", *PROXIES)
+
+
+def test_metric_learning_trains_and_tests_a_loss_and_a_miner_given_by_class_path(metric: Trained) -> None:
+    model, trainer = metric.cli.model, metric.cli.trainer
+    assert trainer.global_step == 2
+    assert (type(model.loss).__name__, type(model.miner).__name__) == ("ProxyAnchorLoss", "MultiSimilarityMiner")
+    assert (model.loss.num_classes, model.miner.epsilon) == (24, 0.2)
+    assert [group["name"] for group in trainer.optimizers[0].param_groups][-1] == "loss/no_decay"
+    assert len(frozen_layers(metric.cli)) == 13
+    names = {f"test_recall_at_1{part}" for part in ("", "/across_domains", "/noto_to_fluent", "/twemoji_to_noto")}
+    assert names <= trainer.callback_metrics.keys()
+    best = trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
+    assert best == trainer.checkpoint_callback.current_score  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_of_metric_learning_knows_its_loss_by_class_path(metric: Trained) -> None:
+    loaded = MetricLearning.load_from_checkpoint(metric.checkpoint, map_location="cpu")
+    state = torch.load(metric.checkpoint, weights_only=True)
+    assert torch.equal(loaded.loss.proxies, state["state_dict"]["loss.proxies"])
+    assert loaded.miner.epsilon == 0.2
+    assert not {"num_classes", "class_names"} & state["hyper_parameters"].keys()
+    assert not {"num_classes", "class_names"} & metric.cli.model.hparams_initial.keys()
+
+
+def test_metric_learning_is_evaluated_and_goes_on_from_its_checkpoint(metric: Trained, tmp_path: Path) -> None:
+    root = ("--trainer.default_root_dir", str(tmp_path))
+    tested = metric.again("test", "--ckpt_path", str(metric.checkpoint), *root).trainer.callback_metrics
+    after_fit = metric.cli.trainer.callback_metrics
+    for name in {name for name in after_fit if name.startswith("test_")}:
+        torch.testing.assert_close(tested[name], after_fit[name])
+    options = ("--trainer.max_steps", "4", "--test_after_fit", "false", *root)
+    cli = metric.again("fit", "--ckpt_path", str(metric.checkpoint), *options)
+    assert cli.trainer.global_step == 4
+    embeddings = metric.again("predict", "--ckpt_path", str(metric.checkpoint), *root)
+    assert embeddings.trainer.predict_loop.num_dataloaders == 3
+
+
+def test_the_config_beside_a_checkpoint_of_metric_learning_plans_again(
+    metric: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["plan", "--config", str(metric.log_dir / "run_config.yaml")])
+    assert capsys.readouterr().out.startswith("MetricLearning: 13 x freeze, affine=none\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model.loss.num_classes", "9"), "loss.num_classes: got 9; allowed: 24, the number of labels of the train"),
+        (("--model.loss.embedding_size", "9"), "loss: got 'ProxyAnchorLoss'; allowed: a loss, with a miner or without"),
+        (("--data.images_per_label", "3"), "batch_size: got 8; allowed: a multiple of 3 (images_per_label)"),
+        (("--model.loss", "pytorch_metric_learning.losses.NTXent"), "model.loss: got 'NTXent'; allowed: the name of a"),
+        (("--model.dimenson", "9"), "model: MetricLearning has no 'dimenson'. Did you mean dimension?"),
+    ],
+)
+def test_a_mistake_in_metric_learning_is_one_line(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    config = ("--config", str(FOLDER / "metric_frozen.yaml"), "--trainer.default_root_dir", str(tmp_path))
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", *config, *SMALL_NET, *SHORT, *PROXIES, *options])
+    assert message in str(caught.value.code)
+    assert "\n" not in str(caught.value.code)
+
+
 # --- printed configs ------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +357,7 @@ def printed(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def test_a_printed_config_is_read_back_as_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = printed(capsys, "--config", str(QUICKSTART), "--batch_norm.policy.affine", "shift")
     (tmp_path / "whole.yaml").write_text(text, encoding="utf-8")
-    assert yaml.safe_load(text)["batch_norm"]["policy"]["init_args"] == {"affine": "shift"}
+    assert yaml.safe_load(text)["batch_norm"]["policy"]["init_args"]["affine"] == "shift"
     assert printed(capsys, "--config", "whole.yaml") == text
     main(["plan", "--config", "whole.yaml", *SMALL_NET])
     assert capsys.readouterr().out.startswith("ImageClassification: 13 x freeze, affine=shift\n")

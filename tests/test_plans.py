@@ -20,6 +20,7 @@ from tests.models import NETS, UNFREEZABLE, Head1d, Plain, Tied, build, settle, 
 from tests.tools import untouched
 
 FREEZE, KEEP, SHIFT = fbn.Freeze(), fbn.Keep(), fbn.Freeze("shift")
+NOT_IID = [fbn.Ghost(2), fbn.Renorm(float("inf"), 2), fbn.Stochastic(), fbn.EvalNorm(0.1), fbn.Freeze(noise=8)]
 
 
 def decisions(model: nn.Module, policy: Policy) -> dict[str, Policy | None]:
@@ -218,6 +219,23 @@ def test_normalize_only_looks_at_the_values_of_today_also_in_a_frozen_layer(affi
     assert len(fbn.plan(frozen, fbn.NormalizeOnly()).refused) == 2
 
 
+@pytest.mark.parametrize("first", NOT_IID[:4], ids=str)
+def test_normalize_only_looks_at_the_values_of_today_also_in_a_layer_that_tracks_statistics(first: Policy) -> None:
+    model = fbn.convert(Plain(), first)
+    assert not fbn.plan(model, fbn.NormalizeOnly()).refused
+    model.load_state_dict(settle(Plain()).state_dict())
+    assert len(fbn.plan(model, fbn.NormalizeOnly()).refused) == 2
+
+
+@pytest.mark.parametrize("policy", NOT_IID, ids=str)
+def test_what_layers_for_other_batches_would_lose_is_refused(policy: Policy) -> None:
+    assert "holds seen besides BatchNorm's five tensors" in (refusal(WithExtraState(4), policy) or "")
+    assert "has parametrized tensors" in (refusal(with_parametrization(), policy) or "")
+    assert "BatchNorm2d has a forward patched in" in (refusal(patched(), policy) or "")
+    assert "track_running_stats=False" in (refusal(nn.BatchNorm2d(4, track_running_stats=False), policy) or "")
+    assert refusal(nn.BatchNorm2d(4, affine=False), policy) is None
+
+
 @pytest.mark.parametrize("policy", [fbn.FreezeAffine(), fbn.NormalizeOnly()])
 def test_holding_constant_what_is_not_there_is_refused(policy: Policy) -> None:
     assert "no weight and no bias" in (refusal(nn.BatchNorm2d(4, affine=False), policy) or "")
@@ -268,6 +286,10 @@ def test_a_plan_of_every_policy_survives_json() -> None:
     rules = [Rule(KEEP, name="stem"), ("layer10", FREEZE), ("neck", fbn.FreezeAffine()), ("*.1.*", fbn.NormalizeOnly())]
     planned = fbn.plan(Deep(), fbn.Rules(rules))
     assert Plan.from_dict(json.loads(planned.to_json())) == planned
+    for policy in NOT_IID:
+        other = fbn.plan(Deep(), policy)
+        assert Plan.from_dict(json.loads(other.to_json())) == other
+        assert "Infinity" not in other.to_json()  # which is Python's JSON and nobody else's
     assert {type(row.policy) for row in planned.rows} == {
         fbn.Keep,
         fbn.Freeze,
@@ -373,11 +395,11 @@ def test_a_probe_input_of_the_wrong_size_is_one_clear_error_and_changes_nothing(
 
 
 def test_planning_under_every_policy_changes_nothing_not_even_in_converted_models() -> None:
-    for affine in ("none", "shift", "merged", "original"):
+    for before in (*map(fbn.Freeze, ("none", "shift", "merged", "original")), *NOT_IID):
         model, x = build("tied")
-        fbn.convert(model, fbn.Freeze(affine), example_input=x)
+        fbn.convert(model, before, example_input=x)
         twin = copy.deepcopy(model)
-        for policy in (FREEZE, KEEP, SHIFT, fbn.FreezeAffine(), fbn.NormalizeOnly(), fbn.NormalizeOnly(True)):
+        for policy in (FREEZE, KEEP, SHIFT, fbn.FreezeAffine(), fbn.NormalizeOnly(), fbn.NormalizeOnly(True), *NOT_IID):
             with untouched(model):
                 fbn.plan(model, policy, example_input=x)
         for ours, other in zip(fbn.revert(model).parameters(), fbn.revert(twin).parameters(), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -18,14 +19,26 @@ POLICIES: list[Policy] = [
     fbn.FreezeAffine(),
     fbn.NormalizeOnly(),
     fbn.NormalizeOnly(change_function=True),
+    fbn.Freeze(noise=32),
+    fbn.Freeze("original", noise=2),
+    fbn.Ghost(2),
+    fbn.Ghost(4),
+    fbn.Renorm(),
+    fbn.Renorm(math.inf, math.inf),
+    fbn.Renorm(1.5, 2, bn_steps=10, ramp_steps=100, momentum=0.01),
+    fbn.Renorm(momentum=0),
+    fbn.Stochastic(),
+    fbn.Stochastic(p=1),
+    fbn.EvalNorm(1 / 32),
     fbn.Rules([("layer4.*", fbn.Keep()), ("*", fbn.Freeze("shift"))]),
     fbn.Rules([Rule(fbn.NormalizeOnly(True), name="a", stage=0, type="BatchNorm1d"), Rule(fbn.Keep(), stage=3)]),
+    fbn.Rules([("neck", fbn.Renorm(math.inf, 1)), ("*", fbn.Ghost(4))]),
 ]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_a_policy_survives_json(policy: Policy) -> None:
-    restored = policy_from_dict(json.loads(json.dumps(policy.to_dict())))
+    restored = policy_from_dict(json.loads(json.dumps(policy.to_dict(), allow_nan=False)))
     assert restored == policy
     assert type(restored) is type(policy)
     assert hash(restored) == hash(policy)
@@ -50,6 +63,36 @@ def test_different_policies_describe_themselves_differently() -> None:
 def test_freeze_takes_four_words_for_affine(affine: Any) -> None:
     with pytest.raises(FinetuneBNError, match=r"affine: got .*; allowed: 'none', 'shift', 'merged', 'original'"):
         fbn.Freeze(affine)
+
+
+def test_a_policy_from_an_older_checkpoint_lacks_what_came_later() -> None:
+    assert policy_from_dict({"policy": "Freeze", "affine": "shift"}) == fbn.Freeze("shift", noise=None)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fbn.Freeze(noise=1), "noise: got 1; allowed: a whole number of images from 2 on"),
+        (lambda: fbn.Freeze(noise=0), "noise: got 0"),
+        (lambda: fbn.Freeze(noise="8"), "noise: got '8'"),
+        (lambda: fbn.Freeze("merged", noise=8), "noise: got 8; allowed: none with affine='merged'"),
+        (lambda: fbn.Ghost(1), r"groups: got 1; allowed: a whole number from 2 on\. Take K"),
+        (lambda: fbn.Ghost(2.0), "groups: got 2.0"),
+        (lambda: fbn.Renorm(r_max=0.5), "r_max: got 0.5; allowed: a number from 1 on, or inf"),
+        (lambda: fbn.Renorm(r_max="no limit"), "r_max: got 'no limit'"),
+        (lambda: fbn.Renorm(d_max=-1), "d_max: got -1; allowed: a number from 0 on, or inf"),
+        (lambda: fbn.Renorm(bn_steps=1.5), "bn_steps: got 1.5; allowed: a whole number from 0 on"),
+        (lambda: fbn.Renorm(ramp_steps=-1), "ramp_steps: got -1"),
+        (lambda: fbn.Renorm(momentum=1.5), "momentum: got 1.5; allowed: a number from 0 to 1, or None"),
+        (lambda: fbn.Renorm(momentum="slow"), "momentum: got 'slow'"),
+        (lambda: fbn.Renorm(momentum=True), "momentum: got True"),
+        (lambda: fbn.Stochastic(p=2), "p: got 2; allowed: a number from 0"),
+        (lambda: fbn.EvalNorm(alpha=1), "alpha: got 1; allowed: a number from 0 to less than 1"),
+    ],
+)
+def test_what_a_layer_would_refuse_its_policy_refuses(make: Any, message: str) -> None:
+    with pytest.raises(FinetuneBNError, match=message):
+        make()
 
 
 @pytest.mark.parametrize(
@@ -127,7 +170,10 @@ def test_a_rule_describes_its_conditions() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"policy": "Thaw"}, "policy: got 'Thaw'; allowed: .*Keep, Freeze, FreezeAffine, NormalizeOnly, Rules"),
+        (
+            {"policy": "Thaw"},
+            "policy: got 'Thaw'; allowed: .*Keep, Freeze, FreezeAffine, NormalizeOnly, Ghost, Renorm, Stoch",
+        ),
         ({}, "policy: got None"),
         ("Freeze", "policy: got 'Freeze'; allowed: a dict"),
         (None, "policy: got None; allowed: a dict"),
@@ -193,6 +239,15 @@ def class_path(policy: str, **arguments: Any) -> dict[str, Any]:
         (class_path("Freeze", affine="merged"), fbn.Freeze("merged")),
         (class_path("FreezeAffine"), fbn.FreezeAffine()),
         (class_path("NormalizeOnly", change_function=True), fbn.NormalizeOnly(True)),
+        (class_path("Freeze", noise=32), fbn.Freeze(noise=32)),
+        (class_path("Ghost", groups=2), fbn.Ghost(2)),
+        (class_path("Renorm"), fbn.Renorm()),
+        (
+            class_path("Renorm", r_max=math.inf, d_max=math.inf, momentum=0.01),
+            fbn.Renorm(math.inf, math.inf, momentum=0.01),
+        ),
+        (class_path("Stochastic", p=0.25), fbn.Stochastic(0.25)),
+        (class_path("EvalNorm", alpha=0.03125), fbn.EvalNorm(1 / 32)),
         ("finetune_bn.Freeze", fbn.Freeze()),
         (
             class_path(
@@ -222,11 +277,19 @@ def test_jsonargparse_builds_a_policy_from_what_yaml_holds(value: Any, expected:
     assert parse(value) == expected
 
 
+def test_yaml_writes_infinity_with_a_dot() -> None:
+    yaml = pytest.importorskip("yaml")
+    value = yaml.safe_load("{class_path: finetune_bn.Renorm, init_args: {r_max: .inf, d_max: .inf}}")
+    assert parse(value) == fbn.Renorm(math.inf, math.inf)
+
+
 @pytest.mark.parametrize(
     "value",
     [
         class_path("Freeze", affine="gamma"),
         class_path("Freeze", affin="none"),
+        class_path("Ghost"),
+        class_path("Ghost", groups="two"),
         class_path("Thaw"),
         class_path("Rules", rules=[{"name": "*", "policy": class_path("Freeze", affine="gamma")}]),
         class_path("Rules", rules=[{"nam": "*", "policy": class_path("Keep")}]),

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from finetune_bn.data.checks import at_least, fractions, one_of
 from finetune_bn.data.images import ImageSet, ImageSource, collate, cpu_count, find_unreadable
+from finetune_bn.data.label_batches import SeededLabelBatches
 from finetune_bn.data.order import SeededOrder
 from finetune_bn.data.splits import derive_seed, stratified_split, stratified_subset
 from finetune_bn.data.transforms import (
@@ -29,6 +30,7 @@ from finetune_bn.data.transforms import (
     model_normalization,
 )
 from finetune_bn.errors import BadData, complaint
+from finetune_bn.samplers import SHORT, ResumableDataLoader, Short
 
 # Lightning's words for a stage beside the names of the splits.
 SPLITS = {"train": "train", "val": "val", "test": "test", "fit": "train", "validate": "val", "predict": "test"}
@@ -87,6 +89,11 @@ class ImageDataModule(LightningDataModule):
             less one, at most 8.
         pin_memory: Whether batches are put in page-locked memory, which a GPU reads faster. auto: if there is a GPU.
         drop_last: Whether a last training batch that is not full is left out.
+        images_per_label: For metric learning: how many images of a label a training batch holds (K). A batch is then of
+            batch_size / images_per_label labels, each equally often in an epoch, whatever number of images it has.
+            Default: images are drawn one by one, whatever their labels.
+        short_labels: With images_per_label, what happens to labels of fewer training images. repeat: their images come
+            more than once in a batch, each time with another random augmentation. drop: they are left out. error: stop.
         on_bad_image: What to do with an image that cannot be read. error: stop and name it. skip: read every image
             once before training, leave the bad ones out, count and list them.
     """
@@ -110,6 +117,8 @@ class ImageDataModule(LightningDataModule):
         num_workers: int | Literal["auto"] = "auto",
         pin_memory: bool | Literal["auto"] = "auto",
         drop_last: bool = False,
+        images_per_label: int | None = None,
+        short_labels: Short = "repeat",
         on_bad_image: Literal["error", "skip"] = "error",
     ) -> None:
         super().__init__()
@@ -131,6 +140,12 @@ class ImageDataModule(LightningDataModule):
         self.num_workers = None if num_workers == "auto" else at_least("num_workers", num_workers, 0, " or auto")
         self.pin_memory = torch.cuda.is_available() if pin_memory == "auto" else pin_memory
         self.drop_last = drop_last
+        self.images_per_label = images_per_label
+        if images_per_label is not None and self.batch_size % at_least("images_per_label", images_per_label, 1):
+            allowed = f"a multiple of {images_per_label} (images_per_label)"
+            raise BadData(complaint("batch_size", batch_size, allowed))
+        one_of("short_labels", short_labels, SHORT)
+        self.short_labels: Short = short_labels
         self.on_bad_image = one_of("on_bad_image", on_bad_image, ("error", "skip"))
         self._given_normalization = checked_normalization(mean, std)
         self.normalization: tuple[Triple, Triple] | None = None
@@ -165,6 +180,12 @@ class ImageDataModule(LightningDataModule):
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.contents.class_names)
+
+    @property
+    def num_train_classes(self) -> int:
+        """The number above the largest label of the training images: what a loss with a vector for each label needs."""
+        contents = self.contents
+        return 1 + max((contents.source.labels[index] for index in contents.splits["train"]), default=-1)
 
     @property
     def domains(self) -> list[str]:
@@ -235,6 +256,8 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return one loader over all training domains, in the seed's order."""
         images = self.image_set("train", augment=self.augment)
+        if self.images_per_label is not None:
+            return self._label_loader(images, self.images_per_label)
         rank, world_size = self._rank()
         order = SeededOrder(images, seed=derive_seed(self.seed, "train"), rank=rank, world_size=world_size)
         if self.drop_last and len(order) < self.batch_size:
@@ -308,24 +331,38 @@ class ImageDataModule(LightningDataModule):
         sets = [self.image_set(stage, domain=domain) for domain in self.domains]
         return [self._loader(images, None, self.eval_batch_size) for images in sets]
 
+    def _label_loader(self, images: ImageSet, images_per_label: int) -> DataLoader[Any]:
+        """Return a loader of batches of so many images of each label."""
+        rank, world_size = self._rank()
+        sampler = SeededLabelBatches(
+            images.labels,
+            self.batch_size // images_per_label,
+            images_per_label,
+            short=self.short_labels,
+            seed=derive_seed(self.seed, "labels"),
+            rank=rank,
+            world_size=world_size,
+        )
+        return ResumableDataLoader(images, batch_sampler=sampler, **self._options(images, training=True))
+
     def _loader(
         self, images: ImageSet, order: SeededOrder | None, batch_size: int, drop_last: bool = False
     ) -> DataLoader[Any]:
+        options = self._options(images, training=order is not None)
+        return DataLoader(images, batch_size=batch_size, sampler=order, drop_last=drop_last, **options)
+
+    def _options(self, images: ImageSet, training: bool) -> dict[str, Any]:
         workers = self.num_workers
         if workers is None:
             workers = 0 if images.source.in_memory else min(8, max(0, cpu_count() - 1))
-        return DataLoader(
-            images,
-            batch_size=batch_size,
-            sampler=order,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=self.pin_memory,
-            drop_last=drop_last,
+        return {
+            "num_workers": workers,
+            "collate_fn": collate,
+            "pin_memory": self.pin_memory,
             # Seeds the workers (Python, NumPy, torch) and leaves the global generator as it is.
-            generator=torch.Generator().manual_seed(derive_seed(self.seed, "workers")),
-            persistent_workers=workers > 0 and order is not None,
-        )
+            "generator": torch.Generator().manual_seed(derive_seed(self.seed, "workers")),
+            "persistent_workers": workers > 0 and training,
+        }
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -93,8 +93,8 @@ class EmojiData(ImageDataModule):
 
     Args:
         target: What the label is. category: one of 9. subcategory: one of 97. identity: which emoji. vendor: who drew
-            it. Labels are numbered over all emoji in use; with identity, the test emoji have labels that are never
-            trained on (retrieval of unseen identities).
+            it. Labels are numbered over all emoji in use; with identity, those of training emoji come first, and
+            validation and test emoji have labels that are never trained on (retrieval of unseen identities).
         vendors: Whose drawings are evaluated, one loader each: noto, twemoji, fluent. Default: all.
         train_vendors: Whose drawings are trained on. Default: vendors.
         categories: Only emoji of these categories. Default: all.
@@ -141,15 +141,17 @@ class EmojiData(ImageDataModule):
             "identity": [emoji.name for emoji in emojis for _ in vendors],
             "vendor": [vendor for _ in emojis for vendor in vendors],
         }[self.target]
-        in_order = self.target in ("identity", "vendor")
-        class_names = list(dict.fromkeys(targets)) if in_order else sorted(set(targets))
-        number = {name: label for label, name in enumerate(class_names)}
-        source = EmojiImages(emojis, vendors, [number[name] for name in targets])
-
         keys = [emoji.codepoints for emoji in emojis]
         # by category whatever the target, so that all targets share one split
         strata = [emoji.category for emoji in emojis]
         by_emoji = self._cut(keys, strata, self.val_fraction, self.test_fraction)
+        if self.target == "identity":
+            # Training emoji from 0 up: a loss with a vector for each label then has none without an image.
+            class_names = [emojis[index].name for split in ("train", "val", "test") for index in by_emoji[split]]
+        else:
+            class_names = list(dict.fromkeys(targets)) if self.target == "vendor" else sorted(set(targets))
+        number = {name: label for label, name in enumerate(class_names)}
+        source = EmojiImages(emojis, vendors, [number[name] for name in targets])
         used = {"train": self.train_vendors, "val": self.vendors, "test": self.vendors}
         splits = {
             split: [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,29 @@ from finetune_bn.layers.frozen import (
     FrozenBatchNorm3d,
     check_affine,
 )
+from finetune_bn.layers.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from finetune_bn.layers.noise import (
+    NoisyFrozenBatchNorm,
+    NoisyFrozenBatchNorm1d,
+    NoisyFrozenBatchNorm2d,
+    NoisyFrozenBatchNorm3d,
+)
+from finetune_bn.layers.renorm import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from finetune_bn.layers.stochastic import (
+    EvalBatchNorm,
+    EvalBatchNorm1d,
+    EvalBatchNorm2d,
+    EvalBatchNorm3d,
+    StochasticBatchNorm,
+    StochasticBatchNorm1d,
+    StochasticBatchNorm2d,
+    StochasticBatchNorm3d,
+)
+from finetune_bn.layers.tracking import TrackingBatchNorm
+
+Kind = TypeVar("Kind", bound=nn.Module)
+# Of one kind the classes for any input, for 1d, 2d and 3d, and for a 2d layer with an activation behind it.
+Family = tuple[type[Kind], type[Kind], type[Kind], type[Kind], type[Kind]]
 
 
 class FrozenBatchNormAct2d(FrozenBatchNorm2d):
@@ -76,22 +100,125 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         return bn
 
     def _new_batch_norm(self) -> _BatchNorm:
-        try:
-            from timm.layers.norm_act import BatchNormAct2d
-        except ImportError as error:
-            raise MissingDependency(
-                "a FrozenBatchNormAct2d turns back into timm's BatchNormAct2d: pip install timm"
-            ) from error
-        like = self.running_mean
-        bn: _BatchNorm = BatchNormAct2d(
-            self.num_features,
-            self.eps,
-            self.momentum,  # type: ignore[arg-type]  # timm's annotation forgets None
-            apply_act=False,
-            device=like.device,
-            dtype=like.dtype,
-        )
+        return _new_norm_act(self)
+
+
+class NoisyFrozenBatchNormAct2d(NoisyFrozenBatchNorm, FrozenBatchNormAct2d):
+    """`NoisyFrozenBatchNorm`, then `drop`, then `act`; see `FrozenBatchNormAct2d`.
+
+    Args:
+        num_features: number of channels C.
+        drop: a module applied to the normalized activation; None for none.
+        act: a module applied last; None for none.
+        arguments: what `NoisyFrozenBatchNorm` takes.
+    """
+
+    def __init__(
+        self, num_features: int, *, drop: nn.Module | None = None, act: nn.Module | None = None, **arguments: Any
+    ) -> None:
+        super().__init__(num_features, **arguments)
+        self.drop = nn.Identity() if drop is None else drop
+        self.act = nn.Identity() if act is None else act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `act(drop(y))`, y being `x` [N, C, H, W] normalized, in training by noisy statistics."""
+        self._check_input_dim(x)
+        return self.act(self.drop(self._normalize(x)))  # type: ignore[no-any-return]
+
+
+class TrackingBatchNormAct2d(TrackingBatchNorm):
+    """A `TrackingBatchNorm`, then `drop`, then `act`: the modules of timm's `BatchNormAct2d` that it stands for.
+
+    Args:
+        num_features: number of channels C.
+        drop: a module applied to the normalized activation; None for none.
+        act: a module applied last; None for none.
+        arguments: what the layer before `drop` takes.
+    """
+
+    def __init__(
+        self, num_features: int, *, drop: nn.Module | None = None, act: nn.Module | None = None, **arguments: Any
+    ) -> None:
+        super().__init__(num_features, **arguments)
+        self.drop = nn.Identity() if drop is None else drop
+        self.act = nn.Identity() if act is None else act
+
+    @classmethod
+    def _standing_for(cls, bn: _BatchNorm) -> Self:
+        layer = super()._standing_for(bn)
+        # timm's SyncBatchNormAct may carry neither of the two.
+        layer.drop = getattr(bn, "drop", None) or nn.Identity()
+        layer.act = getattr(bn, "act", None) or nn.Identity()
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `act(drop(y))`, y being `input` [N, C, H, W] normalized."""
+        return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return]
+
+    def to_batch_norm(self) -> _BatchNorm:
+        """Return timm's layer of the same eval-mode function, see `TrackingBatchNorm.to_batch_norm`."""
+        bn = super().to_batch_norm()
+        for name in ("drop", "act"):
+            if hasattr(bn, name):
+                setattr(bn, name, getattr(self, name))
         return bn
+
+    def _new_batch_norm(self) -> _BatchNorm:
+        return _new_norm_act(self)
+
+
+class GhostBatchNormAct2d(TrackingBatchNormAct2d, GhostBatchNorm2d):
+    """`GhostBatchNorm2d`, then `drop`, then `act`; see `TrackingBatchNormAct2d`."""
+
+
+class BatchRenormAct2d(TrackingBatchNormAct2d, BatchRenorm2d):
+    """`BatchRenorm2d`, then `drop`, then `act`; see `TrackingBatchNormAct2d`."""
+
+
+class StochasticBatchNormAct2d(TrackingBatchNormAct2d, StochasticBatchNorm2d):
+    """`StochasticBatchNorm2d`, then `drop`, then `act`; see `TrackingBatchNormAct2d`."""
+
+
+class EvalBatchNormAct2d(TrackingBatchNormAct2d, EvalBatchNorm2d):
+    """`EvalBatchNorm2d`, then `drop`, then `act`; see `TrackingBatchNormAct2d`."""
+
+
+FROZEN: Family[FrozenBatchNorm] = (
+    FrozenBatchNorm,
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    FrozenBatchNorm3d,
+    FrozenBatchNormAct2d,
+)
+NOISY: Family[NoisyFrozenBatchNorm] = (
+    NoisyFrozenBatchNorm,
+    NoisyFrozenBatchNorm1d,
+    NoisyFrozenBatchNorm2d,
+    NoisyFrozenBatchNorm3d,
+    NoisyFrozenBatchNormAct2d,
+)
+GHOST: Family[GhostBatchNorm] = (
+    GhostBatchNorm,
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    GhostBatchNorm3d,
+    GhostBatchNormAct2d,
+)
+RENORM: Family[BatchRenorm] = (BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, BatchRenormAct2d)
+STOCHASTIC: Family[StochasticBatchNorm] = (
+    StochasticBatchNorm,
+    StochasticBatchNorm1d,
+    StochasticBatchNorm2d,
+    StochasticBatchNorm3d,
+    StochasticBatchNormAct2d,
+)
+EVAL: Family[EvalBatchNorm] = (
+    EvalBatchNorm,
+    EvalBatchNorm1d,
+    EvalBatchNorm2d,
+    EvalBatchNorm3d,
+    EvalBatchNormAct2d,
+)
 
 
 def is_norm_act(module: nn.Module) -> bool:
@@ -101,11 +228,16 @@ def is_norm_act(module: nn.Module) -> bool:
 
 
 def has_known_forward(bn: _BatchNorm) -> bool:
-    """Tell whether the layer computes what its base class computes, no subclass having replaced `forward`."""
+    """Tell whether the layer computes what its base class computes, no subclass having replaced `forward`.
+
+    Base classes are BatchNorm's, live and synchronized, timm's, and those of this package.
+    """
     if "forward" in bn.__dict__:  # patched on the instance
         return False
     forward = type(bn).forward
     if forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return True
+    if forward in (TrackingBatchNorm.forward, TrackingBatchNormAct2d.forward):
         return True
     timm = sys.modules.get("timm.layers.norm_act")
     return timm is not None and forward in (timm.BatchNormAct2d.forward, timm.SyncBatchNormAct.forward)
@@ -113,24 +245,45 @@ def has_known_forward(bn: _BatchNorm) -> bool:
 
 def frozen_class(bn: _BatchNorm) -> type[FrozenBatchNorm]:
     """Return the frozen class for a BatchNorm layer."""
+    return class_for(bn, FROZEN)
+
+
+def class_for(bn: _BatchNorm, family: Family[Kind]) -> type[Kind]:
+    """Return which class of a family stands for a BatchNorm layer."""
     if is_norm_act(bn):
-        return FrozenBatchNormAct2d
-    for live, frozen in (
-        (nn.BatchNorm1d, FrozenBatchNorm1d),
-        (nn.BatchNorm2d, FrozenBatchNorm2d),
-        (nn.BatchNorm3d, FrozenBatchNorm3d),
-    ):
+        return family[4]
+    for live, kind in zip((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), family[1:], strict=False):
         if isinstance(bn, live):
-            return frozen
-    return FrozenBatchNorm  # SyncBatchNorm and the `_BatchNormXd` that reverting it leaves take any input rank
+            return kind
+    return family[0]  # SyncBatchNorm and the `_BatchNormXd` that reverting it leaves take any input rank
 
 
 def behind_norm(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply what a norm+act layer, live or frozen, does to its normalized activation; `x` itself for other layers."""
-    if not isinstance(layer, FrozenBatchNormAct2d) and not is_norm_act(layer):
+    if not isinstance(layer, (FrozenBatchNormAct2d, TrackingBatchNormAct2d)) and not is_norm_act(layer):
         return x
     for name in ("drop", "act"):
         module = getattr(layer, name, None)  # timm's SyncBatchNormAct may carry neither of the two
         if module is not None:
             x = module(x)
     return x
+
+
+def _new_norm_act(layer: FrozenBatchNormAct2d | TrackingBatchNormAct2d) -> _BatchNorm:
+    """Return a new BatchNormAct2d of timm for a layer that never was one."""
+    try:
+        from timm.layers.norm_act import BatchNormAct2d
+    except ImportError as error:
+        raise MissingDependency(
+            f"a {type(layer).__name__} turns back into timm's BatchNormAct2d: pip install timm"
+        ) from error
+    like = layer.get_buffer("running_mean")
+    bn: _BatchNorm = BatchNormAct2d(
+        layer.num_features,
+        layer.eps,
+        layer.momentum,  # type: ignore[arg-type]  # timm's annotation forgets None
+        apply_act=False,
+        device=like.device,
+        dtype=like.dtype,
+    )
+    return bn

@@ -23,9 +23,24 @@ from finetune_bn.layers import (
     FrozenBatchNorm2d,
     FrozenBatchNorm3d,
     FrozenBatchNormAct2d,
+    NoisyFrozenBatchNorm2d,
+    NoisyFrozenBatchNormAct2d,
 )
 from finetune_bn.layers.frozen import AFFINE_KINDS, Affine
-from finetune_bn.layers.norm_act import frozen_class, has_known_forward, is_norm_act
+from finetune_bn.layers.norm_act import (
+    EVAL,
+    FROZEN,
+    GHOST,
+    NOISY,
+    RENORM,
+    STOCHASTIC,
+    Family,
+    behind_norm,
+    class_for,
+    frozen_class,
+    has_known_forward,
+    is_norm_act,
+)
 from tests.models import Named, OwnForward, settle
 from tests.tools import assert_same_state
 
@@ -201,3 +216,146 @@ def test_a_forward_of_its_own_is_noticed_in_the_class_and_on_the_instance() -> N
     patched.forward = lambda x: x
     assert not has_known_forward(patched)
     assert not has_known_forward(OwnForward(4))
+
+
+# The layers that track running statistics, and frozen with noise
+
+KINDS: dict[str, tuple[Family[Any], dict[str, Any]]] = {
+    "ghost": (GHOST, {"groups": 2}),
+    "renorm": (RENORM, {"r_max": 1.2, "d_max": 0.3}),
+    "stochastic": (STOCHASTIC, {"p": 0.5}),
+    "eval": (EVAL, {"alpha": 0.2}),
+    "noisy": (NOISY, {"affine": "original", "noise": 8}),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def pair(kind: str, **arguments: Any) -> tuple[Any, Any]:
+    """Return the layer with an activation and the one without, of the same values, each after the same batch."""
+    family, settings = KINDS[kind]
+    layer, plain = (family[i].from_batch_norm(norm_act(**arguments), **settings).train() for i in (4, 2))
+    layer(images())
+    plain(images())
+    return layer, plain
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("act", [nn.PReLU, nn.ReLU, nn.SiLU])
+def test_the_activation_follows_the_normalization_in_either_mode(kind: str, act: type[nn.Module], mode: bool) -> None:
+    layer, plain = pair(kind, act_layer=act, drop_layer=None)
+    results = []
+    for module, behind in ((layer.train(mode), nn.Identity()), (plain.train(mode), layer.act)):
+        torch.manual_seed(1)
+        x = images().requires_grad_()
+        y = behind(module(x))
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, layer.act.weight] if act is nn.PReLU else [x])))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not torch.allclose(results[0][0], plain(images()))
+
+
+def test_what_tracks_statistics_has_drop_before_act_and_gives_them_back(kind: str) -> None:
+    source = norm_act(act_layer=nn.Sigmoid)
+    act, drop = source.act, source.drop
+    family, settings = KINDS[kind]
+    layer = family[4].from_batch_norm(source, **settings)
+    assert (layer.act, layer.drop) == (act, drop)
+    dropped = layer.train()(images()) == 0.5  # sigmoid(0)
+    assert 0.3 < dropped.float().mean() < 0.7
+    layer.act = nn.Tanh()
+    back = layer.to_batch_norm()
+    assert back is source
+    assert isinstance(back.act, nn.Tanh)
+    assert back.drop is drop
+
+
+def test_what_tracks_statistics_loads_timms_state_dicts_strictly_both_ways(kind: str) -> None:
+    layer, _ = pair(kind)
+    source = norm_act()
+    layer.load_state_dict(source.state_dict(), strict=True)
+    assert list(layer.state_dict()) == list(source.state_dict())
+    norm_act().load_state_dict(layer.state_dict(), strict=True)
+
+
+def test_what_never_was_timms_turns_into_timms_and_says_what_to_install(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, settings = KINDS[kind]
+    layer = family[4](4, eps=1e-3, momentum=None, act=nn.SiLU(), drop=nn.Dropout(), **settings).eval()
+    back = layer.to_batch_norm()
+    assert type(back) is BatchNormAct2d
+    assert (back.eps, back.momentum) == (1e-3, None)
+    assert isinstance(back.act, nn.SiLU)
+    monkeypatch.setitem(sys.modules, "timm.layers.norm_act", None)
+    with pytest.raises(MissingDependency, match=f"a {type(layer).__name__} turns back .* pip install timm"):
+        family[4](4, **settings).to_batch_norm()
+
+
+def test_timms_synchronized_layer_keeps_its_activation_in_what_tracks_statistics(kind: str) -> None:
+    layer = convert_sync_batchnorm(norm_act()).eval()
+    family, settings = KINDS[kind]
+    stand_in = class_for(layer, family).from_batch_norm(
+        layer, **(settings | ({"alpha": 0.0} if kind == "eval" else {}))
+    )
+    assert type(stand_in) is family[4]
+    assert torch.equal(stand_in(images()), layer(images()))
+    assert stand_in.to_batch_norm() is layer
+
+
+def test_copies_and_files_hold_the_whole_layer_that_tracks_statistics(kind: str) -> None:
+    layer, _ = pair(kind)
+    layer.eval()
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert torch.equal(other(images()), layer(images()))
+        assert other.to_batch_norm().act is other.act
+        assert other.act is not layer.act
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_what_tracks_statistics_compiles_without_a_graph_break(kind: str, mode: bool) -> None:
+    layer, _ = pair(kind, act_layer=nn.ReLU, drop_layer=None)
+    layer.train(mode)
+    other, x = copy.deepcopy(layer), images()
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    expected = other(x)
+    torch.manual_seed(0)
+    assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected)
+
+
+@pytest.mark.parametrize("family", [FROZEN, NOISY, GHOST, RENORM, STOCHASTIC, EVAL], ids=lambda f: f[0].__name__)
+def test_each_family_has_a_class_for_each_layer(family: Family[Any]) -> None:
+    layers = (nn.SyncBatchNorm(4), nn.BatchNorm1d(4), nn.BatchNorm2d(4), nn.BatchNorm3d(4), BatchNormAct2d(4))
+    assert tuple(class_for(layer, family) for layer in layers) == family
+    assert class_for(Named(4), family) is family[1]
+    assert class_for(SyncBatchNormAct(4), family) is family[4]
+    assert all(issubclass(each, family[0]) for each in family)
+    endings = ["", "1d", "2d", "3d", "Act2d"]
+    assert [each.__name__ for each in family] == [family[0].__name__ + ending for ending in endings]
+
+
+def test_a_layer_of_this_package_has_a_known_forward_and_a_subclass_of_it_may_not(kind: str) -> None:
+    layer, plain = pair(kind)
+    if kind != "noisy":
+        assert has_known_forward(layer)
+        assert has_known_forward(plain)
+        own = type("Own", (type(plain),), {"forward": lambda self, x: x})
+        assert not has_known_forward(own.from_batch_norm(norm_act(), **KINDS[kind][1]))
+    x = images()
+    layer.drop = nn.Identity()
+    assert torch.equal(behind_norm(layer, x), layer.act(x))
+    assert behind_norm(plain, x) is x
+
+
+def test_the_noisy_layer_is_frozen_with_noise_and_an_activation() -> None:
+    assert issubclass(NoisyFrozenBatchNormAct2d, FrozenBatchNormAct2d)
+    assert not issubclass(NoisyFrozenBatchNorm2d, FrozenBatchNormAct2d)
+    with pytest.raises(FinetuneBNError, match="noise: got 1"):
+        NoisyFrozenBatchNormAct2d(4, noise=1)

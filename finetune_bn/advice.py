@@ -1,0 +1,179 @@
+"""When what was seen of a batch matters, and what to do about it, in a sentence: the thresholds are all here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from finetune_bn.inspection import LayerLook
+from finetune_bn.leakage import Leakage
+
+# With fewer independent images the batch mean is off by more than a quarter of what images differ in their means.
+N_EFF = 16.0
+# Images of a batch that differ less from each other than from others, by chance, once in so many trainings.
+P_VALUE = 1e-3
+# A running variance this far off in each layer is felt in the output of a deep network.
+RUNNING_VAR_BIAS = 0.05
+# How far an output may differ between training and eval mode, in distances between two images.
+TRAIN_EVAL_GAP = 0.5
+# How far an output may move when the other images of its batch are exchanged, in distances between two images.
+LEAKAGE = 0.25
+# Share of a layer's channels that died since training began.
+DIED = 0.25
+# One layer may be off by chance, and what concerns few of them need not be felt.
+SHARE_OF_LAYERS = 0.25
+
+_INSTEAD = (
+    "Freeze the statistics (BatchNormConversion with policy Freeze), or normalize by batch renorm (Renorm), or in "
+    "ghost groups with one image of each label (Ghost)."
+)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at a training batch has found; None: cannot be told.
+
+    Attributes:
+        images: images of the batch.
+        layers: what each BatchNorm layer sees of them.
+        p_value: how likely batches drawn at random would differ as much as those of the last interval.
+        p_value_so_far: the same of all intervals so far (Fisher's method).
+        train_eval_gap: distance between outputs in training and eval mode, root mean square over images, relative to
+            the distance between two images.
+        leakage: how far an output moves when the other images of the batch are exchanged.
+        labels: different labels seen so far.
+        batches: batches whose labels were seen.
+        single_value_batches: training batches so far that gave a layer one value a channel.
+    """
+
+    images: int
+    layers: tuple[LayerLook, ...]
+    p_value: float | None = None
+    p_value_so_far: float | None = None
+    train_eval_gap: float | None = None
+    leakage: Leakage | None = None
+    labels: int = 0
+    batches: int = 0
+    single_value_batches: int = 0
+
+    def metrics(self, per_layer: bool = True) -> dict[str, float]:
+        """Return the figures by name: `bn/...` averages over layers, `bn_layers/.../<layer>` those of each."""
+        found: dict[str, float | None] = {}
+        for figure in ("drift", "drift_z", "log_var_ratio", "rho", "deff", "n_eff", "running_var_bias"):
+            by_layer = {layer.name: getattr(layer, figure) for layer in self.layers}
+            known = [value for value in by_layer.values() if value is not None and math.isfinite(value)]
+            if known:
+                found[f"bn/{figure}"] = sum(known) / len(known)
+            if per_layer:
+                found |= {f"bn_layers/{figure}/{name or '(root)'}": value for name, value in by_layer.items()}
+        if per_layer:
+            found |= {f"bn_layers/dead/{layer.name or '(root)'}": float(layer.dead) for layer in self.layers}
+        found["bn/dead"] = float(sum(layer.dead for layer in self.layers))
+        found["bn/died"] = float(sum(layer.died for layer in self.layers))
+        found["bn/p_value"] = self.p_value
+        found["bn/train_eval_gap"] = self.train_eval_gap
+        found["bn/single_value_batches"] = float(self.single_value_batches)
+        if self.leakage is not None:
+            found["bn/leakage"] = self.leakage.total
+            if per_layer:
+                found |= {f"bn_layers/leakage/{row.names[0] or '(root)'}": row.leakage for row in self.leakage.rows}
+        return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def fisher(p_values: Iterable[float]) -> float:
+    """Return the p-value of independent tests together (Fisher 1925, section 21.1)."""
+    logs = [math.log(p) for p in p_values]
+    if not logs:
+        return 1.0
+    pair = torch.tensor([len(logs), -sum(logs)], dtype=torch.float64)
+    return float(torch.special.gammaincc(pair[0], pair[1]))
+
+
+def advise(look: Look) -> Iterator[tuple[str, str]]:
+    """Yield what matters about a look: a word for the cause, and a sentence or two with the remedy.
+
+    Nothing is said of layers that do not normalize by the batch, save that their channels died.
+    """
+    yield from _of_batches(look)
+    yield from _of_modes(look)
+    for layer in look.layers:
+        if layer.died >= max(1.0, DIED * layer.channels):
+            yield (
+                "died",
+                f"{layer.died} of {layer.channels} channels of {layer.name or 'the network'} have lost their variance "
+                "since training began: the layer before returns a constant, and no gradient passes. The learning rate "
+                "is too high for it: start again from the pretrained weights with a third of it, or a longer warm-up.",
+            )
+            break
+    if look.single_value_batches:
+        yield (
+            "single value",
+            f"{look.single_value_batches} batches had one value a channel in a layer, which has no variance and was "
+            "normalized by the running statistics. Let the loader drop the last batch (drop_last=True), or take "
+            "larger batches.",
+        )
+
+
+def _of_batches(look: Look) -> Iterator[tuple[str, str]]:
+    live = [layer for layer in look.layers if layer.by_batch]
+    if live and look.labels == 1 and look.batches > 1:
+        yield (
+            "one label",
+            f"all images of the {look.batches} batches looked at have one label. If the data have others, the loader "
+            "is sorted, and BatchNorm learns the statistics of one label after the other: shuffle it.",
+        )
+    # Without labels, a batch is worth at most its images.
+    worth = {layer: layer.images if layer.n_eff is None else layer.n_eff for layer in live}
+    low = [layer for layer in live if worth[layer] < N_EFF]
+    if _many(low, live):
+        worst = min(low, key=lambda layer: worth[layer])
+        why = "" if worst.deff is None else f", as images of one label resemble each other (DEFF {worst.deff:.1f})"
+        yield (
+            "n_eff",
+            f"BatchNorm normalizes by statistics worth fewer than {N_EFF:.0f} independent images in {len(low)} of "
+            f"{len(live)} layers: {worth[worst]:.1f} in {worst.name or 'the network'}, of {worst.images} in the batch"
+            f"{why}. {_INSTEAD}",
+        )
+    if live and look.p_value_so_far is not None and look.p_value_so_far < P_VALUE:
+        yield (
+            "p_value",
+            f"training batches are not i.i.d.: images of one batch are more alike than those of different batches "
+            f"(p = {look.p_value_so_far:.1g}, permutation test). Shuffle the loader; where batches have to be made "
+            f"that way, BatchNorm should not learn from them. {_INSTEAD}",
+        )
+    tracking = [layer for layer in look.layers if layer.tracks]
+    off = [layer for layer in tracking if abs(layer.running_var_bias or 0.0) > RUNNING_VAR_BIAS]
+    if _many(off, tracking):
+        worst = max(off, key=lambda layer: abs(layer.running_var_bias or 0.0))
+        yield (
+            "running_var",
+            f"running variances will settle more than {100 * RUNNING_VAR_BIAS:.0f} % off those of the data in "
+            f"{len(off)} of {len(tracking)} layers ({100 * (worst.running_var_bias or 0.0):+.0f} % in "
+            f"{worst.name or 'the network'}), as batches of few labels vary less than the data do. Evaluate by "
+            "statistics of i.i.d. images (add BatchNormRecalibration), or freeze the pretrained ones (Freeze).",
+        )
+
+
+def _of_modes(look: Look) -> Iterator[tuple[str, str]]:
+    gap, leakage = look.train_eval_gap, look.leakage
+    if gap is not None and gap > TRAIN_EVAL_GAP:
+        yield (
+            "gap",
+            f"the same images have other outputs in training than in eval mode, {100 * gap:.0f} % of the distance "
+            "between two images apart: the network is evaluated as another than is trained. Evaluate by statistics of "
+            "the data (add BatchNormRecalibration), or train by those of evaluation (policy Freeze or Renorm).",
+        )
+    if leakage is not None and leakage.total > LEAKAGE:
+        yield (
+            "leakage",
+            f"images leak into each other: the output of an image moves by {100 * leakage.total:.0f} % of the "
+            "distance between two images when the others of its batch are exchanged, so a loss can be lowered by "
+            f"what the batch gives away. {_INSTEAD}",
+        )
+
+
+def _many(some: list[LayerLook], of: list[LayerLook]) -> bool:
+    return bool(some) and len(some) >= SHARE_OF_LAYERS * len(of)
