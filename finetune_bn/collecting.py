@@ -169,7 +169,7 @@ class Collector:
         return True
 
     def _settled(self, number: int, moments: Moments, as_kernel: bool) -> Statistics:
-        """Return what a chunk is normalized by; BatchNorm's kernel divides the variance by n, and stores that by n - 1."""
+        """Return what a chunk is normalized by; the kernel divides the variance by n, and stores that by n - 1."""
         if as_kernel:
             return self.layers[number].before.moved_to(moments.mean, moments.var(), preserve=False)
         return self.settle(number, moments)

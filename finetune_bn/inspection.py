@@ -23,6 +23,8 @@ DEAD = 1e-4
 _MEMORY = 8
 # Fewer batches do not tell by how much labels vary from batch to batch.
 _BATCHES_TO_COUNT = 8
+# Median of the absolute value of a standard normal variable.
+_MEDIAN_OF_NORMAL = 0.6745
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class LayerLook:
         images: images that it normalizes together, those of other processes included.
         drift: distance of the batch mean from the running mean in running standard deviations, root mean square over
             channels.
-        drift_z: the same in standard errors of the batch mean; about 1 where nothing has drifted.
+        drift_z: the same in standard errors of the batch mean, from the median channel; about 1 where nothing drifted.
         log_var_ratio: logarithm of the ratio of batch and running variance, averaged over channels.
         rho: between-label share of the variance of per-image channel means.
         deff: design effect of the batches.
@@ -222,4 +224,6 @@ class Inspector:
         if images < 2:
             return float(drift), None, float(log_ratio)
         error = (seen.means.var(0)[alive] * deff / images).clamp_min(torch.finfo(torch.float64).tiny)
-        return float(drift), float((distance.square() / error).mean().sqrt()), float(log_ratio)
+        # Not the mean: a channel that hardly any image activates is many of its own standard errors off.
+        drift_z = (distance.square() / error).median().sqrt() / _MEDIAN_OF_NORMAL
+        return float(drift), float(drift_z), float(log_ratio)

@@ -30,6 +30,8 @@ Mode = Literal["auto", "exact", "one_pass"]
 How = Literal["renormalize", "preserve"]
 Part = Literal["both", "mean", "var"]
 
+# Images that go through the model at once in lock-step.
+_LOCKSTEP_CHUNK = PIECE
 # The share of the free memory for activations that wait, and how many images one pass normalizes together at most.
 _SHARE_OF_MEMORY, _LARGEST_CHUNK = 0.5, 1024
 # With a tolerance: so many images tell how many it takes; and a little more than they tell, so as not to miss it.
@@ -189,7 +191,7 @@ class Measuring:
         """Run what waits; False where the model takes different paths, and one pass is to be tried instead."""
         note = f"of {self.images} images"
         try:
-            self.collector.together(list(recut(self._waiting, PIECE)), lambda done: report(done, note))
+            self.collector.together(list(recut(self._waiting, _LOCKSTEP_CHUNK)), lambda done: report(done, note))
         except DifferentPaths:
             if self.settings.mode == "exact" or self.ranks.world > 1:
                 raise
@@ -289,7 +291,7 @@ class Measuring:
 
     def _chunk_size(self) -> int:
         if self.settings.how == "preserve":
-            return self.settings.batch_size or PIECE
+            return self.settings.batch_size or _LOCKSTEP_CHUNK
         # What waits at a layer is there three times over while one chunk passes it: before, behind and in between.
         fit = int(self._budget / max(3 * self._per_image, 1))
         return self.settings.batch_size or max(1, min(fit, _LARGEST_CHUNK))

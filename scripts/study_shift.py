@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -204,17 +205,15 @@ def keys_under_shift(seed: int, shift: str, severity: int) -> Iterator[Key]:
         yield common | {"arm": "unprepared", "n": USUAL_SIZE, "prior": 0}
 
 
-def measure_under_shift(seed: int, shift: str, severity: int) -> Iterator[Key]:
+def measure_under_shift(keys: list[Key], seed: int, shift: str, severity: int) -> Iterator[Key]:
     x, y = images(seed, "test", shift, severity)
     target, _ = images(seed, "train", shift, severity)
     net = source(seed)
-    for key in keys_under_shift(seed, shift, severity):
+    for key in keys:
         if key["arm"] == "source":
             # What the shift does to the activations as the source network computes them.
             _, seen = recalibrated(net, target[:USUAL_SIZE], how="preserve")
-            ratios = torch.tensor([row.var_ratio for row in seen.rows])
-            moved = {"moved_by": round(seen.shift, 5), "var_ratio": round(ratios.log().mean().exp().item(), 5)}
-            yield key | moved | {"accuracy": percent(hits(net, x, y))}
+            yield key | {"accuracy": percent(hits(net, x, y)), **what_moved(seen)}
         elif key["arm"] == "batch":
             yield key | {"accuracy": percent(hits(by_batch(net), x, y, key["n"]))}
         else:
@@ -223,9 +222,17 @@ def measure_under_shift(seed: int, shift: str, severity: int) -> Iterator[Key]:
             yield key | {"accuracy": percent(hits(adapted, x, y)), **noted(record)}
 
 
-def noted(record: fbn.Recalibration) -> dict[str, Any]:
-    figures = {"moved_by": round(record.shift, 5), "standard_error": round(record.standard_error, 5)}
-    return figures | ({"warnings": list(record.warnings)} if record.warnings else {})
+def what_moved(record: fbn.Recalibration) -> Key:
+    """Return how far the activations moved, in the median layer.
+
+    Channels that hardly vary for the source move by hundreds of their sd, and would decide every mean.
+    """
+    figures = {"moved_by": "shift", "var_ratio": "var_ratio", "standard_error": "standard_error"}
+    return {name: round(median(getattr(row, of) for row in record.rows), 5) for name, of in figures.items()}
+
+
+def noted(record: fbn.Recalibration) -> Key:
+    return {"warnings": list(record.warnings)} if record.warnings else {}
 
 
 def keys_of_mixture(seed: int, mixture: str) -> Iterator[Key]:
@@ -235,7 +242,7 @@ def keys_of_mixture(seed: int, mixture: str) -> Iterator[Key]:
             yield common | {"arm": arm, "n": max(TEST_BATCHES) if arm == "batch" else MIXED_IMAGES}
 
 
-def measure_mixture(seed: int, mixture: str) -> Iterator[Key]:
+def measure_mixture(keys: list[Key], seed: int, mixture: str) -> Iterator[Key]:
     domains, net = MIXTURES[mixture], copy.deepcopy(source(seed))
     share = MIXED_IMAGES // len(domains)
     # No emoji is in the share of two domains: a mixture shows each in one drawing.
@@ -253,7 +260,7 @@ def measure_mixture(seed: int, mixture: str) -> Iterator[Key]:
     in_batches[shuffled] = hits(by_batch(net), x[shuffled], y[shuffled], max(TEST_BATCHES))
     by_domain = dict(zip(domains, in_batches.split([len(y) for _, y in tests]), strict=True))
     inputs = dict(zip(domains, tests, strict=True))
-    for key in keys_of_mixture(seed, mixture):
+    for key in keys:
         domain = (key["shift"], key["severity"])
         if key["arm"] == "batch":
             correct = by_domain[domain]
@@ -271,11 +278,11 @@ def keys_of_tuning(seed: int, shift: str, severity: int) -> Iterator[Key]:
         yield from (common | {"arm": arm, "labels": labels, "lr": lr} for labels in LABELS for lr in RATES)
 
 
-def measure_tuning(seed: int, shift: str, severity: int) -> Iterator[Key]:
+def measure_tuning(keys: list[Key], seed: int, shift: str, severity: int) -> Iterator[Key]:
     x, y = images(seed, "train", shift, severity)
     splits = {split: images(seed, split, shift, severity) for split in ("val", "test")}
     starts = {"source": source(seed), "recalibrated": recalibrated(source(seed), x[:USUAL_SIZE])[0]}
-    for key in keys_of_tuning(seed, shift, severity):
+    for key in keys:
         net = fbn.convert(copy.deepcopy(starts[key["arm"]]), fbn.Freeze("original"), verify=False)
         labels = key["labels"]
         torch.manual_seed(seed)
@@ -289,29 +296,32 @@ PARTS: dict[str, tuple[Callable[..., Iterator[Key]], Callable[..., Iterator[Key]
     "mixed": (keys_of_mixture, measure_mixture),
     "tuned": (keys_of_tuning, measure_tuning),
 }
-Task = tuple[str, tuple[Any, ...]]
+# Part, its arguments, and the cells to measure.
+Task = tuple[str, tuple[Any, ...], list[Key]]
 
 
 def tasks(seeds: tuple[int, ...] = SEEDS) -> list[Task]:
-    """Return all there is to measure, most important first: (part, arguments)."""
-    return [
+    """Return all there is to measure, most important first."""
+    plan: list[tuple[str, tuple[Any, ...]]] = [
         *(("shift", (seed, *shift)) for seed in seeds for shift in MAIN),
         *(("mixed", (seed, mixture)) for seed in seeds for mixture in MIXTURES),
         *(("tuned", (seed, *shift)) for seed in seeds for shift in MAIN[1:]),
         *(("shift", (seed, *shift)) for seed in seeds for shift in SHIFTS[len(MAIN) :]),
     ]
+    return [(part, arguments, list(PARTS[part][0](*arguments))) for part, arguments in plan]
+
+
+def left(store: Store) -> list[Task]:
+    """Return the tasks with the cells that the store does not have."""
+    missing = [(part, arguments, [key for key in keys if not store.done(key)]) for part, arguments, keys in tasks()]
+    return [task for task in missing if task[2]]
 
 
 def work(task: Task) -> list[Key]:
     """Measure the cells of a task in a worker process."""
     torch.set_num_threads(1)
-    part, arguments = task
-    return list(PARTS[part][1](*arguments))
-
-
-def left(store: Store) -> list[Task]:
-    """Return the tasks with a cell that the store does not have."""
-    return [(p, a) for p, a in tasks() if not all(store.done(key) for key in PARTS[p][0](*a))]
+    part, arguments, keys = task
+    return list(PARTS[part][1](keys, *arguments))
 
 
 def drop_stale(store: Store, names: dict[int, str]) -> int:
@@ -326,7 +336,7 @@ def run(store: Store, workers: int) -> None:
 
     # A recipe that was changed makes all rows stale; one that was not, those of weights that are gone.
     foreign = {row["seed"] for row in store.rows if not str(row.get("source")).startswith(RECIPE)}
-    seeds = sorted(foreign | {arguments[0] for _, arguments in left(store)})
+    seeds = sorted(foreign | {arguments[0] for _, arguments, _ in left(store)})
     columns = (
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),
@@ -345,12 +355,8 @@ def run(store: Store, workers: int) -> None:
         bar = progress.add_task("shifts", total=len(missing), last="")
         for task, rows in zip(missing, pool.imap(work, missing), strict=True):
             for row in rows:
-                if not store.done({k: v for k, v in row.items() if k in KEY}):
-                    store.add(row | {"source": names[row["seed"]]})
+                store.add(row | {"source": names[row["seed"]]})
             progress.update(bar, advance=1, last=" ".join(map(str, (task[0], *task[1]))))
-
-
-KEY = ("part", "mixture", "seed", "shift", "severity", "arm", "n", "prior", "labels", "lr")
 
 
 def main() -> None:

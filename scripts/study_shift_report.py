@@ -62,18 +62,24 @@ class Results:
     def under(self, shift: Shift, figure: str = "accuracy", **key: Any) -> Spread:
         return self.spread(lambda seed: self.value(seed, figure, part="shift", **at(shift), **key))
 
-    def gain(self, shifts: Sequence[Shift], **key: Any) -> Spread:
-        """Return points above the source's statistics, as the mean over some shifts."""
+    def mean(self, seed: int, shifts: Sequence[Shift], **key: Any) -> float | None:
+        """Return the mean accuracy over some shifts, None unless all of them were measured."""
+        values = [self.value(seed, **at(shift), **key) for shift in shifts]
+        known = [value for value in values if value is not None]
+        return fmean(known) if len(known) == len(values) else None
+
+    def above(self, shifts: Sequence[Shift], key: dict[str, Any], reference: dict[str, Any]) -> Spread:
+        """Return points above what has the reference's key, seed by seed, as the mean over some shifts."""
 
         def of_seed(seed: int) -> float | None:
-            pairs = [
-                (self.value(seed, part="shift", **at(s), **key), self.value(seed, part="shift", **at(s), arm="source"))
-                for s in shifts
-            ]
-            differences = [a - b for a, b in pairs if a is not None and b is not None]
-            return fmean(differences) if len(differences) == len(pairs) else None
+            these, those = self.mean(seed, shifts, **key), self.mean(seed, shifts, **reference)
+            return None if these is None or those is None else these - those
 
         return self.spread(of_seed)
+
+    def gain(self, shifts: Sequence[Shift], **key: Any) -> Spread:
+        """Return points above the source's statistics."""
+        return self.above(shifts, {"part": "shift", **key}, {"part": "shift", "arm": "source"})
 
     def tuned(self, shift: Shift, arm: str, labels: int) -> tuple[float | None, Spread]:
         """Return the learning rate that is best by validation images, over all seeds, and the test accuracy there."""
@@ -155,19 +161,24 @@ def arms_by_severity() -> dict[str, dict[str, Any]]:
 
 
 def mixed_table(results: Results) -> str:
-    lines = []
     arms = ("source", "batch", "pooled", "bank")
+    lines, notes = [], []
     for mixture, domains in MIXTURES.items():
-
-        def of_seed(seed: int, arm: str, domains: Sequence[Shift], mixture: str = mixture) -> float | None:
-            values = [results.value(seed, part="mixed", mixture=mixture, arm=arm, **at(d)) for d in domains]
-            known = [value for value in values if value is not None]
-            return fmean(known) if len(known) == len(values) else None
-
-        for label, chosen in [*((name(d), [d]) for d in domains), ("**all**", list(domains))]:
-            cells = [results.spread(lambda seed, arm=arm, c=chosen: of_seed(seed, arm, c)).text() for arm in arms]
-            lines.append([mixture, label, *cells])
-    return table(["mixture", "domain", "source", "mixed batches of 128", "one recalibration", "a bank"], lines)
+        common = {"part": "mixed", "mixture": mixture}
+        for label, chosen in [*((name(d), [d]) for d in domains), ("**all**", domains)]:
+            spreads = (
+                results.spread(lambda seed, key=common | {"arm": arm}, c=chosen: results.mean(seed, c, **key))
+                for arm in arms
+            )
+            lines.append([mixture, label, *(spread.text() for spread in spreads)])
+        gains = [
+            results.above(domains, common | {"arm": arm}, common | {"arm": "source"}).text("+.1f")
+            for arm in ("pooled", "bank")
+        ]
+        notes.append(
+            f"Points above the source's statistics, {mixture}: one recalibration {gains[0]}, a bank {gains[1]}."
+        )
+    return table(["mixture", "domain", "source", "mixed batches of 128", "one recalibration", "a bank"], lines, notes)
 
 
 def tuned_table(results: Results) -> str:
@@ -183,7 +194,22 @@ def tuned_table(results: Results) -> str:
                 rate, spread = results.tuned(shift, arm, labels)
                 cells.append(spread.text() + (f" (at {rate:g})" if rate else ""))
         lines.append([name(shift), *cells])
-    return table(head, lines)
+    notes = []
+    for labels in LABELS:
+
+        def of_seed(seed: int, labels: int = labels) -> float | None:
+            sides = [[], []]
+            for side, arm in zip(sides, ("source", "recalibrated"), strict=True):
+                for shift in MAIN[1:]:
+                    rate, _ = results.tuned(shift, arm, labels)
+                    key = {"part": "tuned", "arm": arm, "labels": labels, "lr": rate}
+                    side.append(results.value(seed, **at(shift), **key))
+            differences = [b - a for a, b in zip(*sides, strict=True) if a is not None and b is not None]
+            return fmean(differences) if len(differences) == len(MAIN) - 1 else None
+
+        gain = results.spread(of_seed)
+        notes.append(f"Points that recalibration is ahead after {labels} labels, all shifts: {gain.text('+.1f')}.")
+    return table(head, lines, notes)
 
 
 def summarize(results: Results) -> dict[str, Any]:

@@ -145,7 +145,7 @@ RULES = '{"class_path": "Rules", "init_args": {"rules": [%s]}}'
         # classes
         (("--batch_norm.policy", "Freez"), "batch_norm.policy: got 'Freez'; allowed: the name of a Policy or the "),
         (("--batch_norm.policy", "Freez"), "Did you mean Freeze?"),
-        (("--batch_norm.policy", "Melt"), "There are: Freeze, FreezeAffine, Keep, NormalizeOnly, Rules."),
+        (("--batch_norm.policy", "Melt"), "There are: EvalNorm, Freeze, FreezeAffine, Ghost, Keep, "),
         (("--batch_norm.policy", "finetune_bn.data.EmojiData"), "got 'finetune_bn.data.EmojiData'; allowed: the name "),
         (("--model", "ImageClasification"), "Did you mean ImageClassification?"),
         (("--data", "EmojDat"), "Did you mean EmojiData"),

@@ -35,8 +35,8 @@ class BatchNormConversion(Callback):
     frozen layers, and says so once, with the remedy.
 
     Args:
-        policy: What happens to the BatchNorm layers: Freeze (the default), Keep, FreezeAffine, NormalizeOnly, or
-            Rules that pick among them by layer name, timm stage and layer type.
+        policy: What happens to the BatchNorm layers: Freeze (the default), Keep, FreezeAffine, NormalizeOnly, Ghost,
+            Renorm, Stochastic, EvalNorm, or Rules that pick among them by layer name, timm stage and layer type.
         module: Attribute path of the part to convert, such as `net` or `model.backbone`. Names in rules are relative
             to it. By default the whole LightningModule.
         verify: Prove on a sample input that the outputs are the same after the conversion.

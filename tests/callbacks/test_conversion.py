@@ -389,7 +389,7 @@ class Collapsed(Foreign):
 def test_a_collapsed_net_is_reported_once_with_the_remedy(tmp_path: Path) -> None:
     callback = BatchNormConversion(watch_every_n_steps=1)
     with pytest.warns(
-        UserWarning, match=r"has collapsed.*same for all images.*learning rate 3 to 10 times smaller"
+        UserWarning, match=r"has collapsed.*same for all images.*learning rate about 5 times smaller"
     ) as w:
         trainer(tmp_path, callback).fit(Collapsed(lr=1e-12), loader(), loader())
     assert callback.collapsed
