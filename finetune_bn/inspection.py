@@ -48,6 +48,7 @@ class LayerLook:
         channels: number of channels.
         dead: how many of them have next to no variance.
         died: how many of those had some in training's beginning, and had none the last time either.
+        not_finite: how many hold NaN or infinite values.
     """
 
     name: str
@@ -65,6 +66,7 @@ class LayerLook:
     channels: int
     dead: int
     died: int
+    not_finite: int
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,13 @@ class Inspector:
         layer, name = site.module, site.names[0]
         images = len(seen.means) * (self._world_size if isinstance(layer, nn.SyncBatchNorm) else 1)
         eps = float(layer.eps)  # type: ignore[arg-type]
-        dead = ~(seen.variance > DEAD * eps)
+        finite = seen.variance.isfinite()
+        dead = finite & (seen.variance <= DEAD * eps)
+        alive = finite & ~dead
         before, self._dead[name] = self._dead.get(name, torch.zeros_like(dead)), dead
         died = dead & before & self._alive.get(name, torch.zeros_like(dead))
-        rho, deff, bias = self._by_labels(name, seen, ~dead, labels, images)
-        drift, drift_z, log_var_ratio = self._drift(layer, seen, ~dead, deff or 1.0)
+        rho, deff, bias = self._by_labels(name, seen, alive, labels, images)
+        drift, drift_z, log_var_ratio = self._drift(layer, seen, alive, deff or 1.0)
         live = isinstance(layer, _BatchNorm) and (training or layer.running_mean is None)
         return LayerLook(
             name=name,
@@ -181,6 +185,7 @@ class Inspector:
             channels=len(dead),
             dead=int(dead.sum()),
             died=int(died.sum()),
+            not_finite=int((~finite).sum()),
         )
 
     def _by_labels(

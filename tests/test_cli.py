@@ -118,6 +118,30 @@ def test_plan_knows_a_network_that_is_built_in_configure_model(capsys: pytest.Ca
     assert capsys.readouterr().out.startswith("Late: 1 x freeze, affine=none\n")
 
 
+# --- recalibrate ----------------------------------------------------------------------------------------------------
+
+RECALIBRATE = ("recalibrate", *MODEL, *DATA)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "ckpt_path: got None; allowed: the checkpoint to recalibrate."),
+        (("--ckpt_path", "no.ckpt"), "ckpt_path: got 'no.ckpt'; allowed: a checkpoint that Lightning saved."),
+        (("--ckpt_path", "no.ckpt", "--output", "no/x.ckpt"), "output: got 'no/x.ckpt'; allowed: a file in a folder"),
+        (("--ckpt_path", "no.ckpt", "--report", "no/x.json"), "report: got 'no/x.json'; allowed: a file in a folder"),
+        (("--ckpt_path", "no.ckpt", "--mode", "fast"), "mode: got 'fast'; allowed: 'auto', 'exact', 'one_pass'."),
+        (("--ckpt_path", "no.ckpt", "--prior", "-1"), "prior: got -1"),
+        (("--ckpt_path", "no.ckpt", "--split", "dev"), "split: got 'dev'; allowed: 'train', 'val', 'test'."),
+    ],
+)
+def test_recalibrate_says_in_one_line_what_is_wrong_and_writes_nothing(
+    args: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    assert message in error_of(*RECALIBRATE, *args)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- one readable line for each mistake -----------------------------------------------------------------------------
 
 RULES = '{"class_path": "Rules", "init_args": {"rules": [%s]}}'
@@ -268,8 +292,15 @@ def help_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(capsys, "--help")
     assert "Fine-tune backbones with their BatchNorm layers in hand." in text
-    for verb in ("fit", "validate", "test", "predict", "plan"):
+    for verb in ("fit", "validate", "test", "predict", "plan", "recalibrate"):
         assert re.search(rf"\b{verb} [A-Z]", text), verb
+
+
+def test_the_help_of_recalibrate_explains_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(capsys, "recalibrate", "--help")
+    assert "Give a checkpoint the BatchNorm statistics of the data, and write it to a new file." in text
+    assert "--ckpt_path CKPT_PATH The checkpoint. It is read only." in text
+    assert "--domain DOMAIN Only the images of this domain." in text
 
 
 def test_the_help_of_fit_explains_the_policy(capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,6 +316,8 @@ def test_the_help_of_fit_explains_the_policy(capsys: pytest.CaptureFixture[str])
         ("--batch_norm.policy.help", "Freeze", "what is trained: `none` (gamma', beta' constant)"),
         ("--model.help", "ImageClassification", "Frozen BatchNorm layers want a smaller one"),
         ("--data.help", "ImageFolderData", "subfolder: there is a folder per domain above the classes"),
+        ("--trainer.callbacks.help", "BatchNormRecalibration", "in training, every so many steps. fit_start: once,"),
+        ("--trainer.callbacks.help", "BatchNormSchedule", "Share of the training, at its end, with frozen layers."),
     ],
 )
 def test_every_class_has_a_help_of_its_own(

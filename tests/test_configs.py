@@ -144,7 +144,9 @@ def test_a_policy_config_does_to_every_layer_what_its_name_says(
 def test_every_other_config_is_planned(capsys: pytest.CaptureFixture[str], image_folder: Path, path: Path) -> None:
     own_images = ["--data.root", str(image_folder)] if "root" in content(path)["data"]["init_args"] else []
     main(["plan", "--config", str(path), *SMALL_NET, *own_images])
-    assert capsys.readouterr().out.startswith("ImageClassification: 13 x freeze, affine=none\n")
+    live = path.stem in ("recalibrated", "schedule")
+    action = "keep" if live else "freeze, affine=none"
+    assert capsys.readouterr().out.startswith(f"ImageClassification: 13 x {action}\n")
 
 
 def test_the_template_for_own_images_says_which_folder_is_missing() -> None:
@@ -228,7 +230,7 @@ def test_fit_goes_on_from_a_checkpoint(quickstart: Trained, tmp_path: Path) -> N
     assert torch.equal(*(state["state_dict"]["net.bn1.running_mean"] for state in (before, after)))
 
 
-@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict", "plan"])
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict", "plan", "recalibrate"])
 def test_the_config_beside_a_checkpoint_is_one_for_every_verb(quickstart: Trained, verb: str) -> None:
     config = str(quickstart.log_dir / "run_config.yaml")
     with pytest.raises(SystemExit) as caught:
@@ -341,6 +343,85 @@ def test_a_mistake_in_metric_learning_is_one_line(options: tuple[str, ...], mess
         main(["fit", *config, *SMALL_NET, *SHORT, *PROXIES, *options])
     assert message in str(caught.value.code)
     assert "\n" not in str(caught.value.code)
+
+
+# --- recalibrate ----------------------------------------------------------------------------------------------------
+
+
+def test_recalibrate_writes_a_checkpoint_that_is_tested_and_a_report(
+    quickstart: Trained, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    paths = ("--ckpt_path", str(quickstart.checkpoint), "--output", "new.ckpt", "--report", "report.json")
+    main(["recalibrate", *quickstart.options, *paths])
+    title, *_, last = capsys.readouterr().out.splitlines()
+    assert title.startswith("13 BatchNorm layers recalibrated on 18 images (mode exact, renormalize): means moved by ")
+    assert last == "Recalibrated checkpoint: new.ckpt"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.ckpt", "report.json"]
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert (report["images"], report["split"], len(report["rows"])) == (18, "train", 13)
+    old, new = (torch.load(path, weights_only=True)["state_dict"] for path in (quickstart.checkpoint, "new.ckpt"))
+    moved = {name.rpartition(".")[2] for name in old if not torch.equal(old[name], new[name])}
+    assert moved == {"running_mean", "running_var"}
+    cli = quickstart.again("test", "--ckpt_path", "new.ckpt", "--trainer.default_root_dir", str(tmp_path))
+    assert "test_accuracy" in cli.trainer.callback_metrics
+
+
+def test_recalibrate_takes_the_images_of_one_domain_and_runs_on_one_device(
+    quickstart: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--split", "test", "--domain", "noto", "--max_samples", "32", "--layers", "net.blocks.*")
+    main(
+        [
+            *("recalibrate", *quickstart.options, "--trainer.devices", "2", "--trainer.strategy", "ddp_fork"),
+            *("--ckpt_path", str(quickstart.checkpoint), "--output", "new.ckpt", *options),
+        ]
+    )
+    text = capsys.readouterr().out
+    assert "11 BatchNorm layers recalibrated on 32 images" in text
+    assert "left alone: net.bn1 was not chosen" in text
+
+
+# --- the configs with callbacks of recalibration --------------------------------------------------------------------
+
+
+def short_run(tmp_path: Path, name: str, *options: str) -> Trained:
+    return Trained(tmp_path, FOLDER / f"{name}.yaml", "--data.train_size", "18", *options)
+
+
+def test_a_training_with_recalibration_saves_and_tests_the_statistics_of_all_training_images(tmp_path: Path) -> None:
+    run = short_run(tmp_path, "recalibrated")
+    assert float(run.cli.trainer.callback_metrics["recalibration/images"]) == 18
+    saved = torch.load(run.checkpoint, weights_only=True)
+    held, of_training = saved["state_dict"], saved["finetune_bn_recalibration"]["of_training"]
+    assert not torch.equal(held["net.bn1.running_mean"], of_training["net.bn1.running_mean"])
+    assert torch.equal(run.cli.model.net.bn1.running_mean, held["net.bn1.running_mean"]), "the best one was tested"
+    report = json.loads((run.log_dir / "report" / "report.json").read_text(encoding="utf-8"))
+    assert report["errors"] == []
+
+
+def test_a_training_that_begins_with_a_recalibration_keeps_its_statistics(tmp_path: Path) -> None:
+    run = short_run(tmp_path, "recalibrated_frozen")
+    held = torch.load(run.checkpoint, weights_only=True)["state_dict"]
+    assert held["net.bn1.running_mean"].any(), "they were 0 in the new network"
+    assert len(frozen_layers(run.cli)) == 13
+
+
+def test_a_schedule_ends_with_frozen_layers(tmp_path: Path) -> None:
+    run = short_run(tmp_path, "schedule", "--data.batch_size", "4", "--test_after_fit", "false")
+    assert len(frozen_layers(run.cli)) == 13
+    assert all(
+        layer.affine_kind == "original" for layer in run.cli.model.modules() if isinstance(layer, FrozenBatchNorm)
+    )
+
+
+def test_a_test_adapts_to_each_domain_and_ends_with_the_statistics_of_the_checkpoint(tmp_path: Path) -> None:
+    run = short_run(tmp_path, "adapted_test")
+    metrics = run.cli.trainer.callback_metrics
+    shifts = {float(metrics[f"recalibration/shift/{vendor}"]) for vendor in ("noto", "twemoji", "fluent")}
+    assert len(shifts) == 3
+    held = torch.load(run.checkpoint, weights_only=True)["state_dict"]
+    assert torch.equal(run.cli.model.net.bn1.running_mean, held["net.bn1.running_mean"])
+    run.again("predict", "--ckpt_path", str(run.checkpoint))
 
 
 # --- printed configs ------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
 
 from finetune_bn.callbacks.conversion import replay
 from finetune_bn.callbacks.iid import batches_for, training_batches
@@ -19,7 +18,6 @@ from finetune_bn.callbacks.recalibration import CHECKPOINT_KEY, BatchNormRecalib
 from finetune_bn.callbacks.statistics import load_sources, sources_of
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.files import write_atomically
-from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.recalibration_record import Recalibration
 from finetune_bn.sites import find_batch_norms
 
@@ -125,21 +123,8 @@ def _restore(model: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         allowed = f"a checkpoint of {type(model).__name__} as it is configured"
         why = " ".join(str(error).split())[:200]
         raise FinetuneBNError(complaint("ckpt_path", "weights of another module", allowed, f"{why}...")) from error
-    sources = checkpoint.get(CHECKPOINT_KEY, {}).get("sources", {})
-    load_sources(model, sources)
-    for site in find_batch_norms(model):
-        if site.names[0] not in sources and _is_of_new_layer(site.module):
-            site.module._source = ()  # type: ignore[assignment]
-
-
-def _is_of_new_layer(layer: nn.Module) -> bool:
-    """Tell whether a `merged` layer stands for a BatchNorm that has no pretrained statistics, so for none it had."""
-    if not isinstance(layer, FrozenBatchNorm) or layer.affine_kind != "merged" or not layer._source:
-        return False
-    mean, var = layer._source[0].running_mean, layer._source[0].running_var
-    assert mean is not None
-    assert var is not None
-    return not mean.any() and bool((var == 1).all())
+    # Behind the weights, by which `merged` layers forget what they were.
+    load_sources(model, checkpoint.get(CHECKPOINT_KEY, {}).get("sources", {}))
 
 
 def _update(checkpoint: dict[str, Any], model: pl.LightningModule, record: Recalibration) -> None:

@@ -50,7 +50,8 @@ class BatchNormMonitor(Callback):
     bn/p_value, how likely batches drawn at random would differ as much as these;
     bn/train_eval_gap, between the outputs in the two modes, relative to the distance between two images;
     bn/leakage, how far an output moves when the other images of its batch are exchanged, in the same unit;
-    bn/dead, the channels without variance, and bn/died, those of them that had some in the beginning;
+    bn/dead, the channels without variance, bn/died, those of them that had some in the beginning, and bn/not_finite,
+    those with NaN or infinite values;
     bn/single_value_batches, batches with one value a channel, from the layers that count them.
     bn_layers/FIGURE/LAYER are those of each layer. What depends on labels needs them in the batch.
 
@@ -219,6 +220,7 @@ class BatchNormMonitor(Callback):
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, chunk: Chunk) -> None:
         self._looks += 1
+        before = self.look
         try:
             self.look = self._inspect(trainer, pl_module, chunk)
         except Exception as error:  # whatever a network raises in eval mode must not end its training
@@ -228,7 +230,7 @@ class BatchNormMonitor(Callback):
         self.metrics = self.look.metrics(self.per_layer)
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.log_metrics(self.metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        for cause, sentence in advise(self.look):
+        for cause, sentence in advise(self.look, before):
             self._warn(cause, sentence)
 
     def _inspect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, chunk: Chunk) -> Look:

@@ -164,7 +164,7 @@ def test_a_training_resumes_from_the_new_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("affine", ["none", "original", "merged"])
 def test_frozen_layers_are_replayed_and_renormalized_or_preserved(affine: Any, tmp_path: Path) -> None:
     policy = fbn.Freeze(affine)
-    path = trained(tmp_path, BatchNormConversion(policy))
+    path = trained(tmp_path, BatchNormConversion(policy), BatchNormRecalibration("test"))
     x = images(5, 9).tensors[0]
     before = built(load(path)["state_dict"], policy).eval()(x)
     preserved, _ = recalibrated(path, how="preserve")
@@ -176,28 +176,20 @@ def test_frozen_layers_are_replayed_and_renormalized_or_preserved(affine: Any, t
     torch.testing.assert_close(built(load(found)["state_dict"]).eval()(x), after, rtol=1e-4, atol=1e-5)
 
 
-def test_merged_layers_of_a_network_without_pretraining_cannot_be_renormalized(tmp_path: Path) -> None:
-    class Fresh(Foreign):
-        """As after load_from_checkpoint: the weights from before the training are not there."""
-
-        def configure_model(self) -> None:
-            super().configure_model()
-            for layer in (self.net[1], self.net[4]):
-                if isinstance(layer, nn.BatchNorm2d):
-                    layer.reset_running_stats()
-
+def test_merged_layers_of_which_nothing_is_kept_cannot_be_renormalized(tmp_path: Path) -> None:
     path = trained(tmp_path, BatchNormConversion(fbn.Freeze("merged")))
     with pytest.raises(UnsupportedLayer, match=r"are gone .* use how='preserve'"):
-        recalibrated(path, model=Fresh())
-    recalibrated(path, model=Fresh(), how="preserve")
+        recalibrated(path)
+    recalibrated(path, how="preserve")
     assert [p.name for p in tmp_path.glob("*recal*")] == ["net-recalibrated.ckpt"]
 
 
 def test_what_merged_layers_were_is_kept_from_one_recalibration_to_the_next(tmp_path: Path) -> None:
-    path = trained(tmp_path, BatchNormConversion(fbn.Freeze("merged")))
+    path = trained(tmp_path, BatchNormConversion(fbn.Freeze("merged")), BatchNormRecalibration("test"))
     once, _ = recalibrated(path, tmp_path / "once.ckpt", split="test")
     twice, _ = recalibrated(once, tmp_path / "twice.ckpt")
     direct, _ = recalibrated(path, tmp_path / "direct.ckpt")
+    assert not same(load(once)["state_dict"], load(direct)["state_dict"])
     for name, value in load(direct)["state_dict"].items():
         torch.testing.assert_close(load(twice)["state_dict"][name], value, rtol=1e-3, atol=1e-4)
 
