@@ -113,8 +113,9 @@ def advise(look: Look, before: Look | None = None) -> Iterator[tuple[str, str]]:
     if broken:
         yield (
             "not finite",
-            f"NaN or infinite values reach {len(broken)} of {len(look.layers)} layers, as {broken[0].name or '(root)'}: "
-            "the training has diverged. Take a smaller learning rate, or clip gradients.",
+            f"NaN or infinite values reach {len(broken)} of {len(look.layers)} layers, as "
+            f"{broken[0].name or '(root)'}: the training has diverged. "
+            "Take a smaller learning rate, or clip gradients.",
         )
     for layer in look.layers:
         if layer.died >= max(1.0, DIED * layer.channels):
@@ -142,12 +143,11 @@ def _of_batches(look: Look) -> Iterator[tuple[str, str]]:
             f"all images of the {look.batches} batches looked at have one label. If the data have others, the loader "
             "is sorted, and BatchNorm learns the statistics of one label after the other: shuffle it.",
         )
-    # Without labels, a batch is worth at most its images.
-    worth = {layer: layer.images if layer.n_eff is None else layer.n_eff for layer in live}
+    worth = {layer: _worth(layer) for layer in live}
     low = [layer for layer in live if worth[layer] < N_EFF]
     if _many(low, live):
         worst = min(low, key=lambda layer: worth[layer])
-        by_labels = worst.deff is not None and worst.deff > _DEFF
+        by_labels = worth[worst] < worst.images
         why = f", as images of one label resemble each other (DEFF {worst.deff:.1f})" if by_labels else ""
         remedy = _GHOST if by_labels else f"{_FREEZE} Or take larger batches."
         yield (
@@ -194,6 +194,11 @@ def _of_modes(look: Look, before: Look | None) -> Iterator[tuple[str, str]]:
             "distance between two images when the others of its batch are exchanged, so a loss can be lowered by "
             f"what the batch gives away. {_FREEZE}",
         )
+
+
+def _worth(layer: LayerLook) -> float:
+    """Return n_eff; the number of images where labels are not known, or what they make of it may be chance."""
+    return layer.images if layer.n_eff is None or (layer.deff or 1.0) < _DEFF else layer.n_eff
 
 
 def _many(some: list[LayerLook], of: list[LayerLook]) -> bool:

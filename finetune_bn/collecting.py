@@ -141,13 +141,13 @@ class Collector:
             chunk: the images.
             as_kernel: the statistics settled on are those measured, which BatchNorm's kernel for training can use.
         """
-        if self._cut_up and len(chunk) > PIECE and chunk.shape_key is not None and self._in_pieces(chunk, as_kernel):
+        if self._cut_up and len(chunk) > PIECE and chunk.shape_key is not None and self._in_pieces(chunk):
             return
         way = self._preserving if self.preserve else partial(self._by_itself, as_kernel=as_kernel)
         with self._patched(way), self._settings():
             self._feed(chunk, self._looked_at(chunk))
 
-    def _in_pieces(self, chunk: Chunk, as_kernel: bool) -> bool:
+    def _in_pieces(self, chunk: Chunk) -> bool:
         """Run a chunk in lock-step with itself: the same, without the large allocations, which cost more than sums.
 
         False where the pieces take different paths through the model; then nothing was measured.
@@ -156,7 +156,7 @@ class Collector:
         jobs = [partial(self._feed, piece, self._looked_at(piece)) for piece in recut([chunk], PIECE)]
 
         def pool(place: int, brought: list[Moments]) -> Statistics | None:
-            return None if place == FINISHED else self._settled(place, merge_all(brought), as_kernel)
+            return None if place == FINISHED else self.settle(place, merge_all(brought))
 
         try:
             with self._patched(self._by_all):
@@ -167,12 +167,6 @@ class Collector:
                 each()
             return False
         return True
-
-    def _settled(self, number: int, moments: Moments, as_kernel: bool) -> Statistics:
-        """Return what a chunk is normalized by; the kernel divides the variance by n, and stores that by n - 1."""
-        if as_kernel:
-            return self.layers[number].before.moved_to(moments.mean, moments.var(), preserve=False)
-        return self.settle(number, moments)
 
     def together(self, chunks: Sequence[Chunk], on_layer: Callable[[int], None]) -> None:
         """Run the chunks in lock-step, each layer normalizing by the statistics of all of them, on all processes.
@@ -239,7 +233,7 @@ class Collector:
         moments = self._measure(number, x)
         if values == 1:  # one value alone has no variance to normalize by
             return normalize(layer.module, x, layer.before)
-        return normalize(layer.module, x, self._settled(number, moments, as_kernel))
+        return normalize(layer.module, x, self.settle(number, moments))
 
     def _by_all(self, number: int, x: Tensor) -> Tensor:
         moments = self._measure(number, x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,7 @@ class Feeder:
             batch = batch[0]
         if torch.is_tensor(batch):
             return (batch,), {}
-        if isinstance(batch, dict):
+        if isinstance(batch, Mapping):
             parameters = inspect.signature(self.model.forward).parameters.values()
             taken = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
             known = {key: value for key, value in batch.items() if key in taken}
@@ -156,7 +156,7 @@ def check_batches(batches: object) -> Iterable[Any]:
     """
     if torch.is_tensor(batches):
         return [batches]
-    if isinstance(batches, (str, dict, nn.Module)) or not isinstance(batches, Iterable):
+    if isinstance(batches, (str, Mapping, nn.Module)) or not isinstance(batches, Iterable):
         raise FinetuneBNError(
             complaint("batches", _kind(batches), "a DataLoader, or a list of batches", "One batch: pass [batch].")
         )
@@ -164,7 +164,7 @@ def check_batches(batches: object) -> Iterable[Any]:
 
 
 def _kind(batch: Any) -> str:
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return f"dict with the keys {', '.join(map(str, batch))}"
     if isinstance(batch, (tuple, list)):
         return f"{type(batch).__name__} of {', '.join(type(part).__name__ for part in batch) or 'nothing'}"

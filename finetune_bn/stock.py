@@ -57,7 +57,16 @@ class Stock:
         except StopIteration:
             return None
         chunk = self._feeder.chunk(batch, self._number)
-        if not self._number and isinstance(self._batches, Sized):
-            self.expected = min(len(chunk) * len(self._batches), self._limit or len(chunk) * len(self._batches))
+        if not self._number:
+            total = len(chunk) * _length(self._batches)
+            self.expected = total if self._limit is None else min(total, self._limit)
         self._number += 1
         return chunk
+
+
+def _length(batches: Iterable[Any]) -> int:
+    """Return how many batches there are; 0 where that is not known, as in a DataLoader over an IterableDataset."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else 0
+    except (TypeError, NotImplementedError):
+        return 0

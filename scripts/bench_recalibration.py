@@ -5,7 +5,7 @@ class, and P x K (8 subcategories x 4 images), cut into batches of 2 to 128. In 
 one process, from the same weights and on the same batches in memory; a cost is the median over rounds of the time
 over that of the bare pass of the same round: no gradients, BatchNorm in batch mode, nothing kept. An error is the
 distance to layer-by-layer re-estimation in float64 (one full pass a layer, those before it final), over all channels
-of all layers: |mean - exact mean| / exact sd, and |log variance - log exact variance|.
+of all layers: |mean - exact mean| / exact sd, and |log variance - log exact variance|, eps included.
 
 Hardware: a CPU, on one thread and on two; half an hour. Resumes where it was cut off. Result:
 results/bench_recalibration.{json,md}, and results/bench_recalibration_distance.md: `one_pass` by batch size.
@@ -35,9 +35,6 @@ import finetune_bn as fbn
 from finetune_bn.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from tests.references import layer_by_layer
-
 IMAGES, LABELS, OF_A_LABEL, SEED = 512, 8, 4, 0
 SHUFFLED, SORTED, P_X_K = "shuffled", "sorted by class", f"P x K ({LABELS} x {OF_A_LABEL})"
 BATCHES = {SHUFFLED: (2, 8, 32, 64, 128), SORTED: (2, 8, 32, 64, 128), P_X_K: (LABELS * OF_A_LABEL,)}
@@ -136,10 +133,20 @@ def run(variant: str, model: nn.Module, source: dict[str, Tensor], batches: Sequ
     return time.perf_counter() - start
 
 
-def errors(model: nn.Module, exact: Exact) -> dict[str, float]:
-    """Return the distances of the statistics of `model` to the exact ones: mean, 99th percentile and maximum.
+def exact_statistics(model: nn.Module, images: Tensor) -> Exact:
+    """Return mean and unbiased variance of each layer, by the reference of the tests."""
+    sys.path.insert(0, str(ROOT))
+    from tests.references import layer_by_layer
 
-    Channels that are constant have neither a standard deviation nor a log variance; they are left out and counted.
+    found = layer_by_layer(model, images)
+    return {name: (torch.from_numpy(mean), torch.from_numpy(var)) for name, (mean, var) in found.items()}
+
+
+def errors(model: nn.Module, exact: Exact) -> dict[str, float]:
+    """Return the distances of the statistics of `model` to the exact ones: average, 99th percentile and maximum.
+
+    Variances with the eps that the layer adds: some estimates are 0. Channels that are constant over all images have
+    no standard deviation; their means are left out and counted.
     """
     means, variances, constant = [], [], 0
     for name, layer in batch_norms(model).items():
@@ -147,7 +154,7 @@ def errors(model: nn.Module, exact: Exact) -> dict[str, float]:
         alive = var > 1e-6 * var.median()
         constant += int((~alive).sum())
         means.append(((layer.running_mean.double() - mean).abs() / var.sqrt())[alive])
-        variances.append((layer.running_var.double().log() - var.log()).abs()[alive])
+        variances.append(((layer.running_var.double() + layer.eps).log() - (var + layer.eps).log()).abs())
     found: dict[str, float] = {"constant_channels": constant}
     for what, values in (("mean", torch.cat(means)), ("log_var", torch.cat(variances))):
         found |= {
@@ -177,53 +184,42 @@ def measure_cell(
     return found
 
 
-def table(store: Store) -> tuple[str, dict[str, Any]]:
+def table(store: Store, threads: Sequence[int]) -> tuple[str, dict[str, Any]]:
     """Return the table of costs and errors, and the figures that sum it up."""
-    threads = sorted({row["threads"] for row in store.rows if "threads" in row})
-    costs = [f"cost, {n} thread{'s' * (n > 1)}" for n in threads]
+    costs = " | ".join(f"cost, {n} thread{'s' * (n > 1)}" for n in threads)
+    what = "error of means, in sd: average (99 %) | of log variances: average (99 %)"
     lines = [
-        "| stream | batch | variant | "
-        + " | ".join(costs)
-        + " | error of means, sd: average (99 %) | of log variances: average (99 %) | update_bn's error over this one |",
+        f"| stream | batch | variant | {costs} | {what} | update_bn's error, times this one |",
         "|---|---|---|" + "---|" * (len(threads) + 3),
     ]
-    summary: dict[str, Any] = {"cost": {}, "update_bn_error_over_ours": {}}
-    for stream, sizes in BATCHES.items():
-        for batch in sizes:
-            rows = {
-                v: [store.find(stream=stream, batch=batch, variant=v, threads=n) for n in threads] for v in VARIANTS
-            }
-            if None in [row for of_variant in rows.values() for row in of_variant]:
-                continue
-            theirs: Any = rows["torch update_bn"][0]
-            for variant in (v for v in VARIANTS if v != BARE):
-                of_variant: Any = rows[variant]
-                first = of_variant[0]
-                smaller = {e: theirs[e] / max(first[e], 1e-12) for e in ("mean_error", "log_var_error")}
-                cells = [f"{row['cost']:.2f}" for row in of_variant]
-                cells += [f"{first[e]:.1e} ({first[f'{e}_p99']:.1e})" for e in smaller]
-                cells += ["" if variant == "torch update_bn" else " / ".join(f"{r:.3g}" for r in smaller.values())]
-                lines.append(f"| {stream} | {batch} | {variant} | " + " | ".join(cells) + " |")
-                for row, n in zip(of_variant, threads, strict=True):
-                    summary["cost"].setdefault(variant, {})[f"{stream}, {batch}, {n}"] = row["cost"]
-                if variant.startswith("ours"):
-                    summary["update_bn_error_over_ours"].setdefault(variant, {})[f"{stream}, {batch}"] = smaller
+    summary: dict[str, Any] = {"cost": {}, "update_bn_error_times_ours": {}}
+    for stream, batch in ((s, b) for s, sizes in BATCHES.items() for b in sizes):
+        theirs: Any = store.find(stream=stream, batch=batch, variant="torch update_bn", threads=threads[0])
+        for variant in (v for v in VARIANTS if v != BARE):
+            rows: Any = [store.find(stream=stream, batch=batch, variant=variant, threads=n) for n in threads]
+            first = rows[0]
+            times = {e: theirs[e] / max(first[e], 1e-12) for e in ("mean_error", "log_var_error")}
+            cells = [f"{row['cost']:.2f}" for row in rows]
+            cells += [f"{first[e]:.1e} ({first[f'{e}_p99']:.1e})" for e in times]
+            cells += [" / ".join(f"{ratio:.3g}" for ratio in times.values()) if variant.startswith("ours") else ""]
+            lines.append(f"| {stream} | {batch} | {variant} | " + " | ".join(cells) + " |")
+            for row, n in zip(rows, threads, strict=True):
+                summary["cost"].setdefault(variant, {})[f"{stream}, {batch}, {n} threads"] = row["cost"]
+            if variant.startswith("ours"):
+                summary["update_bn_error_times_ours"].setdefault(variant, {})[f"{stream}, {batch}"] = times
     summary["largest_cost"] = {variant: max(found.values()) for variant, found in summary["cost"].items()}
     return "\n".join(lines) + "\n", summary
 
 
 def distance_table(store: Store) -> str:
     """Return the table of the distance of `one_pass` to `exact` by batch size."""
-    shown = (SHUFFLED, SORTED, P_X_K)
     lines = [
-        "| images normalized together | "
-        + " | ".join(f"{stream}: means, sd / log variances" for stream in shown)
-        + " |",
-        "|---|" + "---|" * len(shown),
+        "| images normalized together | " + " | ".join(f"{stream}: means / log variances" for stream in BATCHES) + " |",
+        "|---|" + "---|" * len(BATCHES),
     ]
     for size in SIZES:
-        rows: Any = [store.find(stream=stream, batch_size=size, variant="distance") for stream in shown]
-        cells = [f"{row['mean_error']:.1e} / {row['log_var_error']:.1e}" for row in rows]
+        rows: Any = [store.find(stream=stream, batch_size=size, variant="distance") for stream in BATCHES]
+        cells = [f"{row['mean_error']:.1e} sd / {row['log_var_error']:.1e}" for row in rows]
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -245,10 +241,7 @@ def main() -> None:
     model = create_backbone("tf_efficientnet_lite0", weights="package").eval()
     source = {name: value.clone() for name, value in model.state_dict().items()}
     images = streams()
-    exact = {
-        name: (torch.from_numpy(mean), torch.from_numpy(var))
-        for name, (mean, var) in layer_by_layer(model, images[SHUFFLED]).items()
-    }
+    exact = exact_statistics(model, images[SHUFFLED])
     for stream, size in track([(s, n) for s in images for n in SIZES], description="one_pass by batch size"):
         key = {"stream": stream, "batch_size": size, "variant": "distance"}
         if not store.done(key):
@@ -264,7 +257,7 @@ def main() -> None:
         found = measure_cell(model, source, exact, images[stream].split(batch), arguments.rounds)
         for variant, row in found.items():
             store.add({**key, "variant": variant, **row})
-    text, summary = table(store)
+    text, summary = table(store, arguments.threads)
     store.finish(summary)
     distance = distance_table(store)
     write_atomically(path.with_suffix(".md"), text)

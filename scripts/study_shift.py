@@ -12,8 +12,8 @@ step that preserves the function ("unprepared"); a mixture of domains recalibrat
 few labeled target images, three learning rates each, the best by validation emoji. Three seeds; a seed sets the split,
 the head and all orders.
 
-Hardware: 2 CPU cores, about half an hour when they have nothing else to do. Resumes where it was cut off; the source
-networks are kept in runs/study_shift. Result: results/study_shift.json, study_shift*.md and study_shift_*.png.
+Hardware: 2 CPU cores, shared with other work: about 50 minutes. Resumes where it was cut off; the source networks are
+kept in runs/study_shift. Result: results/study_shift.json, study_shift*.md and study_shift_*.png.
 """
 
 from __future__ import annotations

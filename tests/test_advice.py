@@ -72,11 +72,12 @@ def test_few_images_are_named_without_talk_of_labels(known: bool) -> None:
     assert "label" not in text
     assert "larger batches" in text
     assert causes(look(layer(images=16, deff=None, n_eff=None))) == []
+    assert causes(look(layer(images=16, deff=1.05, n_eff=15.2))) == []  # as good as chance
 
 
 def test_what_concerns_few_layers_is_not_said() -> None:
     fine = [layer(f"bn{i}") for i in range(4)]
-    off = {"n_eff": 5.0, "running_var_bias": -0.2}
+    off = {"n_eff": 5.0, "deff": 12.8, "running_var_bias": -0.2}
     assert causes(look(layer("odd", **off), *fine)) == []
     assert causes(look(layer("odd", **off), *fine[:3])) == ["n_eff", "running_var"]
 

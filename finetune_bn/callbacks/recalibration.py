@@ -195,6 +195,8 @@ class BatchNormRecalibration(Callback):
     ) -> None:
         state = checkpoint.get(CHECKPOINT_KEY, {})
         load_sources(pl_module, state.get("sources", {}))
+        if trainer.state.fn != TrainerFn.FITTING:
+            return  # what is tested is what was validated
         now = pl_module.state_dict(keep_vars=True)
         with torch.no_grad():
             for name, value in state.get("of_training", {}).items():

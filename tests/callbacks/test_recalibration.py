@@ -505,6 +505,16 @@ def test_a_checkpoint_of_a_temporary_recalibration_holds_what_was_validated(
         assert same({k: v for k, v in of_training.items() if "running" in k}, statistics(model))
 
 
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_such_a_checkpoint_is_evaluated_with_what_was_validated(verb: str, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="saved")
+    fitted(tmp_path, BatchNormRecalibration(temporary=True), keep, epochs=1)
+    model, path = Foreign(), tmp_path / "saved.ckpt"
+    model.net[5] = nn.Dropout(0.2)
+    getattr(trainer(tmp_path, BatchNormRecalibration(temporary=True)), verb)(model, loader(), ckpt_path=path)
+    assert same(dict(model.state_dict()), load(path)["state_dict"])
+
+
 def test_a_checkpoint_of_a_step_holds_the_statistics_of_the_training(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=12, save_top_k=-1)
     fitted(tmp_path, BatchNormRecalibration(temporary=True), keep)
