@@ -77,9 +77,12 @@ class StatisticsBank:
         """Give the model its present statistics back at the end of the block, bit for bit, whatever happens in it."""
         tensors = [t for module in _modules(model) for t in (*module.parameters(False), *module.buffers(False))]
         copies = [t.detach().clone() for t in tensors]
+        sources = [(m, m._source) for m in _modules(model) if isinstance(m, FrozenBatchNorm)]
         try:
             yield
         finally:
+            for module, source in sources:
+                module._source = source
             with torch.no_grad():
                 for tensor, copy in zip(tensors, copies, strict=True):
                     tensor.copy_(copy)

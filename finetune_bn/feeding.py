@@ -148,7 +148,7 @@ class Feeder:
         )
 
 
-def check_batches(batches: object) -> Iterable[Any]:
+def check_batches(batches: object, argument: str = "batches") -> Iterable[Any]:
     """Return `batches` if it can be iterated over; a tensor is one batch.
 
     Raises:
@@ -158,7 +158,7 @@ def check_batches(batches: object) -> Iterable[Any]:
         return [batches]
     if isinstance(batches, (str, Mapping, nn.Module)) or not isinstance(batches, Iterable):
         raise FinetuneBNError(
-            complaint("batches", _kind(batches), "a DataLoader, or a list of batches", "One batch: pass [batch].")
+            complaint(argument, _kind(batches), "a DataLoader, or a list of batches", "One batch: pass [batch].")
         )
     return batches
 

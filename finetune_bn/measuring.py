@@ -146,7 +146,7 @@ class Measuring:
     def standard_error(self, number: int) -> float:
         """Return the standard error of a layer's statistics; NaN where too few images tell."""
         moments, spread = self.pooled[number]
-        variance = spread.variance_per_image(moments.mean, moments.var())
+        variance = spread.variance_per_image(moments.mean, moments.var(), self.layers[number].before.eps)
         return math.nan if variance is None else standard_error(variance, self.images)
 
     @property

@@ -38,10 +38,10 @@ class Membership:
             run: passes a chunk through the model, in eval mode.
             layers: layers whose inputs are compared, by their means over positions.
         """
-        step = max(1, len(self._kept) // _BATCHES)
-        kept = [chunk for _, chunk in self._kept[::step]]
-        if len(kept) < 4:
+        number = min(len(self._kept), _BATCHES)
+        if number < 4:
             return None
+        kept = [self._kept[i * len(self._kept) // number][1] for i in range(number)]
         alike = len({chunk.shape_key for chunk in kept}) == 1
         rows = [self._features(run, layers, chunk) for chunk in ([join(kept)] if alike else kept)]
         if len({row.shape[1] for row in rows}) != 1 or not rows[0].shape[1]:

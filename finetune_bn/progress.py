@@ -43,6 +43,8 @@ def progress_bar(description: str, unit: str, total: int | None, show: bool | No
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # What was asked for goes to a file too: once, when it is done.
+    with Progress(*columns, console=console, transient=console.is_terminal) as bar:
         task = bar.add_task(description, total=total, note="")
         yield lambda done, note: bar.update(task, completed=done, note=note)

@@ -8,11 +8,13 @@ import random
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from finetune_bn.banks import StatisticsBank
 from finetune_bn.collecting import Layer
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
 from finetune_bn.feeding import Feeder, Forward, check_batches
@@ -27,6 +29,7 @@ def recalibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
+    source: Iterable[Any] | None = None,
     layers: str | Sequence[str] = "*",
     mode: Mode = "auto",
     how: How = "renormalize",
@@ -53,6 +56,9 @@ def recalibrate(
         batches: a DataLoader or any iterable of tensors [N, ...], tuples that start with one, or dicts. It should be
             i.i.d. over the data that the model is to work on; one that is not is warned of. In a distributed run
             each process passes its own part; parts may differ in size, also be empty.
+        source: batches of the data that the network was trained on last, for one that was fine-tuned with frozen
+            layers: it works by the statistics of its pretraining, and to replace those by the target's destroys it.
+            With `source` the layers first get the source's statistics, the function preserved.
         layers: name patterns of the layers to recalibrate, as `layer4.*`; all by default.
         mode: `exact` moves all images through the model in lock-step, layer by layer, normalized by the pooled
             statistics of all of them: the result does not depend on how they are cut, ordered or spread over
@@ -66,8 +72,8 @@ def recalibrate(
             prior / (prior + n) (Schneider et al. 2020, section 3), and what lies between the means is variance too.
         max_samples: take so many images at most, over all processes together.
         min_samples: fewer images are an error.
-        tolerance: stop when the standard error of the statistics of every layer is at most this, in standard
-            deviations of the channel (mean) and relative (variance); root mean square over channels.
+        tolerance: stop when the standard error of the statistics of every layer is at most this, in units of
+            sqrt(var + eps) (mean) and relative to var + eps (variance); root mean square over channels.
         batch_size: images that `one_pass` normalizes together; None: as many as fit in memory, 1,024 at most.
         memory: bytes for activations that wait in `exact`; None: half of what the device has free.
         forward: `(model, batch)` that passes a batch to the model; None takes the first tensor of a tuple or list,
@@ -85,10 +91,37 @@ def recalibrate(
     """
     settings = Settings(mode, how, part, prior, max_samples, min_samples, tolerance, batch_size, memory)
     model = _unwrapped(model)
-    batches = check_batches(batches)
-    sites, left_alone = _choose(model, (layers,) if isinstance(layers, str) else tuple(layers), how)
+    patterns = (layers,) if isinstance(layers, str) else tuple(layers)
+    feeder = Feeder(model, forward, device)
+    check_batches(batches)
+    with contextlib.ExitStack() as undo:
+        if source is not None:
+            if how == "preserve":
+                raise FinetuneBNError(complaint("source", "batches", "None with how='preserve'", "It is that step."))
+            undo.enter_context(StatisticsBank.restoring(model))
+            first = replace(settings, how="preserve", part="both", prior=0, tolerance=None)
+            _recalibrate(model, check_batches(source, "source"), patterns, first, feeder, group, progress)
+        record = _recalibrate(model, check_batches(batches), patterns, settings, feeder, group, progress)
+        undo.pop_all()
+    for warning in record.warnings:
+        warnings.warn(f"recalibrate: {warning}", stacklevel=2)
+    return record
+
+
+def _recalibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    patterns: tuple[str, ...],
+    settings: Settings,
+    feeder: Feeder,
+    group: torch.distributed.ProcessGroup | None,
+    progress: bool | None,
+) -> Recalibration:
+    """Measure, and write when everything went well."""
+    preserve = settings.how == "preserve"
+    sites, left_alone = _choose(model, patterns, settings.how)
     measured = [Layer(site.names[0], site.module, statistics_of(site.module)) for site in sites]
-    run = Measuring(model, measured, settings, Feeder(model, forward, device), group)
+    run = Measuring(model, measured, settings, feeder, group)
     with _undisturbed(model):
         run.run(batches, progress)
         after = run.statistics()
@@ -96,21 +129,20 @@ def recalibrate(
             _check_storable(site, statistics)
     idle = [site.names[0] for site, statistics in zip(sites, after, strict=True) if statistics is None]
     if len(idle) == len(sites):
-        raise NoBatchNormMatched(complaint("layers", layers, "layers that the batches reach: none of these was called"))
+        raise NoBatchNormMatched(
+            complaint("layers", patterns, "layers that the batches reach: none of these was called")
+        )
     if idle:
         run.warnings.append(f"no data reached {', '.join(idle[:8])}: {len(idle)} layers keep the statistics they had")
     rows = []
     for number in run.collector.order or range(len(sites)):
         new = after[number]
         if new is not None:
-            store(sites[number].module, new, preserve=how == "preserve")
+            store(sites[number].module, new, preserve=preserve)
             rows.append(_row(sites[number], measured[number].before, new, run, number))
     alone = (*left_alone, *((name, "was not reached by the data") for name in idle))
-    used = "exact" if run.exact or how == "preserve" else "one_pass"
-    record = Recalibration(used, how, run.images, tuple(rows), alone, tuple(run.warnings))
-    for warning in record.warnings:
-        warnings.warn(f"recalibrate: {warning}", stacklevel=2)
-    return record
+    used = "exact" if run.exact or preserve else "one_pass"
+    return Recalibration(used, settings.how, run.images, tuple(rows), alone, tuple(run.warnings))
 
 
 def _choose(
@@ -174,6 +206,7 @@ def _row(site: BatchNormSite, before: Statistics, after: Statistics, run: Measur
         before.var.cpu(),
         after.mean.cpu(),
         after.var.cpu(),
+        after.eps,
         run.standard_error(number),
     )
 

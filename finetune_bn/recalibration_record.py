@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -21,9 +21,10 @@ class LayerRecord:
         var_before: running variance before.
         mean_after: running mean now.
         var_after: running variance now.
-        standard_error: of what was measured, from how images differ: of the mean in standard deviations of the
-            channel, of the variance relative; the larger of the two root mean squares over channels. NaN with one
-            image.
+        eps: what the layer adds to the variance. What follows is in units of sqrt(var + eps), by which it divides, so
+            that channels which hardly vary do not rule the figures.
+        standard_error: of what was measured, from how images differ: of the mean in those units, of the variance
+            relative to var + eps; the larger of the two root mean squares over channels. NaN with one image.
     """
 
     names: tuple[str, ...]
@@ -33,27 +34,25 @@ class LayerRecord:
     var_before: Tensor = field(repr=False)
     mean_after: Tensor = field(repr=False)
     var_after: Tensor = field(repr=False)
+    eps: float
     standard_error: float
 
     @property
     def shift(self) -> float:
-        """How far the means moved, in standard deviations of before; root mean square over channels."""
-        sd = self.var_before.double().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-        alive = self.var_before > 0
-        moved = (self.mean_after.double() - self.mean_before.double()) / sd
-        return float(moved[alive].square().mean().sqrt()) if alive.any() else 0.0
+        """How far the means moved, in units of sqrt(var + eps) of before; root mean square over channels."""
+        sd = (self.var_before.double() + self.eps).sqrt()
+        return float(((self.mean_after.double() - self.mean_before.double()) / sd).square().mean().sqrt())
 
     @property
     def var_ratio(self) -> float:
-        """Variance after over variance before; geometric mean over the channels where both are positive."""
-        alive = (self.var_before > 0) & (self.var_after > 0)
-        ratio = self.var_after.double()[alive] / self.var_before.double()[alive]
-        return float(ratio.log().mean().exp()) if alive.any() else 1.0
+        """(Variance after + eps) / (variance before + eps); geometric mean over channels."""
+        ratio = (self.var_after.double() + self.eps) / (self.var_before.double() + self.eps)
+        return float(ratio.log().mean().exp())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as plain data, without the statistics themselves."""
-        figures = {name: getattr(self, name) for name in ("kind", "values", "shift", "var_ratio", "standard_error")}
-        return {"names": list(self.names), **figures}
+        """Return the figures as plain data, without the statistics themselves; None stands for NaN."""
+        figures = {name: getattr(self, name) for name in ("kind", "values", "shift", "var_ratio")}
+        return {"names": list(self.names), **figures, "standard_error": _known(self.standard_error)}
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,9 @@ class Recalibration:
 
     @property
     def standard_error(self) -> float:
-        """The largest standard error of a layer."""
-        return max((row.standard_error for row in self.rows), default=float("nan"))
+        """The largest standard error of a layer; NaN where that of one is not known."""
+        errors = [row.standard_error for row in self.rows]
+        return math.nan if any(map(math.isnan, errors)) else max(errors, default=math.nan)
 
     @property
     def shift(self) -> float:
@@ -88,12 +88,12 @@ class Recalibration:
         return float((sum(squares) / max(len(squares), 1)) ** 0.5)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as plain data, for JSON."""
+        """Return the figures as plain data, for JSON: None stands for NaN."""
         return {
             "mode": self.mode,
             "how": self.how,
             "images": self.images,
-            "standard_error": self.standard_error,
+            "standard_error": _known(self.standard_error),
             "shift": self.shift,
             "rows": [row.to_dict() for row in self.rows],
             "left_alone": [list(pair) for pair in self.left_alone],
@@ -124,3 +124,7 @@ class Recalibration:
         alone = [f"left alone: {name or '(root)'} {reason}" for name, reason in self.left_alone]
         noted = [f"note: {warning}" for warning in self.warnings]
         return "\n".join([title, top, "-" * len(top), *table, *alone, *noted])
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value

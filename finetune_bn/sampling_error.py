@@ -88,15 +88,17 @@ class ImageSpread:
         rows = packed[1:].view(6, -1)
         return cls(packed[0], rows[:2], rows[2:5], rows[5])
 
-    def variance_per_image(self, mean: Tensor, var: Tensor) -> Tensor | None:
+    def variance_per_image(self, mean: Tensor, var: Tensor, eps: float = 0.0) -> Tensor | None:
         """Return by how much one image's contribution to a statistic varies, in units of that statistic, [2, C].
 
-        Divided by n and rooted it is the standard error of n images: of the mean in standard deviations of the
-        channel, and of the logarithm of the variance. None with fewer than two images; 0 for constant channels.
+        Divided by n and rooted it is the standard error of n images: of the mean in units of sqrt(var + eps), by which
+        BatchNorm divides, and of the variance relative to var + eps. So a channel that hardly varies, which eps keeps
+        quiet in the network too, does not rule the error. None with fewer than two images; 0 for constant channels.
 
         Args:
             mean: mean of the channel over all images, [C].
             var: biased variance of the channel over all images, [C].
+            eps: what the layer adds to the variance.
         """
         if self.count < 2:
             return None
@@ -105,7 +107,7 @@ class ImageSpread:
         # What an image adds to the variance, about the mean and not the pivot, is b - 2 d a + const.
         of_var = (bb - 4 * d * ab + 4 * d.square() * aa).clamp_min(0)
         alive = var > torch.finfo(torch.float32).eps * mean.square()
-        safe = torch.where(alive, var.double(), 1.0)
+        safe = torch.where(alive, var.double() + eps, 1.0)
         return torch.stack([aa / safe, of_var / safe.square()]) * alive
 
 

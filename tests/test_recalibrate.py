@@ -147,6 +147,34 @@ def test_renormalizing_a_merged_layer_that_lost_its_statistics_is_refused_and_pr
     assert fbn.revert(reloaded).bn1.running_mean.abs().max() > 0.1  # the statistics of the data, and not 0
 
 
+@pytest.mark.parametrize("affine", ["none", "merged"])
+def test_a_network_fine_tuned_frozen_gets_its_own_statistics_first_and_keeps_working(affine: Any) -> None:
+    """Frozen layers work by the statistics of pretraining: where the target is the source, nothing may change."""
+    source = images(64, 1).split(8)
+    model = fbn.convert(net(), fbn.Freeze(affine))
+    with torch.no_grad():  # fine-tuned: what arrives at the layers has little to do with the statistics they have
+        model.conv1.weight.mul_(3)
+    before = model(source[0])
+    fbn.recalibrate(model, source, source=source)
+    torch.testing.assert_close(model(source[0]), before, rtol=1e-3, atol=1e-3)
+    naive = fbn.convert(net(), fbn.Freeze(affine))
+    with torch.no_grad():
+        naive.conv1.weight.mul_(3)
+    fbn.recalibrate(naive, source)
+    assert (naive(source[0]) - before).abs().max() > 0.1
+
+
+def test_where_the_second_step_fails_the_first_is_undone() -> None:
+    model = fbn.convert(net(), fbn.Freeze())
+    bad = [torch.full((8, 3, 10, 10), float("nan"))]
+    with untouched(model), pytest.raises(FinetuneBNError, match="NaN"):
+        fbn.recalibrate(model, bad, source=images().split(8))
+    with untouched(model), pytest.raises(FinetuneBNError, match="source: got 'batches'"):
+        fbn.recalibrate(model, images().split(8), source=images().split(8), how="preserve")
+    with untouched(model), pytest.raises(FinetuneBNError, match="source: got 'int'"):
+        fbn.recalibrate(model, images().split(8), source=3)
+
+
 def test_mixing_with_the_source_follows_the_formula_with_the_between_means_term() -> None:
     layer = settle(nn.BatchNorm2d(3))
     mean, var = layer.running_mean.double().numpy(), layer.running_var.double().numpy()

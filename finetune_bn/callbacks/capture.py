@@ -47,7 +47,7 @@ class NetworkCall:
 
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf) and leaf.dim()]
-        if self.chunk is not None or not tensors or not len(tensors[0]):
+        if self.chunk is not None or not tensors or not len(tensors[0]) or _is_redirected(module):
             return
         # A copy: networks may change their input in place.
         content = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
@@ -59,3 +59,8 @@ class NetworkCall:
             if layer.training:
                 named = layer._buffers.items()
                 self.buffers[layer] = {name: None if b is None else b.clone() for name, b in named}
+
+
+def _is_redirected(module: nn.Module) -> bool:
+    """Whether this call of a module is none: in DDP, Lightning puts the training step in the place of `forward`."""
+    return "_ForwardRedirection" in getattr(vars(module).get("forward"), "__qualname__", "")
