@@ -85,6 +85,15 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forks_can_train() -> None:
+    """Start autograd before anything compiles: torch.compile brings in a pretended CUDA device.
+
+    Autograd starts a thread for each device when it first runs, and refuses to run in a fork from then on.
+    """
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     random.seed(SEED)

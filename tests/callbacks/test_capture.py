@@ -114,6 +114,7 @@ def test_calls_without_images_are_passed_over() -> None:
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
 def test_compiled_parts_are_left_alone(how: str) -> None:
     """A hook that was there when a network is compiled is compiled in; one that comes later is not called."""
+    torch.ones((), requires_grad=True).backward()  # before dynamo is there, or tests behind this one could not fork
     holder, call = Holder(), NetworkCall()
     if how == "in place":
         holder.inner.net.compile(backend="eager")
