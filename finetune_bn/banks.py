@@ -72,20 +72,9 @@ class StatisticsBank:
             yield
 
     @staticmethod
-    @contextlib.contextmanager
-    def restoring(model: nn.Module) -> Iterator[None]:
+    def restoring(model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Give the model its present statistics back at the end of the block, bit for bit, whatever happens in it."""
-        tensors = [t for module in _modules(model) for t in (*module.parameters(False), *module.buffers(False))]
-        copies = [t.detach().clone() for t in tensors]
-        sources = [(m, m._source) for m in _modules(model) if isinstance(m, FrozenBatchNorm)]
-        try:
-            yield
-        finally:
-            for module, source in sources:
-                module._source = source
-            with torch.no_grad():
-                for tensor, copy in zip(tensors, copies, strict=True):
-                    tensor.copy_(copy)
+        return _Restoring(model)
 
     def save(self, path: str | Path) -> None:
         """Write the bank to a file, as a whole or not at all."""
@@ -114,6 +103,28 @@ class StatisticsBank:
 
     def __repr__(self) -> str:
         return f"StatisticsBank({', '.join(self._domains)})"
+
+
+class _Restoring(contextlib.AbstractContextManager[None]):
+    """Not a generator: one that is dropped, as by `ExitStack.pop_all`, would restore when it is collected."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._sources: list[tuple[FrozenBatchNorm, tuple[nn.Module, ...]]] = []
+
+    def __enter__(self) -> None:
+        modules = _modules(self._model)
+        tensors = [t for module in modules for t in (*module.parameters(False), *module.buffers(False))]
+        self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        self._sources = [(m, m._source) for m in modules if isinstance(m, FrozenBatchNorm)]
+
+    def __exit__(self, *exception: object) -> None:
+        for module, source in self._sources:
+            module._source = source  # type: ignore[assignment]
+        with torch.no_grad():
+            for tensor, copy in self._copies:
+                tensor.copy_(copy)
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

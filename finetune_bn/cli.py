@@ -75,6 +75,7 @@ class Trainer(pl.Trainer):
         report: str | None = None,
         split: Split = "train",
         domain: str | None = None,
+        source_first: bool | None = None,
         module: str | None = None,
         layers: str | list[str] = "*",
         mode: Mode = "auto",
@@ -102,6 +103,9 @@ class Trainer(pl.Trainer):
             report: A JSON file for what was measured, layer by layer.
             split: Whose images are taken: train, val or test. Labels are not used.
             domain: Only the images of this domain.
+            source_first: Give the layers the statistics of the training images first, the function preserved. A network
+                that was fine-tuned with frozen layers works by the statistics of its pretraining, and to replace those
+                by other images' destroys it. Default: where there are frozen layers.
             module: Attribute path of the part that takes the images and whose layers are recalibrated, such as `net`.
                 By default the whole model.
             layers: Name patterns of the layers, such as `layer4.*`, relative to module; all by default.
@@ -123,7 +127,11 @@ class Trainer(pl.Trainer):
             raise FinetuneBNError(complaint("ckpt_path", None, "the checkpoint to recalibrate"))
         if report is not None and (Path(report).is_dir() or not Path(report).absolute().parent.is_dir()):
             raise FinetuneBNError(complaint("report", report, "a file in a folder that there is"))
+        if source_first and how == "preserve":
+            raise FinetuneBNError(complaint("source_first", True, "false with how=preserve", "It is that step."))
         recalibration = BatchNormRecalibration(
+            when="test" if how == "renormalize" else "validation",
+            source_first=source_first,
             module=module,
             layers=layers,
             mode=mode,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +102,14 @@ def test_unknown_domains_other_models_and_other_files_are_one_clear_error(tmp_pa
     for path in (tmp_path / "other.pt", tmp_path / "missing.pt"):
         with pytest.raises(FinetuneBNError, match=r"a file that StatisticsBank\.save wrote"):
             StatisticsBank.load(path)
+
+
+def test_a_restoring_that_is_called_off_leaves_the_new_statistics() -> None:
+    model = net()
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(StatisticsBank.restoring(model))
+        fbn.recalibrate(model, domain(3.0))
+        after = model.bn1.running_mean.clone()
+        undo.pop_all()
+    gc.collect()
+    assert torch.equal(model.bn1.running_mean, after)

@@ -361,9 +361,17 @@ def test_recalibrate_writes_a_checkpoint_that_is_tested_and_a_report(
     assert (report["images"], report["split"], len(report["rows"])) == (18, "train", 13)
     old, new = (torch.load(path, weights_only=True)["state_dict"] for path in (quickstart.checkpoint, "new.ckpt"))
     moved = {name.rpartition(".")[2] for name in old if not torch.equal(old[name], new[name])}
-    assert moved == {"running_mean", "running_var"}
+    assert moved == {"running_mean", "running_var", "weight", "bias"}, "frozen layers kept their function first"
     cli = quickstart.again("test", "--ckpt_path", "new.ckpt", "--trainer.default_root_dir", str(tmp_path))
     assert "test_accuracy" in cli.trainer.callback_metrics
+
+
+def test_without_the_step_that_keeps_the_function_frozen_layers_get_statistics_alone(quickstart: Trained) -> None:
+    paths = ("--ckpt_path", str(quickstart.checkpoint), "--output", "new.ckpt", "--source_first", "false")
+    main(["recalibrate", *quickstart.options, *paths])
+    old, new = (torch.load(path, weights_only=True)["state_dict"] for path in (quickstart.checkpoint, "new.ckpt"))
+    moved = {name.rpartition(".")[2] for name in old if not torch.equal(old[name], new[name])}
+    assert moved == {"running_mean", "running_var"}
 
 
 def test_recalibrate_takes_the_images_of_one_domain_and_runs_on_one_device(

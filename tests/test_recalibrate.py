@@ -157,6 +157,10 @@ def test_a_network_fine_tuned_frozen_gets_its_own_statistics_first_and_keeps_wor
     before = model(source[0])
     fbn.recalibrate(model, source, source=source)
     torch.testing.assert_close(model(source[0]), before, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        arrives = model.conv1(torch.cat(source)).mean((0, 2, 3))
+    reverted = fbn.revert(model)
+    torch.testing.assert_close(reverted.bn1.running_mean, arrives, rtol=1e-3, atol=1e-3)
     naive = fbn.convert(net(), fbn.Freeze(affine))
     with torch.no_grad():
         naive.conv1.weight.mul_(3)

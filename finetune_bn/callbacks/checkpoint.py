@@ -74,6 +74,7 @@ def recalibrate_checkpoint(
         batches = batches_for(trainer, model, iid_dataloader(split, domain=domain))
     else:
         raise FinetuneBNError(complaint("domain", domain, f"null, as a {type(datamodule).__name__} has no domains"))
+    recalibration.prepare(trainer, model, progress=None)
     record = recalibration.recalibrate(trainer, model, batches, progress=None)
     if record is None:
         raise FinetuneBNError(complaint("model", type(model).__name__, "a model with BatchNorm layers"))

@@ -20,7 +20,14 @@ from typing_extensions import override
 
 from finetune_bn.banks import StatisticsBank
 from finetune_bn.callbacks.iid import ModuleBatches, flattened, pooled_batches, training_batches
-from finetune_bn.callbacks.statistics import OwnStatistics, broadcast_statistics, load_sources, sources_of, target_of
+from finetune_bn.callbacks.statistics import (
+    OwnStatistics,
+    broadcast_statistics,
+    frozen_layers,
+    load_sources,
+    sources_of,
+    target_of,
+)
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.measuring import How, Mode, Part, Settings
 from finetune_bn.recalibrate import recalibrate
@@ -30,6 +37,10 @@ from finetune_bn.sites import find_batch_norms
 When = Literal["validation", "steps", "fit_start", "test"]
 WHEN: tuple[When, ...] = get_args(When)
 CHECKPOINT_KEY = "finetune_bn_recalibration"
+_FROZEN_TRAP = (
+    "a network that was fine-tuned with frozen layers works by the statistics that these had, and loses its function "
+    "where they are replaced by others."
+)
 _TRIAL_IMAGES = 64  # are enough for a run that only looks for faults (fast_dev_run)
 
 
@@ -65,6 +76,9 @@ class BatchNormRecalibration(Callback):
             until the next training step. A checkpoint that is saved in between holds the new ones in its weights, and
             beside them those of the training, with which a resumed training goes on.
         per_domain: With when=test, each test loader has statistics of its own. Else they are of all test images mixed.
+        source_first: With when=test, give the layers the statistics of the training images first, the function
+            preserved. A network that was fine-tuned with frozen layers works by the statistics of its pretraining, and
+            to replace those by other images' destroys it. Default: where there are frozen layers.
         module: Attribute path of the part that takes the images and whose layers are recalibrated, such as `net`.
             By default the whole LightningModule.
         layers: Name patterns of the layers, such as `layer4.*`, relative to module; all by default.
@@ -90,6 +104,7 @@ class BatchNormRecalibration(Callback):
         every_n_steps: int | None = None,
         temporary: bool = False,
         per_domain: bool = False,
+        source_first: bool | None = None,
         module: str | None = None,
         layers: str | list[str] = "*",
         mode: Mode = "auto",
@@ -116,12 +131,15 @@ class BatchNormRecalibration(Callback):
             raise FinetuneBNError(complaint("temporary", True, f"false with when={when}", remedy))
         if per_domain and (when != "test" or data is not None):
             raise FinetuneBNError(complaint("per_domain", True, "true with when=test and without data"))
+        if source_first and (when != "test" or data is not None):
+            remedy = "In training use how=preserve."
+            raise FinetuneBNError(complaint("source_first", True, "true with when=test and without data", remedy))
         if when == "test" and how == "preserve":
             remedy = "Preserving the function changes nothing in a test."
             raise FinetuneBNError(complaint("how", how, "renormalize with when=test", remedy))
         self.when, self.data = when, data
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
-        self.temporary, self.per_domain = temporary, per_domain
+        self.temporary, self.per_domain, self.source_first = temporary, per_domain, source_first
         self.module, self.layers, self.seed = module, layers, seed
         self.settings = Settings(mode, how, part, prior, max_samples, min_samples, tolerance, batch_size, memory)
         self.record: Recalibration | None = None
@@ -144,6 +162,7 @@ class BatchNormRecalibration(Callback):
         pl_module: pl.LightningModule,
         batches: ModuleBatches | None = None,
         progress: bool | None = False,
+        settings: Settings | None = None,
     ) -> Recalibration | None:
         """Recalibrate now.
 
@@ -152,6 +171,7 @@ class BatchNormRecalibration(Callback):
             pl_module: the module.
             batches: the batches to measure; None takes what the arguments say.
             progress: show a progress bar of its own; None: on a terminal.
+            settings: how it is done; None: as the arguments say.
 
         Returns:
             What was measured; None where there are no BatchNorm layers, of which is warned once.
@@ -160,7 +180,10 @@ class BatchNormRecalibration(Callback):
         if not find_batch_norms(target):
             self._say(f"there are no BatchNorm layers in {type(target).__name__}, so nothing is recalibrated")
             return None
-        settings = self.settings
+        settings = self.settings if settings is None else settings
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and self.when in ("validation", "steps") and settings.how == "renormalize":
+            self._warn_of_frozen(frozen_layers(target))
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             images = min(settings.max_samples or _TRIAL_IMAGES, _TRIAL_IMAGES)
             settings = dataclasses.replace(settings, max_samples=images)
@@ -176,6 +199,29 @@ class BatchNormRecalibration(Callback):
         for warning in self.record.warnings:
             self._say(warning)
         return self.record
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: bool | None = False) -> None:
+        """Give frozen layers the statistics of the training images, the function preserved, where that is asked for.
+
+        Raises:
+            FinetuneBNError: it is asked for by `source_first=True`, and there are no training images.
+        """
+        target = target_of(pl_module, self.module)
+        if self.settings.how == "preserve" or self.source_first is False:
+            return
+        if self.source_first is None and not frozen_layers(target):
+            return
+        settings = dataclasses.replace(self.settings, how="preserve", part="both", prior=0, tolerance=None)
+        try:
+            if trainer.datamodule is not None:  # type: ignore[attr-defined]
+                trainer.datamodule.setup("fit")  # type: ignore[attr-defined]
+            batches = training_batches(trainer, pl_module, seed=self.seed)
+        except FinetuneBNError as error:
+            if self.source_first:
+                raise
+            self._say(f"there are no training images ({error}), so {_FROZEN_TRAP}")
+            return
+        self.recalibrate(trainer, pl_module, batches, progress, settings)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -342,6 +388,8 @@ class BatchNormRecalibration(Callback):
         self._own.keep(pl_module)
         self.bank = self._domain = None
         with self._own.back_on_error():
+            if self.data is None:
+                self.prepare(trainer, pl_module)
             if self.per_domain:
                 self._measure_domains(trainer, pl_module, dict(zip(names, loaders, strict=True)))
                 return
@@ -382,6 +430,10 @@ class BatchNormRecalibration(Callback):
         if self._metrics:
             pl_module.log_dict(self._metrics, on_step=on_step, on_epoch=not on_step, batch_size=1, sync_dist=True)
             self._metrics = {}
+
+    def _warn_of_frozen(self, frozen: int) -> None:
+        if frozen:
+            self._say(f"{frozen} frozen layers are renormalized in training: {_FROZEN_TRAP} Use how=preserve.")
 
     def _say(self, text: str) -> None:
         """Warn, once a run for each cause, whatever its numbers are."""

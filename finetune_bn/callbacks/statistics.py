@@ -76,6 +76,11 @@ def target_of(pl_module: pl.LightningModule, path: str | None) -> nn.Module:
     return target
 
 
+def frozen_layers(model: nn.Module) -> int:
+    """Return how many frozen layers a model has."""
+    return sum(isinstance(site.module, FrozenBatchNorm) for site in find_batch_norms(model))
+
+
 def _parts(pl_module: pl.LightningModule) -> list[str]:
     return [name for name, part in pl_module.named_children() if find_batch_norms(part)]
 

@@ -100,7 +100,7 @@ def trained(folder: Path, *callbacks: Callback) -> Path:
 def recalibrated(path: Path, output: Path | None = None, model: Any = None, **kwargs: Any) -> Any:
     names = ("split", "domain", "weights_only")
     options = {name: kwargs.pop(name) for name in names if name in kwargs}
-    recalibration = BatchNormRecalibration(**{"max_samples": None} | kwargs)
+    recalibration = BatchNormRecalibration(**{"max_samples": None, "source_first": False} | kwargs)
     module = Foreign() if model is None else model
     return recalibrate_checkpoint(trainer(path.parent), module, Data(), path, output, recalibration, **options)
 
@@ -174,6 +174,25 @@ def test_frozen_layers_are_replayed_and_renormalized_or_preserved(affine: Any, t
     after = built(load(found)["state_dict"], policy).eval()(x)
     assert not torch.allclose(after, before, atol=1e-2)
     torch.testing.assert_close(built(load(found)["state_dict"]).eval()(x), after, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("affine", ["none", "merged"])
+def test_frozen_layers_first_get_the_statistics_of_the_training_images_with_their_function_preserved(
+    affine: Any, tmp_path: Path
+) -> None:
+    policy = fbn.Freeze(affine)
+    path = trained(tmp_path, BatchNormConversion(policy))
+    found, record = recalibrated(path, split="test", source_first=None)
+    expected = built(load(path)["state_dict"], policy).eval()
+    train, test = images(24, 1).tensors[0], torch.cat([images(16, 2, -1.0).tensors[0], images(12, 3, 5.0).tensors[0]])
+    fbn.recalibrate(expected, [train], how="preserve")
+    fbn.recalibrate(expected, [test])
+    x = images(5, 9).tensors[0]
+    torch.testing.assert_close(built(load(found)["state_dict"], policy).eval()(x), expected(x), rtol=1e-4, atol=1e-5)
+    assert record.images == 28
+    same_images, _ = recalibrated(path, source_first=None)
+    before = built(load(path)["state_dict"], policy).eval()(x)
+    torch.testing.assert_close(built(load(same_images)["state_dict"], policy).eval()(x), before, rtol=1e-2, atol=1e-3)
 
 
 def test_merged_layers_of_which_nothing_is_kept_cannot_be_renormalized(tmp_path: Path) -> None:

@@ -627,6 +627,7 @@ def test_too_few_images_are_an_error(tmp_path: Path) -> None:
         ({"temporary": True, "when": "test"}, "temporary: got True; .* gives the network its own statistics back"),
         ({"per_domain": True}, "per_domain: got True; allowed: true with when=test"),
         ({"when": "test", "how": "preserve"}, "how: got 'preserve'; .* changes nothing in a test"),
+        ({"source_first": True}, "source_first: got True; allowed: true with when=test .* use how=preserve"),
         ({"mode": "fast"}, "mode: got 'fast'; allowed: 'auto', 'exact', 'one_pass'"),
         ({"max_samples": 0}, "max_samples: got 0; allowed: a number above 0"),
         ({"prior": -1}, "prior: got -1"),
@@ -800,6 +801,46 @@ def test_without_per_domain_the_statistics_are_those_of_all_test_images_mixed(tm
         torch.testing.assert_close(torch.cat(model.logits[i]), twin(test.dataset.tensors[0]), rtol=1e-4, atol=1e-5)
     assert same(dict(model.state_dict()), before)
     assert callback.bank is None
+
+
+class ImagesOfBoth(pl.LightningDataModule):
+    """Training images, and test images that are shifted."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader(48, seed=2)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return shifted()[1]
+
+
+@pytest.mark.parametrize("affine", ["none", "merged"])
+def test_a_network_that_was_fine_tuned_frozen_first_gets_the_statistics_of_its_training(
+    affine: Any, tmp_path: Path
+) -> None:
+    """Else its function is lost: it works by the statistics of pretraining (scripts/study_shift.py, "unprepared")."""
+    model = Scores()
+    fbn.convert(model, fbn.Freeze(affine), verify=False)
+    before = dict(copy.deepcopy(model.state_dict()))
+    trainer(tmp_path, BatchNormRecalibration("test")).test(model, ImagesOfBoth(), verbose=False)
+    assert same(dict(model.state_dict()), before)
+    train, test = loader(48, seed=2).dataset.tensors[0], shifted()[1].dataset.tensors[0]
+    twin = copy.deepcopy(model).eval()
+    fbn.recalibrate(twin, [test], source=[train])
+    torch.testing.assert_close(torch.cat(model.logits[0]), twin(test), rtol=1e-4, atol=1e-5)
+
+
+def test_where_there_are_no_training_images_that_is_said_and_asking_for_them_is_an_error(tmp_path: Path) -> None:
+    model = fbn.convert(Scores(), fbn.Freeze(), verify=False)
+    with pytest.warns(UserWarning, match="no training images .* loses its function"):
+        trainer(tmp_path, BatchNormRecalibration("test")).test(model, shifted(), verbose=False)
+    with pytest.raises(FinetuneBNError, match="data: got"):
+        trainer(tmp_path, BatchNormRecalibration("test", source_first=True)).test(model, shifted(), verbose=False)
+
+
+def test_renormalizing_frozen_layers_while_they_are_fine_tuned_is_warned_of(tmp_path: Path) -> None:
+    run = trainer(tmp_path, BatchNormConversion(fbn.Freeze()), BatchNormRecalibration(), epochs=1)
+    with pytest.warns(UserWarning, match="2 frozen layers are renormalized in training.* Use how=preserve"):
+        run.fit(Foreign(), loader(), loader(6))
 
 
 def test_a_test_can_use_the_images_of_a_loader_of_ones_own(tmp_path: Path) -> None:
