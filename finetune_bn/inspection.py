@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class LayerInput:
     within: Tensor
     positions: int
 
-    @property
+    @cached_property
     def variance(self) -> Tensor:
         """Biased variance of all values, [C]."""
         return self.means.var(0, correction=0) + self.within

@@ -212,12 +212,12 @@ def test_all_of_the_first_images_tell_how_images_differ_and_few_of_the_later_one
 
 
 def test_an_error_in_the_model_takes_the_layers_forwards_back() -> None:
-    model = net()
+    model, x = net(), torch.randn(2, 5, 10, 10)
     found = collector(model)
-    with untouched(model), pytest.raises(RuntimeError):
-        found.one_by_one(chunks(torch.randn(2, 5, 10, 10), 2)[0], as_kernel=True)
-    with untouched(model), pytest.raises(RuntimeError):
-        found.together(chunks(torch.randn(2, 5, 10, 10), 1, 1), lambda done: None)
+    with untouched(model), pytest.raises(RuntimeError, match="to have 3 channels, but got 5"):
+        found.one_by_one(chunks(x, 2)[0], as_kernel=True)
+    with untouched(model), pytest.raises(RuntimeError, match="to have 3 channels, but got 5"):
+        found.together(chunks(x, 1, 1), lambda done: None)
 
 
 def test_an_input_of_the_wrong_dimensions_is_refused_as_batch_norm_refuses_it() -> None:

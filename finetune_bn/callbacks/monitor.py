@@ -28,7 +28,7 @@ from finetune_bn.moments import accumulator
 from finetune_bn.probe import quietly, tensors_in
 from finetune_bn.sites import BatchNormSite, find_batch_norms
 
-# Batches of which some images are kept until the next look; so many are compared with each other.
+# Batches of which two images are kept until the next look; so many are compared with each other.
 _COMPARED = 12
 
 
@@ -47,7 +47,7 @@ class BatchNormMonitor(Callback):
     bn/deff and bn/n_eff, how many independent images a batch is worth, as images of one label resemble each other;
     bn/running_var_bias, how far off the running variances will settle.
     And of the whole network:
-    bn/p_value, how likely batches drawn at random would differ as much as these;
+    bn/p_value, how likely batches drawn at random would differ as much as these (small batches: not at each look);
     bn/train_eval_gap, between the outputs in the two modes, relative to the distance between two images;
     bn/leakage, how far an output moves when the other images of its batch are exchanged, in the same unit;
     bn/dead, the channels without variance, bn/died, those of them that had some in the beginning, and bn/not_finite,
@@ -136,7 +136,6 @@ class BatchNormMonitor(Callback):
             self._interval = self._until_look = self.every_n_steps
             if self._call.chunk is not None:
                 self._look(trainer, pl_module, self._call.chunk)
-            self._membership, self._kept = Membership(), 0
         self._call.forget()
 
     @override
@@ -157,7 +156,7 @@ class BatchNormMonitor(Callback):
         self._interval = min(_COMPARED, self.every_n_steps)
         self._until_look = self._interval
         self._inspector: Inspector = Inspector(world_size)
-        self._membership, self._kept = Membership(), 0
+        self._membership, self._kept, self._images_since = Membership(), 0, 0
         self._p_values: list[float] = []
         self._labels: Tensor | None = None
         self._label_numbers: dict[Any, int] = {}
@@ -282,12 +281,19 @@ class BatchNormMonitor(Callback):
     def _p_value(
         self, run: Callable[[Chunk], Any], sites: list[BatchNormSite], layers: tuple[LayerLook, ...]
     ) -> float | None:
-        """Return that of the batches since the last look; None where no layer normalizes by the batch."""
+        """Return that of the batches since the last one; None where no layer normalizes by the batch.
+
+        Not at each look where batches are small: it takes a pass of 24 images, which would be the most of its cost.
+        """
         by_batch = {layer.name for layer in layers if layer.by_batch}
         watched = [site.module for site in sites if site.names[0] in by_batch]
+        self._images_since += layers[0].images if watched else 0
+        if self._p_values and self._images_since < 2 * _COMPARED:
+            return None
         p_value = self._membership.p_value(run, watched) if watched else None
         if p_value is not None:
             self._p_values.append(p_value)
+        self._membership, self._kept, self._images_since = Membership(), 0, 0
         return p_value
 
     def _leakage(

@@ -233,6 +233,18 @@ def test_leakage_is_tested_at_every_so_manyth_look(tmp_path: Path) -> None:
     assert [look.leakage is not None for look in found] == [True, False, True, False, True]
 
 
+@pytest.mark.parametrize(("batch", "tested"), [(24, [1, 2, 3, 4, 5, 6, 7]), (8, [1, 4, 7]), (5, [1, 6])])
+def test_p_values_cost_no_more_than_a_pass_of_a_batch_a_look(tmp_path: Path, batch: int, tested: list[int]) -> None:
+    monitor, found = BatchNormMonitor(every_n_steps=6, leakage_every_n_looks=0), {}
+
+    class Watch(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            found[monitor._looks] = "bn/p_value" in monitor.metrics
+
+    trainer(tmp_path, monitor, Watch(), steps=42).fit(Foreign(), at_random(batch=batch))
+    assert [look for look, there in found.items() if there] == tested
+
+
 def test_a_second_fit_begins_anew(tmp_path: Path) -> None:
     monitor = BatchNormMonitor(every_n_steps=5)
     for _ in range(2):
@@ -270,7 +282,7 @@ def test_p_values_are_uniform_when_batches_are_drawn_at_random(tmp_path: Path) -
     stats = pytest.importorskip("scipy.stats")
     monitor = BatchNormMonitor(every_n_steps=12, leakage_every_n_looks=0, per_layer=False)
     data = images(labels=300, each=4, rho=0.5)
-    fit(tmp_path, monitor, at_random(data, 8), steps=12 * 100, model=Foreign(lr=1e-3))
+    fit(tmp_path, monitor, at_random(data, 24), steps=12 * 100, model=Foreign(lr=1e-3))
     assert len(monitor._p_values) == 100
     assert stats.kstest(monitor._p_values, "uniform").pvalue > 0.05
     assert "p_value" not in monitor.causes
