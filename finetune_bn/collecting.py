@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -41,6 +41,9 @@ class Layer:
         name: its first name in the model.
         module: the layer.
         before: its statistics when the measuring began.
+
+    Attributes:
+        not_finite: numbers of the batches with NaN or infinite values.
     """
 
     def __init__(self, name: str, module: nn.Module, before: Statistics) -> None:
@@ -53,12 +56,13 @@ class Layer:
         """Start anew."""
         channels, device = self.before.mean.numel(), self.before.mean.device
         self._known = (Moments.none(channels, device), ImageSpread.none(channels, device))
-        self._not_finite: tuple[int, ...] = ()
-        self._waiting: list[tuple[Moments, tuple[int, ...], ImageMeans | None]] = []
+        self.not_finite: set[int] = set()
+        self._waiting: list[tuple[Moments, ImageMeans | None]] = []
 
-    def note(self, moments: Moments, batches: tuple[int, ...], images: ImageMeans | None) -> None:
-        """Add what arrived of some batches, and the images among it that tell how images differ."""
-        self._waiting.append((moments, batches, images))
+    def note(self, moments: Moments, images: ImageMeans | None, not_finite: Iterable[int] = ()) -> None:
+        """Add what arrived, the images among it that tell how images differ, and which batches are not finite."""
+        self._waiting.append((moments, images))
+        self.not_finite |= set(not_finite)
         if len(self._waiting) == _MERGE_AT:
             self._merge()
 
@@ -74,32 +78,23 @@ class Layer:
         self._merge()
         return self._known[1]
 
-    @property
-    def not_finite(self) -> list[int]:
-        """The batches with NaN or infinite values, and those that went through the model together with such."""
-        self._merge()
-        return sorted(set(self._not_finite))
-
     def _merge(self) -> None:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
         moments, spread = self._known
-        finite = torch.stack([part.mean + part.m2 for part, _, _ in waiting]).isfinite().all(1)
-        for (_, batches, _), good in zip(waiting, finite.tolist(), strict=True):
-            self._not_finite += () if good else batches
-        looked_at = [images for _, _, images in waiting if images is not None]
+        looked_at = [images for _, images in waiting if images is not None]
         if looked_at:
             spread = spread.merge(ImageSpread.of_images(looked_at))
-        self._known = merge_all([moments, *(part for part, _, _ in waiting)]), spread
+        self._known = merge_all([moments, *(part for part, _ in waiting)]), spread
 
     def snapshot(self) -> Callable[[], None]:
         """Return what brings back the state of now."""
         self._merge()
-        known, not_finite = self._known, self._not_finite
+        known, not_finite = self._known, set(self.not_finite)
 
         def restore() -> None:
-            self._known, self._not_finite, self._waiting = known, not_finite, []
+            self._known, self.not_finite, self._waiting = known, not_finite, []
 
         return restore
 
@@ -185,8 +180,7 @@ class Collector:
             raise
 
     def _feed(self, chunk: Chunk, looked_at: Tensor) -> None:
-        self._chunk.batches = tuple(dict.fromkeys(chunk.batch))
-        self._chunk.images, self._chunk.looked_at = len(chunk), looked_at
+        self._chunk.batches, self._chunk.looked_at = chunk.batch, looked_at
         self.feeder(chunk)
 
     def _looked_at(self, chunk: Chunk) -> Tensor:
@@ -224,7 +218,8 @@ class Collector:
     def _by_itself(self, number: int, x: Tensor, *, as_kernel: bool) -> Tensor:
         layer = self.layers[number]
         values = x.numel() // x.shape[1]
-        if as_kernel and values > 1 and not has_long_rows(x):
+        # Torch refuses to train with eps 0.
+        if as_kernel and values > 1 and layer.before.eps > 0 and not has_long_rows(x):
             y, mean, var = normalize_by_batch(layer.module, x, layer.before)
             moments = Moments.of_statistics(mean, var * (1 - 1 / values), values)
             # The kernel measures as `Moments.of` does, but for means that are too large for their dtype.
@@ -252,12 +247,20 @@ class Collector:
     def _note(self, number: int, moments: Moments, x: Tensor, images: ImageMeans | None = None) -> None:
         chunk = self._chunk
         chosen: Tensor = chunk.looked_at
-        if x.shape[0] != chunk.images:  # the model has folded something else into the batch dimension
+        if x.shape[0] != len(chunk.batches):  # the model has folded something else into the batch dimension
             chosen = chosen[chosen < x.shape[0]]
         few: ImageMeans | None = None
         if chosen.numel():
             few = ImageMeans.of(x[chosen], moments.mean) if images is None else images[chosen]
-        self.layers[number].note(moments, chunk.batches, few)
+        self.layers[number].note(moments, few, () if moments.is_finite else self._not_finite(x))
+
+    def _not_finite(self, x: Tensor) -> set[int]:
+        """Return the batches whose images have NaN or infinite values in `x`."""
+        batches: tuple[int, ...] = self._chunk.batches
+        if x.shape[0] != len(batches):
+            return set(batches)
+        finite = x.flatten(1).isfinite().all(1).tolist()
+        return {batch for batch, good in zip(batches, finite, strict=True) if not good} or set(batches)
 
     def _pool(self, on_layer: Callable[[int], None], place: int, brought: list[Moments]) -> Statistics | bool | None:
         places = {int(row[0]) for row in self.ranks.agree(float(place))}
@@ -286,7 +289,7 @@ class Collector:
         if pooled.is_finite:
             return
         layer = self.layers[number]
-        bad = layer.not_finite
+        bad = sorted(layer.not_finite)
         batches = f"from batches {', '.join(map(str, bad[:8]))}" if bad else "from another process"
         raise FinetuneBNError(
             complaint(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from finetune_bn import collecting
 from finetune_bn.collecting import PIECE, Collector, Layer
 from finetune_bn.errors import FinetuneBNError
-from finetune_bn.feeding import Chunk, Feeder
+from finetune_bn.feeding import Chunk, Feeder, join
 from finetune_bn.layers.statistics import Statistics, statistics_of
 from finetune_bn.moments import Moments
 from finetune_bn.ranks import Ranks
@@ -159,12 +159,11 @@ def test_however_many_measurements_wait_a_layer_merges_them_all_once(number: int
     layer = Layer("bn", bn, statistics_of(bn))
     x = torch.randn(number, 5, 3)
     for i, part in enumerate(x):
-        layer.note(Moments.of(part), (i,), None)
+        layer.note(Moments.of(part), None)
         if i == number // 2:
             assert layer.moments.count == 5 * (i + 1)
     for _ in range(2):  # looking does not change it
         check(layer, [as_array(x.reshape(-1, 3))])
-    assert layer.not_finite == []
     layer.forget()
     assert layer.moments.count == layer.spread.count == 0
 
@@ -172,13 +171,14 @@ def test_however_many_measurements_wait_a_layer_merges_them_all_once(number: int
 def test_a_snapshot_brings_back_what_was_known() -> None:
     bn = nn.BatchNorm1d(3)
     layer = Layer("bn", bn, statistics_of(bn))
-    layer.note(Moments.of(torch.randn(5, 3)), (0,), None)
+    layer.note(Moments.of(torch.randn(5, 3)), None)
     restore = layer.snapshot()
-    layer.note(Moments.of(torch.full((5, 3), float("nan"))), (1,), None)
-    assert layer.not_finite == [1]
+    layer.note(Moments.of(torch.full((5, 3), float("nan"))), None, [1])
+    assert layer.not_finite == {1}
+    assert not layer.moments.is_finite
     restore()
     assert layer.moments.count == 5
-    assert layer.not_finite == []
+    assert layer.not_finite == set()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -186,12 +186,14 @@ def test_the_batches_with_values_that_are_not_finite_are_named(value: float) -> 
     model, x = net(), images(9)
     x[5, 1, 2, 3] = value
     found = collector(model)
-    for chunk in chunks(x, 4, 2, 3):
-        found.one_by_one(chunk, as_kernel=True)
-    with pytest.raises(FinetuneBNError, match=r"input of layer 'bn1', from batches 1.*in float16, for overflow"):
-        found.check_finite(0, found.layers[0].moments)
-    with pytest.raises(FinetuneBNError, match="'bn1', from batches 1"):
-        found.together(chunks(x, 4, 2, 3), lambda done: None)
+    for one in (chunks(x, 4, 2, 3), [join(chunks(x, 4, 2, 3))]):
+        found.forget()
+        for chunk in one:
+            found.one_by_one(chunk, as_kernel=True)
+        with pytest.raises(FinetuneBNError, match=r"layer 'bn1', from batches 1\".*in float16, for overflow"):
+            found.check_finite(0, found.layers[0].moments)
+        with pytest.raises(FinetuneBNError, match=r"'bn1', from batches 1\""):
+            found.together(one, lambda done: None)
 
 
 def test_all_of_the_first_images_tell_how_images_differ_and_few_of_the_later_ones() -> None:
