@@ -7,6 +7,9 @@ import os
 # Read when these packages are imported, so set before any test imports them; subprocesses inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# OpenMP's worker threads do not survive a fork, and a forked process that counts on them waits for ever. One thread,
+# said before OpenMP starts: what a library sets later (Lightning, compiled code) leaves no workers behind.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import ipaddress
 import random
