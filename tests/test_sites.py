@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import finetune_bn as fbn
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.probe import Probe
-from finetune_bn.sites import find_batch_norms, find_lookalikes, locate, timm_stages
+from finetune_bn.sites import find_batch_norms, find_lookalikes, timm_stages
 from tests.models import NETS, Plain, PreActivation, Tied, build
 from tests.tools import untouched
 

@@ -1,4 +1,4 @@
-"""The one file that knows timm's layer classes: BatchNorm with an activation and a drop layer behind it."""
+"""The one file that knows timm's layer classes: BatchNorm with an activation and a drop layer, `Conv2dSame`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import sys
 from typing import Any, Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import MissingDependency
 from finetune_bn.functional import frozen_batch_norm
+from finetune_bn.layers.folded import FoldedConvNd
 from finetune_bn.layers.frozen import (
     Affine,
     FrozenBatchNorm,
@@ -88,7 +90,8 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Return `act(drop(x * scale + shift))` for `x` of shape [N, C, H, W]."""
         self._check_input_dim(x)  # spelled out: torch.jit.script knows no super().forward
-        x = frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        if torch.jit.is_scripting() or self._fold is None or not self._fold.has(x):
+            x = frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         return self.act(self.drop(x))  # type: ignore[no-any-return]
 
     def to_batch_norm(self) -> _BatchNorm:
@@ -101,6 +104,23 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 
     def _new_batch_norm(self) -> _BatchNorm:
         return _new_norm_act(self)
+
+
+class FoldedConv2dSame(FoldedConvNd, nn.Conv2d):
+    """timm's `Conv2dSame`, TensorFlow's padding, with the frozen layer behind it in its weight."""
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        sides: list[int] = []
+        for size, k, s, d in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
+            missing = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
+            sides = [missing // 2, missing - missing // 2, *sides]  # the last dimension comes first
+        return F.pad(x, sides), [0, 0]
+
+
+def is_conv_same(kind: type[nn.Module]) -> bool:
+    """Tell whether the class is timm's `Conv2dSame`."""
+    timm = sys.modules.get("timm.layers.conv2d_same")
+    return timm is not None and kind is timm.Conv2dSame
 
 
 class NoisyFrozenBatchNormAct2d(NoisyFrozenBatchNorm, FrozenBatchNormAct2d):
