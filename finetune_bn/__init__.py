@@ -8,6 +8,7 @@ weights in `finetune_bn.backbones`.
 from finetune_bn.banks import StatisticsBank
 from finetune_bn.convert import convert, revert
 from finetune_bn.errors import FinetuneBNError
+from finetune_bn.memory import LayerMemory, MemoryReport, memory_report
 from finetune_bn.plans import Plan, plan
 from finetune_bn.policies import (
     EvalNorm,
@@ -34,7 +35,9 @@ __all__ = [
     "FreezeAffine",
     "Ghost",
     "Keep",
+    "LayerMemory",
     "LayerRecord",
+    "MemoryReport",
     "NormalizeOnly",
     "Plan",
     "Policy",
@@ -45,6 +48,7 @@ __all__ = [
     "StatisticsBank",
     "Stochastic",
     "convert",
+    "memory_report",
     "plan",
     "recalibrate",
     "revert",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,6 +25,7 @@ from finetune_bn.callbacks.checkpoint import Split, recalibrate_checkpoint
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.files import write_atomically
 from finetune_bn.measuring import How, Mode, Part
+from finetune_bn.memory import MemoryReport, memory_report
 from finetune_bn.plans import plan
 from finetune_bn.policies import Policy
 from finetune_bn.report import to_json
@@ -38,6 +40,7 @@ class Trainer(pl.Trainer):
         datamodule: pl.LightningDataModule | None = None,
         format: Literal["text", "json"] = "text",
         output: str | None = None,
+        memory: bool = False,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -48,6 +51,8 @@ class Trainer(pl.Trainer):
             datamodule: The data of the config; it is not read.
             format: A table to look at (text), or JSON.
             output: A file to write to instead of the terminal.
+            memory: Also show the bytes that a training step keeps for its backward pass, layer by layer, before and
+                after. For a batch of the data's batch_size and image_size, or else of the model's example_input_array.
             ckpt_path: Not read. It may be there so that the run_config.yaml that `fit` leaves can be planned again.
             weights_only: As ckpt_path.
         """
@@ -55,6 +60,9 @@ class Trainer(pl.Trainer):
         model.configure_model()
         the_plan = plan(conversion.target(model), conversion.policy)
         text = the_plan.to_json() if format == "json" else str(the_plan)
+        if memory:
+            kept = self._memory(model, datamodule, conversion)
+            text = to_json(the_plan.to_dict() | {"memory": kept.to_dict()}) if format == "json" else f"{text}\n\n{kept}"
         if output is None:
             print(text)
             return
@@ -65,6 +73,18 @@ class Trainer(pl.Trainer):
         except OSError as error:
             raise FinetuneBNError(complaint("output", output, "a file that can be written", f"{error}.")) from error
         print(f"Plan of {len(the_plan.rows)} layers: {output}")
+
+    def _memory(
+        self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None, conversion: BatchNormConversion
+    ) -> MemoryReport:
+        size = getattr(datamodule, "image_size", None)
+        if isinstance(size, int):
+            images: Any = torch.zeros(getattr(datamodule, "batch_size", 1), 3, size, size)
+        elif (images := model.example_input_array) is None:
+            remedy = f"{type(datamodule).__name__} has no image_size, and the model no example_input_array."
+            raise FinetuneBNError(complaint("memory", True, "false where the size of a batch is not known", remedy))
+        autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.precision))
+        return memory_report(conversion.target(model), images, conversion.policy, autocast=autocast)
 
     def recalibrate(
         self,

@@ -113,6 +113,24 @@ def test_plan_refuses_a_folder_that_is_not_there_and_a_folder_as_its_file(tmp_pa
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
 
 
+def test_plan_with_memory_adds_what_a_batch_of_the_data_keeps(capsys: pytest.CaptureFixture[str]) -> None:
+    args = (*PLAN, "--data.batch_size", "3", "--batch_norm.module", "net", "--memory", "true")
+    main([*args, "--trainer.precision", "bf16-mixed"])
+    the_plan, memory = capsys.readouterr().out.split("\n\n")
+    assert len(the_plan.splitlines()) == 3 + 13
+    assert re.match(r"EfficientNet on 3x3x32x32, autocast bfloat16: \S+ MiB kept for backward, \S+ MiB \(0\.", memory)
+    main([*args, "--format", "json"])
+    data = json.loads(capsys.readouterr().out)
+    assert len(Plan.from_dict(data).rows) == 13
+    assert data["memory"]["inputs"] == [[3, 3, 32, 32]]
+    assert 0 < data["memory"]["after"] < data["memory"]["before"]
+
+
+def test_plan_with_memory_wants_to_know_the_size_of_a_batch() -> None:
+    args = ("plan", "--model", "tests.foreign.Net", "--data", "tests.foreign.Data", "--memory", "true")
+    assert "Data has no image_size, and the model no example_input_array." in error_of(*args)
+
+
 def test_plan_knows_a_network_that_is_built_in_configure_model(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--model", "tests.foreign.Late", *DATA])
     assert capsys.readouterr().out.startswith("Late: 1 x freeze, affine=none\n")

@@ -65,6 +65,7 @@ LEVELS: dict[str, float] = {
     "recalibration_record": 4.0,
     "recalibrate": 4.2,
     "leakage": 4.2,
+    "memory": 4.2,
     "banks": 4.1,
     "": 4.9,
     # 5: what stands around a converted model
