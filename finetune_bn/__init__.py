@@ -6,6 +6,7 @@ weights in `finetune_bn.backbones`.
 """
 
 from finetune_bn.banks import StatisticsBank
+from finetune_bn.calibrate import GroupNormCalibration, GroupNormFit, calibrate_group_norm
 from finetune_bn.convert import convert, revert
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.plans import Plan, plan
@@ -21,6 +22,7 @@ from finetune_bn.policies import (
     Rule,
     Rules,
     Stochastic,
+    ToGroupNorm,
 )
 from finetune_bn.recalibrate import recalibrate
 from finetune_bn.recalibration_record import LayerRecord, Recalibration
@@ -33,6 +35,8 @@ __all__ = [
     "Freeze",
     "FreezeAffine",
     "Ghost",
+    "GroupNormCalibration",
+    "GroupNormFit",
     "Keep",
     "LayerRecord",
     "NormalizeOnly",
@@ -44,6 +48,8 @@ __all__ = [
     "Rules",
     "StatisticsBank",
     "Stochastic",
+    "ToGroupNorm",
+    "calibrate_group_norm",
     "convert",
     "plan",
     "recalibrate",
