@@ -6,6 +6,7 @@ weights in `finetune_bn.backbones`.
 """
 
 from finetune_bn.banks import StatisticsBank
+from finetune_bn.calibrate import GroupNormCalibration, GroupNormFit, calibrate_group_norm
 from finetune_bn.convert import convert, revert
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.memory import LayerMemory, MemoryReport, memory_report
@@ -22,6 +23,7 @@ from finetune_bn.policies import (
     Rule,
     Rules,
     Stochastic,
+    ToGroupNorm,
 )
 from finetune_bn.recalibrate import recalibrate
 from finetune_bn.recalibration_record import LayerRecord, Recalibration
@@ -34,6 +36,8 @@ __all__ = [
     "Freeze",
     "FreezeAffine",
     "Ghost",
+    "GroupNormCalibration",
+    "GroupNormFit",
     "Keep",
     "LayerMemory",
     "LayerRecord",
@@ -47,6 +51,8 @@ __all__ = [
     "Rules",
     "StatisticsBank",
     "Stochastic",
+    "ToGroupNorm",
+    "calibrate_group_norm",
     "convert",
     "memory_report",
     "plan",

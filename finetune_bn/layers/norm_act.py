@@ -22,6 +22,7 @@ from finetune_bn.layers.frozen import (
     check_affine,
 )
 from finetune_bn.layers.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.noise import (
     NoisyFrozenBatchNorm,
     NoisyFrozenBatchNorm1d,
@@ -203,6 +204,52 @@ class EvalBatchNormAct2d(TrackingBatchNormAct2d, EvalBatchNorm2d):
     """`EvalBatchNorm2d`, then `drop`, then `act`; see `TrackingBatchNormAct2d`."""
 
 
+class GroupNormAct2d(GroupNorm):
+    """`GroupNorm`, then `drop`, then `act`: the modules of timm's `BatchNormAct2d` that it stands for.
+
+    Args:
+        num_groups: number of groups.
+        num_channels: number of channels C.
+        drop: a module applied to the normalized activation; None for none.
+        act: a module applied last; None for none.
+        arguments: what `GroupNorm` takes.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        *,
+        drop: nn.Module | None = None,
+        act: nn.Module | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(num_groups, num_channels, **arguments)
+        self.drop = nn.Identity() if drop is None else drop
+        self.act = nn.Identity() if act is None else act
+
+    @classmethod
+    def from_batch_norm(cls, bn: _BatchNorm, *arguments: Any, **settings: Any) -> Self:
+        """Return the GroupNorm that stands for `bn`, see `GroupNorm.from_batch_norm`."""
+        layer = super().from_batch_norm(bn, *arguments, **settings)
+        # timm's SyncBatchNormAct may carry neither of the two.
+        layer.drop = getattr(bn, "drop", None) or nn.Identity()
+        layer.act = getattr(bn, "act", None) or nn.Identity()
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `act(drop(y))`, y being `input` [N, C, H, W] normalized."""
+        return self.act(self.drop(self._normalize(input)))  # type: ignore[no-any-return]
+
+    def to_batch_norm(self) -> _BatchNorm:
+        """Return timm's layer that this was made from, see `GroupNorm.to_batch_norm`."""
+        bn = super().to_batch_norm()
+        for name in ("drop", "act"):
+            if hasattr(bn, name):
+                setattr(bn, name, getattr(self, name))
+        return bn
+
+
 FROZEN: Family[FrozenBatchNorm] = (
     FrozenBatchNorm,
     FrozenBatchNorm1d,
@@ -239,6 +286,8 @@ EVAL: Family[EvalBatchNorm] = (
     EvalBatchNorm3d,
     EvalBatchNormAct2d,
 )
+# GroupNorm takes inputs of any rank.
+GROUP: Family[GroupNorm] = (GroupNorm, GroupNorm, GroupNorm, GroupNorm, GroupNormAct2d)
 
 
 def is_norm_act(module: nn.Module) -> bool:
@@ -280,7 +329,8 @@ def class_for(bn: _BatchNorm, family: Family[Kind]) -> type[Kind]:
 
 def behind_norm(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply what a norm+act layer, live or frozen, does to its normalized activation; `x` itself for other layers."""
-    if not isinstance(layer, (FrozenBatchNormAct2d, TrackingBatchNormAct2d)) and not is_norm_act(layer):
+    acting = (FrozenBatchNormAct2d, TrackingBatchNormAct2d, GroupNormAct2d)
+    if not isinstance(layer, acting) and not is_norm_act(layer):
         return x
     for name in ("drop", "act"):
         module = getattr(layer, name, None)  # timm's SyncBatchNormAct may carry neither of the two
