@@ -87,7 +87,8 @@ def folded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor,
 def _for_compute(x: Tensor, weight: Tensor) -> tuple[Tensor, torch.dtype]:
     """Return input and dtype that the map computes with: the weight's, or autocast's, which leaves float64 alone."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype):
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if cast and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(device)
         return x.to(dtype), dtype
     return x, weight.dtype
@@ -141,19 +142,26 @@ def _keep(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tenso
 
 
 def _backward(
-    ctx: Any, grad: Tensor, dim: int, map_backward: _MapBackward, transposed: bool = False, groups: int = 1
+    ctx: Any,
+    saved: Sequence[Any],
+    grad: Tensor,
+    dim: int,
+    map_backward: _MapBackward,
+    transposed: bool = False,
+    groups: int = 1,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weight, bias, scale and shift.
 
     Args:
-        ctx: of the autograd function; it holds what `_keep` saved.
+        ctx: of the autograd function.
+        saved: weight, bias and scale, each where `_keep` saved it.
         grad: gradient of the result.
         dim: the dimension of its channels.
         map_backward: returns the gradients of x and the weight of the map itself, from that of its result and a weight.
         transposed: as of the convolution.
         groups: as of the convolution.
     """
-    weight, bias, scale = ctx.saved_tensors[1:]
+    weight, bias, scale = saved
     of_x, of_weight, of_bias, of_scale, of_shift = ctx.needs_input_grad[:5]
     of_result = [-1 if d == dim else 1 for d in range(grad.dim())]
     grad_x = grad_weight = grad_bias = grad_scale = grad_shift = by_weight = None
@@ -237,7 +245,7 @@ class _FoldedConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x = ctx.saved_tensors[0]
+        x, *saved = ctx.saved_tensors  # asked for once: gradient checkpointing forgets what it gave
 
         def map_backward(grad: Tensor, w: Tensor | None, of_x: bool, of_w: bool) -> tuple[Tensor | None, Tensor | None]:
             # Where a tensor is only asked for its shape, one without memory will do.
@@ -246,7 +254,7 @@ class _FoldedConvolution(torch.autograd.Function):
             both = torch.ops.aten.convolution_backward(grad, wide, w, None, *ctx.geometry, [of_x, of_w, False])
             return both[0], both[1]
 
-        return *_backward(ctx, grad, 1, map_backward, ctx.geometry[3], ctx.geometry[5]), *[None] * 7
+        return *_backward(ctx, saved, grad, 1, map_backward, ctx.geometry[3], ctx.geometry[5]), *[None] * 7
 
 
 class _FoldedLinear(torch.autograd.Function):
@@ -272,10 +280,10 @@ class _FoldedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x = ctx.saved_tensors[0]
+        x, *saved = ctx.saved_tensors  # asked for once: gradient checkpointing forgets what it gave
 
         def map_backward(grad: Tensor, w: Tensor | None, of_x: bool, of_w: bool) -> tuple[Tensor | None, Tensor | None]:
             grad_x = grad @ w if of_x and w is not None else None
             return grad_x, grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]) if of_w else None
 
-        return *_backward(ctx, grad, grad.dim() - 1, map_backward), None
+        return *_backward(ctx, saved, grad, grad.dim() - 1, map_backward), None
