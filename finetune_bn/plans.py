@@ -196,9 +196,9 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
         else _frozen_instead(site, feeds.get(site.names[0]), zeroed[site.names[0]])
         for site, rule in zip(sites, choices, strict=True)
     ]
+    rows = rows if feeds else _kept(model, rows)
     if probe:
         _check_always(rows)
-    rows = _kept(model, rows) if not feeds else rows
     for name, module in find_lookalikes(model):
         why = f"left alone: {type(module).__module__}.{type(module).__name__} is no torch BatchNorm"
         rows.append(PlanRow((name,), type(module).__name__, 0, None, why))

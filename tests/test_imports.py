@@ -30,6 +30,7 @@ LEVELS: dict[str, float] = {
     "neighbors": 1,
     "batch_functional": 1.1,
     "fold_functional": 1.1,
+    "act_functional": 1.1,
     "design_effect": 1.1,
     "group_functional": 1.1,
     "sampling_error": 1.1,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from finetune_bn.act_functional import frozen_batch_norm_act, frozen_batch_norm_relu, relu_tells_input
 from finetune_bn.errors import MissingDependency
 from finetune_bn.functional import frozen_batch_norm
 from finetune_bn.layers.folded import FoldedConvNd
@@ -92,8 +93,41 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         """Return `act(drop(x * scale + shift))` for `x` of shape [N, C, H, W]."""
         self._check_input_dim(x)  # spelled out: torch.jit.script knows no super().forward
         if torch.jit.is_scripting() or self._fold is None or not self._fold.has(x):
+            if not torch.jit.is_scripting() and not torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+                y = self._with_one_tensor(x)
+                if y is not None:
+                    return y
             x = frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         return self.act(self.drop(x))  # type: ignore[no-any-return]
+
+    @torch.jit.unused
+    def _with_one_tensor(self, x: Tensor) -> Tensor | None:
+        """Return the layer's output where backward can do with one tensor instead of two, see `act_functional`."""
+        trained = torch.is_grad_enabled() and self.weight is not None and self.weight.requires_grad
+        if not trained or type(self.drop) is not nn.Identity or self.act._forward_hooks or self.act._forward_pre_hooks:
+            return None
+        act, arguments = type(self.act), (self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        if act in (nn.SiLU, nn.Hardswish):
+            return frozen_batch_norm_act(x, *arguments, act.__name__)
+        if act is nn.ReLU and self._relu_tells_input(x):
+            return frozen_batch_norm_relu(x, *arguments)
+        return None
+
+    def _relu_tells_input(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return (
+                False  # there values must not decide; a compiler weighs for itself what to keep and what to recompute
+            )
+        size = None
+        if self.affine_kind == "merged":
+            if not self.has_source_statistics:
+                return False  # how large the input is was lost with the statistics
+            mean, var = self._source[0].get_buffer("running_mean"), self._source[0].get_buffer("running_var")
+            size = (mean.square() + var).sqrt().to(self.weight)
+        try:
+            return relu_tells_input(self.weight, self.bias, size, x.dtype)
+        except RuntimeError:  # tensors without values: on the meta device, or of torch.func
+            return False
 
     def to_batch_norm(self) -> _BatchNorm:
         """Return timm's layer of the same eval-mode function, see `FrozenBatchNorm.to_batch_norm`."""
