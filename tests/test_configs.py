@@ -38,6 +38,8 @@ METRIC_POLICIES = {
     "metric_frozen": {"policy": "Freeze", "affine": "none"},
     "metric_frozen_merged": {"policy": "Freeze", "affine": "merged"},
     "metric_frozen_original": {"policy": "Freeze", "affine": "original"},
+    "metric_ghost": {"policy": "Ghost", "groups": 2},
+    "metric_renorm": {"policy": "Renorm", "r_max": 3.0, "d_max": 5.0},
 }
 SMALL_NET = ("--model.weights", "none", "--model.backbone", "test_efficientnet", "--data.image_size", "32")
 SHORT = (
@@ -146,7 +148,8 @@ def test_every_other_config_is_planned(capsys: pytest.CaptureFixture[str], image
     main(["plan", "--config", str(path), *SMALL_NET, *own_images])
     live = path.stem in ("recalibrated", "schedule")
     action = "keep" if live else "freeze, affine=none"
-    assert capsys.readouterr().out.startswith(f"ImageClassification: 13 x {action}\n")
+    task = "MetricLearning" if path.stem.startswith("metric") else "ImageClassification"
+    assert capsys.readouterr().out.startswith(f"{task}: 13 x {action}\n")
 
 
 def test_the_template_for_own_images_says_which_folder_is_missing() -> None:
