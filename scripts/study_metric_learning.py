@@ -245,6 +245,123 @@ def chosen(store: Store, loss: str, k: int, arm: str) -> float | None:
     return cells.chosen_rate(tried_rates(store, loss, k, arm), LADDER, FIRST_RUNGS)
 
 
+def summarize(store: Store) -> dict[str, Any]:
+    """Return the figures that the README quotes, and what follows from them."""
+    table = []
+    for loss, k in ROWS:
+        arms = dict.fromkeys(arm for row_loss, row_k, arms in BLOCKS if (row_loss, row_k) == (loss, k) for arm in arms)
+        lines = [line for arm in arms if (line := one_line(store, loss, k, arm))]
+        live = next((line["values"] for line in lines if line["arm"] == "live"), None)
+        for line in lines:
+            line["against_live"] = spread([a - b for a, b in zip(line["values"], live, strict=True)]) if live else None
+        table += lines
+    start = [row["test_recall_at_1"] for seed in SEEDS if (row := store.find(arm="untrained", seed=seed))]
+    return {"untrained": spread(start), "table": table, **recommended(table)}
+
+
+def one_line(store: Store, loss: str, k: int, arm: str) -> dict[str, Any] | None:
+    """Return an arm's figures in a row of the study, once all seeds were run at its learning rate."""
+    lr = chosen(store, loss, k, arm)
+    rows = [] if lr is None else [row for seed in SEEDS if (row := store.find(**cell(loss, k, arm, lr, seed)))]
+    if len(rows) < len(SEEDS):
+        return None
+    values = [row[f"test_recall_at_1{suffix(arm)}"] for row in rows]
+    return {
+        "loss": loss, "k": k, "arm": arm, "lr": lr, "values": values, "recall_at_1": spread(values),
+        "map_at_r": spread([row[f"test_map_at_r{suffix(arm)}"] for row in rows]),
+    }  # fmt: skip
+
+
+def spread(values: list[float]) -> list[float]:
+    """Return mean and standard deviation."""
+    return [fmean(values), stdev(values)]
+
+
+def recommended(table: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the arms that are the best, or within one spread of the best, in all rows that have more than live arms.
+
+    Of several the one with the highest mean over the rows is recommended.
+    """
+    rows: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for line in table:
+        rows.setdefault((line["loss"], line["k"]), {})[line["arm"]] = line["recall_at_1"]
+    rows = {row: arms for row, arms in rows.items() if not arms.keys() <= {"live", "live_recalibrated"}}
+    good = {
+        row: {arm for arm, (mean, _) in arms.items() if mean >= top[0] - top[1]}
+        for row, arms in rows.items()
+        if (top := max(arms.values()))
+    }
+    everywhere = set.intersection(*good.values()) if good else set()
+    best = max(everywhere, key=lambda arm: fmean(arms[arm][0] for arms in rows.values()), default=None)
+    within = [{"loss": loss, "k": k, "arms": sorted(arms)} for (loss, k), arms in good.items()]
+    return {"best_or_within_one_spread": within, "recommended": best}
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """Return the summary as a table, with what follows from it."""
+
+    def figure(pair: list[float] | None, sign: str = "") -> str:
+        return "" if pair is None else f"{pair[0]:{sign}.1f} ± {pair[1]:.1f}"
+
+    lines = [
+        "| loss, batches | BatchNorm | learning rate | Recall@1 | against live | MAP@R |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines.append(f"| | pretrained features, no training | | {figure(summary['untrained'])} | | |")
+    good = {(row["loss"], row["k"], arm) for row in summary["best_or_within_one_spread"] for arm in row["arms"]}
+    for line in summary["table"]:
+        recall = figure(line["recall_at_1"])
+        recall = f"**{recall}**" if (line["loss"], line["k"], line["arm"]) in good else recall
+        change = "" if line["arm"] == "live" else figure(line["against_live"], "+")
+        what = f"{title_of(line['loss'], line['k'])} | {ARMS[line['arm']].title}"
+        lines.append(f"| {what} | {line['lr']:g} | {recall} | {change} | {figure(line['map_at_r'])} |")
+    lines += ["", "Bold: the best of a row, and what is within one spread of it.", "", verdict(summary)]
+    missing = [title_of(*row) for row in ROWS if row not in {(line["loss"], line["k"]) for line in summary["table"]}]
+    if missing:
+        lines += ["", f"Not run to the end yet: {'; '.join(missing)}. The JSON has the cells so far."]
+    return "\n".join(lines) + "\n"
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """Return in words what is recommended."""
+    arm = summary["recommended"]
+    if arm is None:
+        return "No arm is the best, or within one spread of it, in every row."
+    gains = [line for line in summary["table"] if line["arm"] == arm and line["against_live"]]
+    told = ", ".join(f"{line['against_live'][0]:+.1f} ({title_of(line['loss'], line['k'])})" for line in gains)
+    return f"**{ARMS[arm].title}** is that in every row. Points of Recall@1 against live BatchNorm: {told}."
+
+
+def plot(store: Store, path: Path) -> None:
+    """Draw Recall@1 by learning rate at seed 0, the rates that the search tried, a panel for each row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [(loss, k) for loss, k in ROWS if any((r["loss"], r["k"]) == (loss, k) for r in store.rows)]
+    figure, panels = plt.subplots(
+        1, len(rows), figsize=(1 + 4.2 * len(rows), 4.2), sharey=True, layout="constrained", squeeze=False
+    )
+    for panel, (loss, k) in zip(panels[0], rows, strict=True):
+        for i, (arm, about) in enumerate(ARMS.items()):
+            tried = {lr: store.find(**cell(loss, k, arm, lr, 0)) for lr in LADDER}
+            points = [(lr, row[f"test_recall_at_1{suffix(arm)}"]) for lr, row in tried.items() if row]
+            if points:
+                style = "--" if arm.startswith("live") else "-"
+                panel.plot(
+                    *zip(*points, strict=True), style, color=f"C{i % 10}", marker="os"[i // 10], label=about.title
+                )
+        untrained = [row["test_recall_at_1"] for row in store.rows if row["arm"] == "untrained" and row["seed"] == 0]
+        panel.axhline(*untrained[:1], color="gray", lw=1, ls=":", label="no training")
+        panel.set(xscale="log", xlabel="learning rate (AdamW)", title=title_of(loss, k))
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("Recall@1 across vendors, unseen emoji, seed 0, %")
+    panels[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     """Run the study, or only write its tables anew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -255,6 +372,11 @@ def main() -> None:
     store = Store(path, "python scripts/study_metric_learning.py", SEEDS, device="cpu")
     if not args.report_only:
         cells.run(store, next_cells, measure, args.workers, "test_recall_at_1")
+    summary = summarize(store)
+    store.finish(summary)
+    write_atomically(path.with_suffix(".md"), markdown(summary))
+    plot(store, path.with_suffix(".png"))
+    print(markdown(summary))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import cells
 import torch
 import torch.nn.functional as F
 from store import Store
@@ -43,7 +43,7 @@ SEEDS = (0, 1, 2)
 LADDER = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 FIRST_RUNGS = (2e-4, 5e-4, 1e-3)
 RANGE_RUNGS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
-TRAIN_IMAGES, EPOCHS, WARMUP, WEIGHT_DECAY = 600, 5, 0.1, 0.05
+TRAIN_IMAGES, EPOCHS = 600, 5
 
 _splits: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
 
@@ -82,16 +82,7 @@ def fine_tune(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
     net = fbn.convert(net, ARMS[arm], verify=False)
     x, y = splits["train"]
     steps = EPOCHS * math.ceil(len(x) / batch)
-    groups = [
-        {"params": [p for p in net.parameters() if p.requires_grad and p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in net.parameters() if p.requires_grad and p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
-    warm = max(1, round(WARMUP * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: (s + 1) / warm if s < warm else (1 + math.cos(math.pi * (s - warm) / max(1, steps - warm))) / 2,
-    )
+    optimizer, schedule = cells.adamw(net, lr, steps)
     started = time.perf_counter()
     order = torch.Generator().manual_seed(seed)
     for _ in range(EPOCHS):
@@ -131,13 +122,8 @@ def next_cells(store: Store) -> Iterator[dict[str, Any]]:
     """Yield the cells that can be measured now, most important first; more appear as results come in."""
     for batch in BATCHES:
         for arm in ARMS:
-            tried = tried_rates(store, arm, batch)
-            yield from (cell(arm, batch, lr, 0) for lr in FIRST_RUNGS if lr not in tried)
-            if all(lr in tried for lr in FIRST_RUNGS):
-                best = LADDER.index(max(tried, key=lambda lr: tried[lr]))
-                for rung in (best - 1, best + 1):
-                    if 0 <= rung < len(LADDER) and LADDER[rung] not in tried:
-                        yield cell(arm, batch, LADDER[rung], 0)
+            missing = cells.rates_to_try(tried_rates(store, arm, batch), LADDER, FIRST_RUNGS)
+            yield from (cell(arm, batch, lr, 0) for lr in missing)
         chosen = [(arm, chosen_rate(store, arm, batch)) for arm in ARMS]
         repeats = [cell(arm, batch, lr, seed) for seed in SEEDS[1:] for arm, lr in chosen if lr is not None]
         if batch == BATCHES[0]:
@@ -158,49 +144,7 @@ def tried_rates(store: Store, arm: str, batch: int) -> dict[float, float]:
 
 def chosen_rate(store: Store, arm: str, batch: int) -> float | None:
     """Return the arm's learning rate once the search is over: the best rung and both its neighbors were run."""
-    tried = tried_rates(store, arm, batch)
-    if not all(lr in tried for lr in FIRST_RUNGS):
-        return None
-    best = LADDER.index(max(tried, key=lambda lr: tried[lr]))
-    neighbors = [LADDER[i] for i in (best - 1, best + 1) if 0 <= i < len(LADDER)]
-    return LADDER[best] if all(lr in tried for lr in neighbors) else None
-
-
-def work(key: dict[str, Any]) -> dict[str, Any]:
-    """Measure one cell in a worker process."""
-    torch.set_num_threads(1)
-    return key | fine_tune(**key)
-
-
-def run(store: Store, workers: int) -> None:
-    """Measure until nothing is left, with a worker a core; each result is on disk before the next one starts."""
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    pending: dict[str, Any] = {}
-    columns = (
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[last]}"),
-    )
-    with multiprocessing.get_context("spawn").Pool(workers) as pool, Progress(*columns) as progress:
-        bar = progress.add_task("cells", total=None, last="")
-        while True:
-            for name in [name for name, job in pending.items() if job.ready()]:
-                row = pending.pop(name).get()
-                store.add(row)
-                progress.update(
-                    bar, completed=len(store.rows), last=f"{name}: {row['test_accuracy']:.1f} %, {row['seconds']:.0f} s"
-                )
-            for key in next_cells(store):
-                if len(pending) >= workers:
-                    break
-                name = "{arm} batch {batch} lr {lr:g} seed {seed}".format(**key)
-                if name not in pending:
-                    pending[name] = pool.apply_async(work, (key,))
-            if not pending:
-                return
-            next(iter(pending.values())).wait(1.0)
+    return cells.chosen_rate(tried_rates(store, arm, batch), LADDER, FIRST_RUNGS)
 
 
 def summarize(store: Store) -> dict[str, Any]:
@@ -328,7 +272,7 @@ def main() -> None:
     path = ROOT / "results" / "study_small_batch.json"
     store = Store(path, "python scripts/study_small_batch.py", SEEDS, device="cpu")
     if not args.report_only:
-        run(store, args.workers)
+        cells.run(store, next_cells, fine_tune, args.workers, "test_accuracy")
     summary = summarize(store)
     store.finish(summary)
     write_atomically(path.with_suffix(".md"), markdown(summary))
