@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import finetune_bn as fbn
 from finetune_bn.files import write_atomically
+from finetune_bn.step_limit import limit_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, STEPS, DIMENSION = 32, 300, 128
@@ -48,12 +49,14 @@ class Arm:
         title: for the table.
         policy: how it is trained.
         recalibrate_first: whether the statistics are those of i.i.d. training images before it is converted.
+        limited: whether the steps of the optimizer are limited.
         trained_as: another arm of which this is the same training, evaluated with recalibrated statistics.
     """
 
     title: str
     policy: fbn.Policy
     recalibrate_first: bool = False
+    limited: bool = False
     trained_as: str = ""
 
 
@@ -61,6 +64,7 @@ ARMS = {
     "live": Arm("live", fbn.Keep()),
     "live_recalibrated": Arm("live, recalibrated after training", fbn.Keep(), trained_as="live"),
     "none": Arm("frozen, affine none", fbn.Freeze("none")),
+    "limited": Arm("frozen, affine none, steps limited", fbn.Freeze("none"), limited=True),
     "renorm_inf": Arm("renorm, r = d = inf, statistics fixed", fbn.Renorm(math.inf, math.inf, momentum=0.0)),
     "merged": Arm("frozen, affine merged", fbn.Freeze("merged")),
     "ghost": Arm("ghost x[i::K]", fbn.Ghost(2)),
@@ -70,7 +74,7 @@ ARMS = {
     "renorm": Arm("renorm, default limits", fbn.Renorm()),
     "stochastic": Arm("stochastic norm", fbn.Stochastic()),
 }
-MAIN = ("live", "live_recalibrated", "none")
+MAIN = ("live", "live_recalibrated", "none", "limited")
 # (loss, images of a label in a batch, arms), in the order of importance: a run that is cut off has the first ones.
 BLOCKS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("ntxent", 2, MAIN),
@@ -143,6 +147,8 @@ def fine_tune(loss: str, k: int, arm: str, lr: float, seed: int) -> dict[str, An
     criterion = new_loss(loss, data.num_train_classes)
     proxies = {"params": list(criterion.parameters()), "lr": 100 * lr, "weight_decay": 0.0}
     optimizer, schedule = cells.adamw(net, lr, STEPS, [proxies] if proxies["params"] else [])
+    if ARMS[arm].limited:
+        limit_steps(optimizer, net)
     started = time.perf_counter()
     net.train()
     total = torch.zeros(())

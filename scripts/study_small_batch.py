@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import finetune_bn as fbn
 from finetune_bn.files import write_atomically
 from finetune_bn.functional import between_image_spread
+from finetune_bn.step_limit import limit_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS: dict[str, fbn.Policy] = {
@@ -37,11 +38,13 @@ ARMS: dict[str, fbn.Policy] = {
     "shift": fbn.Freeze("shift"),
     "merged": fbn.Freeze("merged"),
     "original": fbn.Freeze("original"),
+    "limited": fbn.Freeze("none"),  # with the steps of the optimizer limited
 }
 BATCHES = (4, 16, 64, 2)  # in the order of importance: a run that is cut off has the first ones
 SEEDS = (0, 1, 2)
 LADDER = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 FIRST_RUNGS = (2e-4, 5e-4, 1e-3)
+ONLY_AT_BATCH_4 = ("limited",)
 RANGE_RUNGS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 TRAIN_IMAGES, EPOCHS = 600, 5
 
@@ -83,6 +86,8 @@ def fine_tune(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
     x, y = splits["train"]
     steps = EPOCHS * math.ceil(len(x) / batch)
     optimizer, schedule = cells.adamw(net, lr, steps)
+    if arm == "limited":
+        limit_steps(optimizer, net)
     started = time.perf_counter()
     order = torch.Generator().manual_seed(seed)
     for _ in range(EPOCHS):
@@ -121,14 +126,20 @@ def predict(net: nn.Module, inputs: Tensor) -> tuple[Tensor, float]:
 def next_cells(store: Store) -> Iterator[dict[str, Any]]:
     """Yield the cells that can be measured now, most important first; more appear as results come in."""
     for batch in BATCHES:
-        for arm in ARMS:
+        arms = arms_at(batch)
+        for arm in arms:
             missing = cells.rates_to_try(tried_rates(store, arm, batch), LADDER, FIRST_RUNGS)
             yield from (cell(arm, batch, lr, 0) for lr in missing)
-        chosen = [(arm, chosen_rate(store, arm, batch)) for arm in ARMS]
+        chosen = [(arm, chosen_rate(store, arm, batch)) for arm in arms]
         repeats = [cell(arm, batch, lr, seed) for seed in SEEDS[1:] for arm, lr in chosen if lr is not None]
         if batch == BATCHES[0]:
-            repeats += [cell(arm, batch, lr, seed) for seed in SEEDS for arm in ARMS for lr in RANGE_RUNGS]
+            repeats += [cell(arm, batch, lr, seed) for seed in SEEDS for arm in arms for lr in RANGE_RUNGS]
         yield from (key for key in repeats if not store.done(key))
+
+
+def arms_at(batch: int) -> list[str]:
+    """Return the arms that are measured at a batch size."""
+    return [arm for arm in ARMS if batch == BATCHES[0] or arm not in ONLY_AT_BATCH_4]
 
 
 def cell(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
@@ -206,12 +217,12 @@ def markdown(summary: dict[str, Any]) -> str:
         cells = [str(line["batch"]), line["arm"], f"{line['lr']:g}", str(line["seeds"])]
         lines.append("| " + " | ".join([*cells, *(figure(line, key) for key in ["test_accuracy", *vendors])]) + " |")
     for batch, margin in summary["margin"].items():
-        if sum(line["batch"] == int(batch) for line in whole) == len(ARMS):
+        if sum(line["batch"] == int(batch) for line in whole) == len(arms_at(int(batch))):
             lines += [
                 "",
                 f"Batch {batch}: {margin['best_frozen']} is {margin['points_above_live']:+.1f} points from live.",
             ]
-    missing = [b for b in sorted(BATCHES) if sum(line["batch"] == b for line in whole) < len(ARMS)]
+    missing = [b for b in sorted(BATCHES) if sum(line["batch"] == b for line in whole) < len(arms_at(b))]
     if missing:
         lines += [
             "",

@@ -6,6 +6,7 @@ from finetune_bn.callbacks.recalibration import BatchNormRecalibration
 from finetune_bn.callbacks.report import FinetuneReport
 from finetune_bn.callbacks.sampling import BatchCompositionGuard
 from finetune_bn.callbacks.schedule import BatchNormSchedule
+from finetune_bn.callbacks.step_limit import StepLimit
 
 __all__ = [
     "BatchCompositionGuard",
@@ -14,5 +15,6 @@ __all__ = [
     "BatchNormRecalibration",
     "BatchNormSchedule",
     "FinetuneReport",
+    "StepLimit",
     "replay",
 ]
