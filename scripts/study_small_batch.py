@@ -180,7 +180,8 @@ def summarize(store: Store) -> dict[str, Any]:
             best = max(frozen, key=lambda line: line["test_accuracy"])
             margin = best["test_accuracy"] - here["live"]["test_accuracy"]
             margins[str(batch)] = {"best_frozen": best["arm"], "points_above_live": margin}
-    return {"table": table, "margin": margins, "range": tolerated_rates(store)}
+    ranges = tolerated_rates(store)
+    return {"table": table, "margin": margins, "range": ranges, "robust": robustness(ranges)}
 
 
 def tolerated_rates(store: Store, batch: int = BATCHES[0], within: float = 3.0) -> list[dict[str, Any]]:
@@ -200,6 +201,33 @@ def tolerated_rates(store: Store, batch: int = BATCHES[0], within: float = 3.0) 
             ratio = max(good) / min(good)
             lines.append({"arm": arm, "accuracy": accuracy, "within": good, "ratio": ratio, "collapsed": collapsed})
     return lines
+
+
+def robustness(ranges: list[dict[str, Any]], within: float = 4.0) -> dict[str, Any] | None:
+    """Return how far the limited arm's best is from the best frozen one's, and the rates that either tolerates.
+
+    A rate is tolerated where it and all between it and the best are within some points of the arm's own best.
+    """
+    accuracy = {line["arm"]: {float(lr): value for lr, value in line["accuracy"].items()} for line in ranges}
+    if "limited" not in accuracy or "none" not in accuracy:
+        return None
+    frozen = {arm: max(values.values()) for arm, values in accuracy.items() if arm not in ("live", "limited")}
+    best = max(frozen, key=lambda arm: frozen[arm])
+    tolerated = {}
+    for arm in ("none", "limited"):
+        values = sorted(accuracy[arm].items())
+        top = max(range(len(values)), key=lambda i: values[i][1])
+        low = high = top
+        while low and values[low - 1][1] >= values[top][1] - within:
+            low -= 1
+        while high + 1 < len(values) and values[high + 1][1] >= values[top][1] - within:
+            high += 1
+        tolerated[arm] = [values[low][0], values[high][0]]
+    best_limited = max(accuracy["limited"].values())
+    return {
+        "best_frozen": best, "best_frozen_accuracy": frozen[best], "best_limited_accuracy": best_limited,
+        "points": best_limited - frozen[best], "within": within, "tolerated": tolerated,
+    }  # fmt: skip
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -238,6 +266,18 @@ def markdown(summary: dict[str, Any]) -> str:
             # The range may go on behind the last rung that was run.
             good = f"{'≤ ' * (low == RANGE_RUNGS[0])}{low:g} to {'≥ ' * (high == RANGE_RUNGS[-1])}{high:g}"
             lines.append(f"| {line['arm']} | {values} | {good} |")
+    if summary["robust"]:
+        robust = summary["robust"]
+        told = {
+            arm: f"{low:g} to {high:g}, a factor of {high / low:.3g}"
+            for arm, (low, high) in robust["tolerated"].items()
+        }
+        lines += [
+            "",
+            "limited is affine none with the steps of the optimizer limited: at its best "
+            f"{robust['points']:+.1f} points from the best frozen arm ({robust['best_frozen']}), and within "
+            f"{robust['within']:g} points of its best at {told['limited']}; none: {told['none']}.",
+        ]
     return "\n".join(lines) + "\n"
 
 
