@@ -417,6 +417,20 @@ def test_a_training_that_begins_with_a_recalibration_keeps_its_statistics(tmp_pa
     assert len(frozen_layers(run.cli)) == 13
 
 
+def test_metric_learning_that_begins_with_a_recalibration_keeps_its_statistics(tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_metric_learning")
+    run = Trained(tmp_path, FOLDER / "metric_recalibrated_frozen.yaml", "--data.train_size", "96")
+    held = torch.load(run.checkpoint, weights_only=True)["state_dict"]
+    assert held["net.bn1.running_mean"].any(), "they were 0 in the new network"
+    assert len(frozen_layers(run.cli)) == 13
+
+
+def test_the_share_of_limited_steps_is_in_the_metrics(tmp_path: Path) -> None:
+    run = short_run(tmp_path, "frozen_step_limit", "--trainer.log_every_n_steps", "1")
+    assert "step_limit/share" in (run.log_dir / "metrics.csv").read_text(encoding="utf-8")
+    assert len(frozen_layers(run.cli)) == 13
+
+
 def test_a_schedule_ends_with_frozen_layers(tmp_path: Path) -> None:
     run = short_run(tmp_path, "schedule", "--data.batch_size", "4", "--test_after_fit", "false")
     assert frozen_layers(run.cli) == [], "two steps are too few for a last fifth"
