@@ -101,6 +101,18 @@ def test_convolutions_move_as_far_as_the_bound_says_and_all_else_as_the_optimize
     assert 0 < limit.share <= 1
 
 
+@pytest.mark.parametrize("name", ["lookahead_adamw", "lamb", "lion", "muon"])
+def test_timms_optimizers_keep_to_the_bound(name: str) -> None:
+    optim = pytest.importorskip("timm.optim")
+    net, x = net_and_data()
+    optimizer = optim.create_optimizer_v2(net, opt=name, lr=0.5)
+    limit_steps(optimizer, net, 1e-3)
+    for _ in range(7):  # Lookahead goes back to its slow weights in the sixth
+        old = net[0].weight.detach().clone().flatten(1)
+        step(net, optimizer, x)
+        assert ((net[0].weight.detach().flatten(1) - old).norm(dim=1) <= 1.001e-3 * old.norm(dim=1)).all()
+
+
 def test_steps_within_the_bound_are_the_optimizers_to_the_last_bit() -> None:
     net, x = net_and_data()
     free = copy.deepcopy(net)
