@@ -321,7 +321,8 @@ def markdown(summary: dict[str, Any]) -> str:
         change = "" if line["arm"] == "live" else figure(line["against_live"], "+")
         what = f"{title_of(line['loss'], line['k'])} | {ARMS[line['arm']].title}"
         lines.append(f"| {what} | {line['lr']:g} | {recall} | {change} | {figure(line['map_at_r'])} |")
-    lines += ["", "Bold: the best of a row, and what is within one spread of it.", "", verdict(summary)]
+    if good:
+        lines += ["", "Bold: the best of a row, and what is within one spread of it.", "", verdict(summary)]
     missing = [title_of(*row) for row in ROWS if row not in {(line["loss"], line["k"]) for line in summary["table"]}]
     if missing:
         lines += ["", f"Not run to the end yet: {'; '.join(missing)}. The JSON has the cells so far."]
