@@ -6,8 +6,9 @@ weights in `finetune_bn.backbones`.
 """
 
 from finetune_bn.banks import StatisticsBank
-from finetune_bn.calibrate import GroupNormCalibration, GroupNormFit, calibrate_group_norm
+from finetune_bn.calibrate import Calibration, LayerFit, calibrate_group_norm
 from finetune_bn.convert import convert, revert
+from finetune_bn.distil import Distillation, distil
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.plans import Plan, plan
 from finetune_bn.policies import (
@@ -30,14 +31,15 @@ from finetune_bn.recalibration_record import LayerRecord, Recalibration
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "Distillation",
     "EvalNorm",
     "FinetuneBNError",
     "Freeze",
     "FreezeAffine",
     "Ghost",
-    "GroupNormCalibration",
-    "GroupNormFit",
     "Keep",
+    "LayerFit",
     "LayerRecord",
     "NormalizeOnly",
     "Plan",
@@ -51,6 +53,7 @@ __all__ = [
     "ToGroupNorm",
     "calibrate_group_norm",
     "convert",
+    "distil",
     "plan",
     "recalibrate",
     "revert",
