@@ -87,7 +87,7 @@ class BatchNormConversion(Callback):
         names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]
         if wanted and "GroupNormCalibration" not in names:
             rank_zero_warn(
-                "BatchNormConversion: init=sequential starts as the closed form, and nothing fits it to images here: add "
+                "BatchNormConversion: init=sequential starts as the closed form, and nothing fits it to images: add "
                 "the callback GroupNormCalibration, or ask for init=closed_form."
             )
 
