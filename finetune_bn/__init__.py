@@ -6,8 +6,9 @@ weights in `finetune_bn.backbones`.
 """
 
 from finetune_bn.banks import StatisticsBank
-from finetune_bn.calibrate import GroupNormCalibration, GroupNormFit, calibrate_group_norm
+from finetune_bn.calibrate import Calibration, LayerFit, calibrate_group_norm
 from finetune_bn.convert import convert, revert
+from finetune_bn.distil import Distillation, distil
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.memory import LayerMemory, MemoryReport, memory_report
 from finetune_bn.plans import Plan, plan
@@ -31,14 +32,15 @@ from finetune_bn.recalibration_record import LayerRecord, Recalibration
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "Distillation",
     "EvalNorm",
     "FinetuneBNError",
     "Freeze",
     "FreezeAffine",
     "Ghost",
-    "GroupNormCalibration",
-    "GroupNormFit",
     "Keep",
+    "LayerFit",
     "LayerMemory",
     "LayerRecord",
     "MemoryReport",
@@ -54,6 +56,7 @@ __all__ = [
     "ToGroupNorm",
     "calibrate_group_norm",
     "convert",
+    "distil",
     "memory_report",
     "plan",
     "recalibrate",

@@ -30,7 +30,7 @@ _MIN_IMAGES = 8
 
 
 @dataclass(frozen=True)
-class GroupNormFit:
+class LayerFit:
     """One layer before and after.
 
     Attributes:
@@ -53,7 +53,7 @@ class GroupNormFit:
 
 
 @dataclass(frozen=True)
-class GroupNormCalibration:
+class Calibration:
     """What `calibrate_group_norm` did; `print` it for a table.
 
     Attributes:
@@ -63,7 +63,7 @@ class GroupNormCalibration:
     """
 
     images: int
-    rows: tuple[GroupNormFit, ...]
+    rows: tuple[LayerFit, ...]
     left_alone: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def calibrate_group_norm(
     device: torch.device | str | None = None,
     group: torch.distributed.ProcessGroup | None = None,
     progress: bool | None = None,
-) -> GroupNormCalibration:
+) -> Calibration:
     """Fit weight and bias of the layers that `ToGroupNorm` made, layer by layer, to images without labels.
 
     The BatchNorm network (frozen) and the model move all images side by side, and no image goes on before a layer is
@@ -142,6 +142,7 @@ def calibrate_group_norm(
         raise FinetuneBNError(complaint("max_samples", max_samples, f"{_MIN_IMAGES} or more, or None for all"))
     student = Feeder(model, forward, device)
     ranks = Ranks(group, student.device)
+    settings = caller_settings(student.device)  # with the caller's autocast, which is off in what follows
     share = max_samples if max_samples is None else -(-max_samples // ranks.world)
     with _undisturbed(model), progress_bar("Fitting GroupNorm", "layers", len(sites), progress) as report:
         twin = batch_norm_twin(model)
@@ -158,18 +159,18 @@ def calibrate_group_norm(
         jobs = [partial(feeder, chunk) for feeder in (teacher, student) for chunk in chunks]
         with _meeting(others, layers), fitting.undone_on_error():
             try:
-                run_in_lockstep(jobs, fitting.pool, caller_settings(student.device))
+                run_in_lockstep(jobs, fitting.pool, settings)
             except DifferentPaths as error:
                 allowed = "a model that calls its layers in the same order for every batch"
                 raise FinetuneBNError(complaint("model", type(model).__name__, allowed)) from error
     for layer, groups in zip(layers, fitting.chosen, strict=True):
         layer.num_groups = groups  # once more: the block above puts back what it finds changed in a module
     rows = [
-        GroupNormFit(sites[n].names, sites[n].num_features, fitting.groups[n], fitting.chosen[n], *errors)
+        LayerFit(sites[n].names, sites[n].num_features, fitting.groups[n], fitting.chosen[n], *errors)
         for n, errors in fitting.errors.items()
     ]
     alone = [site.names[0] for n, site in enumerate(sites) if n not in fitting.errors]
-    return GroupNormCalibration(sum(counts), tuple(rows), tuple(alone))
+    return Calibration(sum(counts), tuple(rows), tuple(alone))
 
 
 class _Fitting:

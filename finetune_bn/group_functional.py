@@ -29,8 +29,9 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
             f"an input of shape {list(x.shape)} has a single value in each of {groups} groups, and GroupNorm would "
             "return zero for it: use fewer groups here, or keep this layer a BatchNorm or frozen"
         )
-    wide = x if weight is None or weight.dtype == x.dtype else x.to(torch.promote_types(x.dtype, weight.dtype))
-    return F.group_norm(wide, groups, weight, bias, eps).to(x.dtype)
+    wide = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
+    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+    return F.group_norm(x.to(wide), groups, weight, bias, eps).to(x.dtype)
 
 
 def group_statistics(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:

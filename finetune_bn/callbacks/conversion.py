@@ -17,7 +17,7 @@ from finetune_bn.callbacks.collapse import CollapseWatch
 from finetune_bn.convert import convert, revert
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, complaint
 from finetune_bn.plans import Plan, plan
-from finetune_bn.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, check_policy
+from finetune_bn.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, ToGroupNorm, check_policy
 from finetune_bn.sites import find_batch_norms
 
 CHECKPOINT_KEY = "finetune_bn"
@@ -82,6 +82,14 @@ class BatchNormConversion(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.watch.reset()
         self._started(pl_module)
+        policies = [row.policy for row in self.plan.rows] if self.plan is not None else []
+        wanted = any(isinstance(policy, ToGroupNorm) and policy.init == "sequential" for policy in policies)
+        names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        if wanted and "GroupNormCalibration" not in names:
+            rank_zero_warn(
+                "BatchNormConversion: init=sequential starts as the closed form, and nothing fits it to images: add "
+                "the callback GroupNormCalibration, or ask for init=closed_form."
+            )
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
