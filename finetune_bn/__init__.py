@@ -9,6 +9,7 @@ from finetune_bn.banks import StatisticsBank
 from finetune_bn.convert import convert, revert
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.memory import LayerMemory, MemoryReport, memory_report
+from finetune_bn.merging import fold
 from finetune_bn.plans import Plan, plan
 from finetune_bn.policies import (
     EvalNorm,
@@ -48,6 +49,7 @@ __all__ = [
     "StatisticsBank",
     "Stochastic",
     "convert",
+    "fold",
     "memory_report",
     "plan",
     "recalibrate",

@@ -209,9 +209,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch, on the CPU")
     parser.add_argument("--minutes", type=float, default=7.0, help="on a GPU: begin no cell after so many minutes")
     parser.add_argument("--memory_gib", type=float, default=8.0, help="on a GPU: what the largest batch has to fit in")
-    parser.add_argument(
-        "--only", default="", help="cells whose name holds this: `resnet50 224`, `compiled`"
-    )
+    parser.add_argument("--only", default="", help="cells whose name holds this: `resnet50 224`, `compiled`")
     parser.add_argument("--again", action="store_true", help="measure cells that the file holds once more")
     parser.add_argument("--tables", action="store_true", help="measure nothing: write the tables from the file")
     return parser.parse_args()

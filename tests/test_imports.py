@@ -66,10 +66,12 @@ LEVELS: dict[str, float] = {
     "recalibrate": 4.2,
     "leakage": 4.2,
     "memory": 4.2,
+    "merging": 4.2,
     "banks": 4.1,
     "": 4.9,
     # 5: what stands around a converted model
     "report": 5.0,
+    "export": 5.0,
     "training_report": 5.1,
     "optim": 5.0,
     "retrieval": 5.0,
