@@ -25,15 +25,27 @@ from finetune_bn.errors import (
 from finetune_bn.folding import fold_plan, untied
 from finetune_bn.functional import TOLERANCE, at_least_float32
 from finetune_bn.layers.frozen import FrozenBatchNorm
+from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.live import hold_affine, is_held, release_affine, train_again
 from finetune_bn.layers.noise import NoisyFrozenBatchNorm
-from finetune_bn.layers.norm_act import EVAL, GHOST, NOISY, RENORM, STOCHASTIC, Family, class_for, frozen_class
+from finetune_bn.layers.norm_act import EVAL, GHOST, GROUP, NOISY, RENORM, STOCHASTIC, Family, class_for, frozen_class
 from finetune_bn.layers.stochastic import EvalBatchNorm
 from finetune_bn.layers.tracking import TrackingBatchNorm
 from finetune_bn.plans import Plan, PlanRow, check_model, may_fold, plan, refusal
-from finetune_bn.policies import EvalNorm, Freeze, FreezeAffine, Ghost, Keep, NormalizeOnly, Policy, Renorm, Stochastic
+from finetune_bn.policies import (
+    EvalNorm,
+    Freeze,
+    FreezeAffine,
+    Ghost,
+    Keep,
+    NormalizeOnly,
+    Policy,
+    Renorm,
+    Stochastic,
+    ToGroupNorm,
+)
 from finetune_bn.probe import Probe, can_run, distance, find_probes, quietly
-from finetune_bn.sites import find_batch_norms
+from finetune_bn.sites import find_batch_norms, is_batch_norm
 
 log = logging.getLogger("finetune_bn")
 
@@ -50,6 +62,11 @@ class _Swap:
     new: nn.Module
     then: Callable[[], None] | None = None
 
+    @property
+    def changes_function(self) -> bool:
+        """Whether what the layer computes changes on purpose: to GroupNorm, from it, or from one to another."""
+        return isinstance(self.old, GroupNorm) or isinstance(self.new, GroupNorm)
+
 
 def convert(model: nn.Module, policy: Policy | Plan, *, example_input: Any = None, verify: bool = True) -> nn.Module:
     """Do to the BatchNorm layers of `model` what the policy says, in place, and return the model.
@@ -58,8 +75,9 @@ def convert(model: nn.Module, policy: Policy | Plan, *, example_input: Any = Non
     was. A conversion that claims the same function in eval mode proves it: every new layer against the old one on
     random input, and the network against itself on `example_input` (timm models and Lightning modules with an
     `example_input_array` need none); in float64 where the network amplifies the rounding of float32. EvalNorm, which
-    is there to change it, is proven before it takes effect. Names, hooks, devices, dtypes, shared layers,
-    `requires_grad` and the state-dict keys stay. Converting again changes the policy of what was converted; the same
+    is there to change it, is proven before it takes effect; ToGroupNorm cannot be, so all other layers are proven
+    without it, and its errors are logged. Names, hooks, devices, dtypes, shared layers, `requires_grad` and, but for
+    GroupNorm, the state-dict keys stay. Converting again changes the policy of what was converted; the same
     plan twice changes nothing.
     Convert before the optimizer is made: `merged` trains Parameters of its own.
 
@@ -109,8 +127,8 @@ def revert(model: nn.Module, *, example_input: Any = None, verify: bool = True) 
 
 
 def _build_revert(model: nn.Module) -> list[_Swap]:
-    converted = (FrozenBatchNorm, TrackingBatchNorm)
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, converted) or is_held(m)]
+    converted = (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)
+    layers = [(n, m) for n, m in model.named_modules() if (isinstance(m, converted) and is_batch_norm(m)) or is_held(m)]
     if not layers:
         raise NoBatchNormMatched(
             complaint("model", type(model).__name__, "a model with layers that `convert` changed", "Nothing to revert.")
@@ -158,6 +176,16 @@ def _track(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], No
     return new, then if is_held(bn) or isinstance(policy, EvalNorm) else None
 
 
+def _group(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
+    assert isinstance(policy, ToGroupNorm)
+    settings = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    if isinstance(layer, GroupNorm) and layer.settings == settings:
+        return layer, None
+    bn = _as_batch_norm(layer)
+    new = class_for(bn, GROUP).from_batch_norm(bn, **settings)
+    return new, (lambda: train_again(bn, new)) if is_held(bn) else None
+
+
 def _hold(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
     bn = _as_batch_norm(layer)
     return bn, lambda: hold_affine(bn, reset=isinstance(policy, NormalizeOnly))
@@ -168,6 +196,7 @@ _BUILDERS: dict[type[Policy], Callable[[nn.Module, Policy], tuple[nn.Module, Cal
     Freeze: _freeze,
     FreezeAffine: _hold,
     NormalizeOnly: _hold,
+    ToGroupNorm: _group,
     **dict.fromkeys(_FAMILIES, _track),
 }
 
@@ -176,7 +205,9 @@ def _build(model: nn.Module, the_plan: Plan) -> list[_Swap]:
     """Validate the whole plan against the model and make the new layers, without touching the model."""
     check_model(model)
     listed = {name for row in the_plan.rows for name in row.names}
-    unlisted = [site.names[0] for site in find_batch_norms(model) if not listed.intersection(site.names)]
+    unlisted = [
+        site.names[0] for site in find_batch_norms(model, group_norms=True) if not listed.intersection(site.names)
+    ]
     if unlisted:
         log.warning("%d BatchNorm layers are not in the plan and are left alone: %s", len(unlisted), unlisted)
     rows = [row for row in the_plan.rows if row.policy is not None]
@@ -206,7 +237,7 @@ def _find(model: nn.Module, row: PlanRow) -> nn.Module:
     except AttributeError:
         found = []
     same = bool(found) and all(module is found[0] for module in found)
-    if not same or not isinstance(found[0], (_BatchNorm, FrozenBatchNorm)) or found[0].num_features != row.num_features:
+    if not same or not is_batch_norm(found[0]) or found[0].num_features != row.num_features:
         given = f"{' = '.join(row.names)}: {row.kind} with {row.num_features} channels"
         raise NoBatchNormMatched(
             complaint(
@@ -217,7 +248,7 @@ def _find(model: nn.Module, row: PlanRow) -> nn.Module:
 
 
 def _as_batch_norm(layer: nn.Module) -> _BatchNorm:
-    if isinstance(layer, (FrozenBatchNorm, TrackingBatchNorm)):
+    if isinstance(layer, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)):
         return layer.to_batch_norm()
     assert isinstance(layer, _BatchNorm)
     return layer
@@ -234,11 +265,17 @@ def _releaser(module: nn.Module) -> Callable[[], None]:
 def _swap(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_input: Any, verify: bool) -> nn.Module:
     """Put the new layers in place; where outputs must stay the same and do not, put the old ones back and raise."""
     swaps = build(model)
+    same = [swap for swap in swaps if not swap.changes_function]
     with contextlib.ExitStack() as stack:
         for swap in swaps:
             if isinstance(swap.old, EvalBatchNorm):
                 stack.enter_context(swap.old.as_batch_norm())  # it differs from BatchNorm on purpose, and by this alone
-        converted = _prove_and_replace(model, swaps, build, example_input, verify)
+        converted = _prove_and_replace(model, same, build, example_input, verify)
+    try:
+        converted = _change(converted, [swap for swap in swaps if swap.changes_function], example_input, verify)
+    except BaseException:
+        _replace(converted, [(swap.new, swap.old) for swap in same])
+        raise
     for swap in swaps:
         if swap.then is not None:
             swap.then()
@@ -271,6 +308,48 @@ def _prove_and_replace(
         log.warning("the same function, proven in float64; this network amplifies float32 rounding: %s", error)
         converted = _replace(model, replacements)
     return converted
+
+
+def _change(model: nn.Module, swaps: list[_Swap], example_input: Any, verify: bool) -> nn.Module:
+    """Replace layers that are to compute something else; of the network it is proven that it runs through them."""
+    pairs = [(swap.old, swap.new) for swap in swaps]
+    if not verify or not pairs or not can_run(model):
+        return _replace(model, pairs)
+    proofs = _run_probes(model, find_probes(model, example_input), [old for old, _ in pairs])
+    converted = _replace(model, pairs)
+    try:
+        for proof in proofs:
+            _prove_network(converted, proof, pairs, changed=True)
+    except BaseException:
+        _replace(converted, [(new, old) for old, new in pairs])
+        raise
+    errors = [(_layer_error(swap), swap.name) for swap in swaps if isinstance(swap.new, GroupNorm)]
+    known = sorted((error, name) for error, name in errors if error is not None)
+    if known:
+        log.info(
+            "GroupNorm in place of BatchNorm changes what the network computes: on noise with the statistics of its "
+            "BatchNorm, a layer's output is off by %.2f of its standard deviation (median of %d), at most %.2f (%s)",
+            known[len(known) // 2][0],
+            len(known),
+            known[-1][0],
+            known[-1][1] or "(root)",
+        )
+    return converted
+
+
+def _layer_error(swap: _Swap) -> float | None:
+    """Return by how much a GroupNorm differs from its BatchNorm on noise; None where that has no statistics."""
+    assert isinstance(swap.new, GroupNorm)
+    bn = swap.new.source
+    assert bn is not None
+    if bn.running_mean is None or bn.running_var is None:
+        return None
+    mean, sd = at_least_float32(bn.running_mean), at_least_float32(bn.running_var).sqrt()
+    noise = torch.randn(16, mean.numel(), 64, generator=torch.Generator().manual_seed(0)).to(mean)
+    x = (noise * sd[:, None] + mean[:, None]).to(swap.new.weight)
+    with torch.no_grad():
+        y, reference = swap.new._normalize(x).double(), swap.new._as_batch_norm(x).double()
+    return float((y - reference).square().mean().sqrt() / reference.std(0).square().mean().sqrt().clamp_min(1e-30))
 
 
 def _replace(model: nn.Module, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> nn.Module:
@@ -348,7 +427,7 @@ def _is_rounding(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], ex
         wide = copy.deepcopy(model).double()
         probes = find_probes(wide, tree_map_only(Tensor, _double, example_input))
         before = [probe.run(wide) for probe in probes]
-        wide = _replace(wide, [(swap.old, swap.new) for swap in build(wide)])
+        wide = _replace(wide, [(swap.old, swap.new) for swap in build(wide) if not swap.changes_function])
         return all(distance(p.run(wide), b) <= _ROUNDING for p, b in zip(probes, before, strict=True))
     except Exception:  # a network that cannot be copied, or computes in float32 alone, is left to its first verdict
         return False
@@ -358,7 +437,9 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _prove_network(model: nn.Module, proof: _Proof, replacements: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+def _prove_network(
+    model: nn.Module, proof: _Proof, replacements: Sequence[tuple[nn.Module, nn.Module]], changed: bool = False
+) -> None:
     probe, before = proof.probe, proof.before
     try:
         after = probe.run(model)
@@ -375,6 +456,8 @@ def _prove_network(model: nn.Module, proof: _Proof, replacements: Sequence[tuple
             f"the network: layers {lost} ran before, and do not run after they were replaced. The model also holds "
             "them outside of its modules (a list, a closure), where the old ones would go on. Nothing was changed."
         )
+    if changed:
+        return
     # The widest of the dtypes in play: a bfloat16 network may return float32.
     statistics: list[Tensor] = [old.get_buffer("running_mean") for old, _ in replacements]
     dtypes = {t.dtype for t in [*before, *statistics]} & TOLERANCE.keys()

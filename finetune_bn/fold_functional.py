@@ -12,12 +12,16 @@ gradients G_w', G_b' of an ordinary convolution:
     G_W = G_w' * scale      G_b = G_b' * scale      G_scale = sum over the channel's weights G_w' * W + G_b' * b
     G_shift = G_b'
 
+Where the weight is larger than the result, as in late layers with few images, the result is scaled in its place, and
+its gradient on the way back: the same numbers but for rounding, and nothing more is kept. So folding costs no more than
+scaling either of the two.
+
 The fold is done in float32 or higher, also under autocast, and cast once. Gradients of any order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune_bn.functional import at_least_float32
+
+# From the gradient of a map's result, a weight or None where only its shape is asked for, and whether the gradients of
+# input and weight are wanted, those two.
+_MapBackward = Callable[[Tensor, Tensor | None, bool, bool], tuple[Tensor | None, Tensor | None]]
 
 
 def folded_convolution(
@@ -80,24 +88,27 @@ def merged_weight(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, *, transposed: bool = False, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Return weight and bias of the map that computes `map(x, weight, bias) * scale + shift`, in the weight's dtype."""
-    return _fold(weight, bias, scale, shift, _by_weight(scale, weight, transposed, groups), weight.dtype)
+    shift = shift if bias is None else bias * scale + shift
+    merged = at_least_float32(weight) * _by_weight(scale, weight.shape, transposed, groups)
+    return merged.to(weight.dtype), shift.to(weight.dtype)
 
 
 def _for_compute(x: Tensor, weight: Tensor) -> tuple[Tensor, torch.dtype]:
     """Return input and dtype that the map computes with: the weight's, or autocast's, which leaves float64 alone."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype):
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if cast and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(device)
         return x.to(dtype), dtype
     return x, weight.dtype
 
 
-def _by_weight(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
+def _by_weight(scale: Tensor, shape: torch.Size, transposed: bool, groups: int) -> Tensor:
     """Return the scale of each output channel in a shape that multiplies the weight."""
     if not transposed:
-        return scale.view(-1, *[1] * (weight.dim() - 1))
-    of_groups = scale.view(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
-    return of_groups.reshape(weight.shape[0], -1, *[1] * (weight.dim() - 2))
+        return scale.view(-1, *[1] * (len(shape) - 1))
+    of_groups = scale.view(groups, 1, -1).expand(groups, shape[0] // groups, -1)
+    return of_groups.reshape(shape[0], -1, *[1] * (len(shape) - 2))
 
 
 def _by_channel(product: Tensor, transposed: bool, groups: int) -> Tensor:
@@ -108,11 +119,24 @@ def _by_channel(product: Tensor, transposed: bool, groups: int) -> Tensor:
     return of_pairs.view(groups, -1, of_pairs.shape[1]).sum(1).flatten()
 
 
-def _fold(
-    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, by_weight: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    shift = shift if bias is None else bias * scale + shift
-    return (at_least_float32(weight) * by_weight).to(dtype), shift.to(dtype)
+def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (at_least_float32(tensor) * factor).to(dtype)
+
+
+def _result_size(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> int:
+    """Return the number of elements that the convolution returns."""
+    stride, padding, dilation, transposed, output_padding, groups = geometry
+    size = x.shape[0] * (weight.shape[1] * groups if transposed else weight.shape[0])
+    for n, k, s, p, d, more in zip(
+        x.shape[2:], weight.shape[2:], stride, padding, dilation, output_padding, strict=True
+    ):
+        reach = d * (k - 1)
+        size *= (n - 1) * s - 2 * p + reach + more + 1 if transposed else (n + 2 * p - reach - 1) // s + 1
+    return size
+
+
+def _result_is_smaller(shape: torch.Size, size: int) -> bool:
+    return shape.numel() > size
 
 
 def _keep(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> None:
@@ -126,47 +150,69 @@ def _keep(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tenso
     )
 
 
-def _unfold(
+def _backward(
     ctx: Any,
-    grad_folded: Tensor | None,
-    grad_shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
+    saved: Sequence[Any],
+    grad: Tensor,
+    dim: int,
+    map_backward: _MapBackward,
     transposed: bool = False,
     groups: int = 1,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of weight, bias and scale from those of the folded weight and the folded bias."""
-    _, of_weight, of_bias, of_scale = ctx.needs_input_grad[:4]
-    grad_weight = grad_bias = grad_scale = None
-    if grad_folded is not None:
-        grad_folded = at_least_float32(grad_folded)
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, bias, scale and shift.
+
+    Args:
+        ctx: of the autograd function.
+        saved: weight, bias and scale, each where `_keep` saved it.
+        grad: gradient of the result.
+        dim: the dimension of its channels.
+        map_backward: returns the gradients of x and the weight of the map itself, from that of its result and a weight.
+        transposed: as of the convolution.
+        groups: as of the convolution.
+    """
+    weight, bias, scale = saved
+    of_x, of_weight, of_bias, of_scale, of_shift = ctx.needs_input_grad[:5]
+    of_result = [-1 if d == dim else 1 for d in range(grad.dim())]
+    grad_x = grad_weight = grad_bias = grad_scale = grad_shift = by_weight = None
+    if of_bias or of_shift or (of_scale and bias is not None):
+        grad_shift = grad.sum([d for d in range(grad.dim()) if d != dim], dtype=ctx.fold_dtype)
+    if of_weight or of_scale:
+        by_weight = _by_weight(scale, ctx.weight_shape, transposed, groups) if of_weight else None
+    if weight is not None and _result_is_smaller(ctx.weight_shape, grad.numel()):
+        scaled = _scaled(grad, scale.view(of_result), ctx.dtype) if of_x else None
+        if of_scale:
+            grad_x = None if scaled is None else map_backward(scaled, weight.to(ctx.dtype), True, False)[0]
+            grad_weight = map_backward(grad, None, False, True)[1]
+        elif scaled is not None:
+            grad_x, grad_weight = map_backward(scaled, weight.to(ctx.dtype), of_x, of_weight)
+            by_weight = None
+    elif of_x or of_weight or of_scale:
+        w = _scaled(weight, _by_weight(scale, ctx.weight_shape, transposed, groups), ctx.dtype) if of_x else None
+        grad_x, grad_weight = map_backward(grad, w, of_x, of_weight or of_scale)
+    if grad_weight is not None:
+        grad_weight = at_least_float32(grad_weight)
     if of_scale:
-        assert grad_folded is not None
-        assert weight is not None
-        grad_scale = _by_channel(grad_folded * weight, transposed, groups)
-        if bias is not None and grad_shift is not None:
+        assert grad_weight is not None
+        grad_scale = _by_channel(grad_weight * weight, transposed, groups)
+        if bias is not None:
+            assert grad_shift is not None
             grad_scale = grad_scale + grad_shift * bias
     if of_weight:
-        assert grad_folded is not None
-        assert scale is not None
-        by_weight = _by_weight(scale, grad_folded, transposed, groups)
-        # Nobody else has the gradient yet: in place saves a tensor of the weight's size, unless it is differentiated.
-        grad_weight = grad_folded * by_weight if torch.is_grad_enabled() else grad_folded.mul_(by_weight)
+        assert grad_weight is not None
+        if by_weight is not None:
+            # Nobody else has it yet: in place saves a tensor of the weight's size, unless this is differentiated.
+            grad_weight = grad_weight * by_weight if torch.is_grad_enabled() else grad_weight.mul_(by_weight)
         grad_weight = grad_weight.to(ctx.weight_dtype)
     if of_bias:
         assert grad_shift is not None
-        assert scale is not None
         grad_bias = (grad_shift * scale).to(ctx.bias_dtype)
-    return grad_weight, grad_bias, grad_scale
-
-
-def _sum_of_channels(ctx: Any, grad: Tensor, channel: int) -> Tensor | None:
-    """Return the gradient of the folded bias, [C], in the dtype of the fold, where anything asks for it."""
-    _, _, of_bias, of_scale, of_shift = ctx.needs_input_grad[:5]
-    if not (of_bias or of_shift or (of_scale and ctx.bias_dtype is not None)):
-        return None
-    return grad.sum([d for d in range(grad.dim()) if d != channel % grad.dim()], dtype=ctx.fold_dtype)
+    return (
+        grad_x if of_x else None,
+        grad_weight if of_weight else None,
+        grad_bias,
+        grad_scale,
+        grad_shift if of_shift else None,
+    )
 
 
 class _FoldedConvolution(torch.autograd.Function):
@@ -187,9 +233,14 @@ class _FoldedConvolution(torch.autograd.Function):
         output_padding: list[int],
         groups: int,
     ) -> Tensor:
-        by_weight = _by_weight(scale, weight, transposed, groups)
-        w, b = _fold(weight, bias, scale, shift, by_weight, dtype)
-        return torch.convolution(x, w, b, stride, padding, dilation, transposed, output_padding, groups)
+        geometry = stride, padding, dilation, transposed, output_padding, groups
+        shift = shift if bias is None else bias * scale + shift
+        if _result_is_smaller(weight.shape, _result_size(x, weight, geometry)):
+            y = torch.convolution(x, weight.to(dtype), None, *geometry)
+            per_channel = [1, -1] + [1] * (y.dim() - 2)
+            return torch.addcmul(shift.view(per_channel), at_least_float32(y), scale.view(per_channel)).to(dtype)
+        w = _scaled(weight, _by_weight(scale, weight.shape, transposed, groups), dtype)
+        return torch.convolution(x, w, shift.to(dtype), *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -203,21 +254,16 @@ class _FoldedConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, scale = ctx.saved_tensors
-        transposed, groups = ctx.geometry[3], ctx.geometry[5]
-        of_x, of_folded = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        grad_x = grad_folded = None
-        if of_x or of_folded:
+        x, *saved = ctx.saved_tensors  # asked for once: gradient checkpointing forgets what it gave
+
+        def map_backward(grad: Tensor, w: Tensor | None, of_x: bool, of_w: bool) -> tuple[Tensor | None, Tensor | None]:
             # Where a tensor is only asked for its shape, one without memory will do.
-            x = grad.new_empty(()).expand(ctx.x_shape) if x is None else x
-            w = grad.new_empty(()).expand(ctx.weight_shape)
-            if of_x:
-                w = (at_least_float32(weight) * _by_weight(scale, weight, transposed, groups)).to(ctx.dtype)
-            mask = [of_x, of_folded, False]
-            grad_x, grad_folded, _ = torch.ops.aten.convolution_backward(grad, x, w, None, *ctx.geometry, mask)
-        grad_shift = _sum_of_channels(ctx, grad, 1)
-        of_rest = _unfold(ctx, grad_folded, grad_shift, weight, bias, scale, transposed, groups)
-        return grad_x, *of_rest, grad_shift if ctx.needs_input_grad[4] else None, *[None] * 7
+            wide = grad.new_empty(()).expand(ctx.x_shape) if x is None else x
+            w = grad.new_empty(()).expand(ctx.weight_shape) if w is None else w
+            both = torch.ops.aten.convolution_backward(grad, wide, w, None, *ctx.geometry, [of_x, of_w, False])
+            return both[0], both[1]
+
+        return *_backward(ctx, saved, grad, 1, map_backward, ctx.geometry[3], ctx.geometry[5]), *[None] * 7
 
 
 class _FoldedLinear(torch.autograd.Function):
@@ -227,25 +273,26 @@ class _FoldedLinear(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        w, b = _fold(weight, bias, scale, shift, scale.view(-1, 1), dtype)
-        return F.linear(x, w, b)
+        shift = shift if bias is None else bias * scale + shift
+        if _result_is_smaller(weight.shape, x.numel() // x.shape[-1] * weight.shape[0]):
+            return torch.addcmul(shift, at_least_float32(F.linear(x, weight.to(dtype))), scale).to(dtype)
+        return F.linear(x, _scaled(weight, scale.view(-1, 1), dtype), shift.to(dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, scale, _, ctx.dtype = inputs
         _keep(ctx, x, weight, bias, scale)
+        ctx.weight_shape = weight.shape
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.fold_dtype = scale.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, scale = ctx.saved_tensors
-        grad_x = grad_folded = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ (at_least_float32(weight) * scale.view(-1, 1)).to(ctx.dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-            grad_folded = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-        grad_shift = _sum_of_channels(ctx, grad, -1)
-        of_rest = _unfold(ctx, grad_folded, grad_shift, weight, bias, scale)
-        return grad_x, *of_rest, grad_shift if ctx.needs_input_grad[4] else None, None
+        x, *saved = ctx.saved_tensors  # asked for once: gradient checkpointing forgets what it gave
+
+        def map_backward(grad: Tensor, w: Tensor | None, of_x: bool, of_w: bool) -> tuple[Tensor | None, Tensor | None]:
+            grad_x = grad @ w if of_x and w is not None else None
+            return grad_x, grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]) if of_w else None
+
+        return *_backward(ctx, saved, grad, grad.dim() - 1, map_backward), None

@@ -21,6 +21,7 @@ from finetune_bn.folding import untied
 from finetune_bn.functional import TOLERANCE, scale_shift
 from finetune_bn.layers.folded import Folding
 from finetune_bn.layers.frozen import FrozenBatchNorm, share_hooks
+from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.norm_act import has_known_forward, modules_behind
 from finetune_bn.layers.stochastic import EvalBatchNorm
 from finetune_bn.layers.tracking import TrackingBatchNorm
@@ -51,9 +52,9 @@ def fold(model: nn.Module, example_input: Any = None) -> nn.Module:
 
     For deployment, not for training: the merged network computes the same in eval mode, and would learn at other rates
     (those of a channel's weights (var + eps) / gamma^2 times as large). A layer that fits into nothing in front of it
-    stays, as the BatchNorm of torch or timm that it was or stands for; which ones, and why, is logged. No layer of this
-    package is left, so the model can be pickled for machines without it. All or nothing: on any error the model is as
-    it was.
+    stays, as the BatchNorm of torch or timm that it was or stands for; which ones, and why, is logged. What was
+    converted to GroupNorm becomes torch's. No layer of this package is left, so the model can be pickled for machines
+    without it. All or nothing: on any error the model is as it was.
 
     Args:
         model: any module with BatchNorm layers, before `torch.compile`, DDP or FSDP wrap it.
@@ -70,7 +71,7 @@ def fold(model: nn.Module, example_input: Any = None) -> nn.Module:
         FinetuneBNError: an argument is wrong.
     """
     check_model(model)
-    if not find_batch_norms(model):
+    if not find_batch_norms(model, group_norms=True):
         raise NoBatchNormMatched(complaint("model", type(model).__name__, "a model with BatchNorm layers"))
     if not can_run(model):
         remedy = "Run it once (lazy layers), or load its weights (meta device), first."
@@ -106,10 +107,10 @@ def fold(model: nn.Module, example_input: Any = None) -> nn.Module:
 
 def _has_no_torch_layer(module: nn.Module) -> bool:
     """Tell whether the module is a layer of this package, and no BatchNorm computes what it does in eval mode."""
-    if isinstance(module, EvalBatchNorm):
+    if isinstance(module, EvalBatchNorm) or (isinstance(module, GroupNorm) and module.alpha):
         return True
     ours = type(module).__module__.startswith(f"{__package__}.layers.")
-    return ours and not isinstance(module, (FrozenBatchNorm, TrackingBatchNorm, Folding))
+    return ours and not isinstance(module, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm, Folding))
 
 
 def allowed_distance(model: nn.Module) -> float:
@@ -136,7 +137,7 @@ def _plan(model: nn.Module, probes: list[Probe]) -> list[_Merge]:
     """Return the merges with all their new tensors, computed aside: the model is not touched."""
     sites = find_batch_norms(model)
     feeds = find_feeds(model, sites, probes)
-    merges = []
+    merges = [_Merge(n, m, _torch_group_norm(m)) for n, m in model.named_modules() if isinstance(m, GroupNorm)]
     for site in sites:
         name, norm, feed = site.names[0], site.module, feeds.get(site.names[0])
         why_not = _why_not(norm) or ("no probe input reaches it" if feed is None else feed.why_not)
@@ -163,7 +164,20 @@ def _without_affine(norm: nn.Module) -> nn.Module:
     behind = [module for module in modules_behind(norm) if not isinstance(module, nn.Identity)]
     new = nn.Sequential(*behind) if behind else nn.Identity()
     share_hooks(norm, new)
-    return new.train(norm.training)
+    return new
+
+
+def _torch_group_norm(norm: GroupNorm) -> nn.Module:
+    """Return torch's GroupNorm with the tensors of `norm`, and behind it what is behind that, under its hooks."""
+    plain = nn.GroupNorm(norm.num_groups, norm.num_channels, norm.eps, affine=False)
+    for name in ("weight", "bias"):
+        tensor = getattr(norm, name)
+        plain.register_parameter(name, nn.Parameter(tensor, requires_grad=tensor.requires_grad))
+    plain.affine = True
+    behind = [module for module in modules_behind(norm) if not isinstance(module, nn.Identity)]
+    new = nn.Sequential(plain, *behind) if behind else plain
+    share_hooks(norm, new)
+    return new
 
 
 @torch.no_grad()

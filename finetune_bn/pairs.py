@@ -42,21 +42,22 @@ class Feed:
     activations: float = 0.0
 
 
-# Folding costs in proportion to the weight, and saves in proportion to the activation: with so many images in a batch
-# the layers are folded where that is faster.
+# Folding a constant scale pays where in a batch of so many images the activation is so many times the weight's size.
 REFERENCE_BATCH = 16
-# How many elements of an activation cost as much time as one of the weight, for a scale that is constant or learnable.
-_CONSTANT, _LEARNABLE = 4.0, 2.0
+_LARGER = 4.0
 
 
 def worth_folding(feed: Feed, learnable: bool) -> bool:
-    """Tell whether folding a layer pays in a batch of `REFERENCE_BATCH` images of the probe's size.
+    """Tell whether folding a layer pays, in a batch of `REFERENCE_BATCH` images of the probe's size.
+
+    A learnable scale always: the layer itself would have to keep its input for it. A constant one, which needs nothing
+    kept, where scaling the weight takes less time than scaling the activation.
 
     Args:
         feed: what feeds the layer.
-        learnable: whether gamma' is trained; the layer itself would then have to keep its input.
+        learnable: whether the scale is trained.
     """
-    return REFERENCE_BATCH * feed.activations >= (_LEARNABLE if learnable else _CONSTANT) * feed.weights
+    return learnable or REFERENCE_BATCH * feed.activations >= _LARGER * feed.weights
 
 
 def find_feeds(model: nn.Module, sites: Sequence[BatchNormSite], probes: Sequence[Probe]) -> dict[str, Feed]:
@@ -111,8 +112,8 @@ class _Watch(TorchDispatchMode):
     """Sees every operation, every result of a leaf module and every arrival at a BN layer."""
 
     def __init__(self, model: nn.Module, sites: Sequence[BatchNormSite]) -> None:
-        super().__init__()
-        self.modules = dict(model.named_modules())
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.names = {id(site.module): site.names[0] for site in sites}
         self.holders = Counter(id(p) for m in self.modules.values() for p in m._parameters.values() if p is not None)
         self.images = 1
@@ -149,8 +150,10 @@ class _Watch(TorchDispatchMode):
         fresh = tensor is not None and tensor._version == version
         here = f"behind {maker}" if fresh else "behind an operation between modules"
         result = self.results.get(_place(x)) if torch.is_tensor(x) else None
-        same = result is not None and _same_channels(result.tensor, x, isinstance(self._producer(result), _ConvNd))
-        size = x.numel() / self.images if torch.is_tensor(x) else 0.0
+        same, size = False, 0.0
+        if torch.is_tensor(x):
+            size = x.numel() / self.images
+            same = result is not None and _same_channels(result.tensor, x, isinstance(self._producer(result), _ConvNd))
         self.arrivals.setdefault(id(module), []).append(_Arrival(here, result, same, size))
 
     def depart(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -220,7 +223,7 @@ def _same_channels(y: Tensor, x: Tensor, of_conv: bool) -> bool:
 
 def _place(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # a tensor without a storage
         return -1
 

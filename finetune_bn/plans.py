@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
 from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm, why_not_frozen
+from finetune_bn.layers.group_norm import GroupNorm, number_of_groups, why_not_group_norm
 from finetune_bn.layers.live import changes_function, is_held
 from finetune_bn.layers.norm_act import has_known_forward, is_norm_act
 from finetune_bn.layers.tracking import TrackingBatchNorm, why_not_tracking
@@ -32,11 +33,12 @@ from finetune_bn.policies import (
     Rule,
     Rules,
     Stochastic,
+    ToGroupNorm,
     check_policy,
     policy_from_dict,
 )
 from finetune_bn.probe import can_run, find_probes
-from finetune_bn.sites import BatchNormSite, find_batch_norms, find_lookalikes, timm_stages
+from finetune_bn.sites import BatchNormSite, find_batch_norms, find_lookalikes, positions_at, timm_stages
 
 _TRACKING = (Ghost, Renorm, Stochastic, EvalNorm)
 _FIVE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -161,7 +163,8 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
         policy: a policy such as `Freeze(affine="none")`, or `Rules`.
         example_input: a tensor, tuple or dict that `model.forward` takes, to find out what feeds each layer. Not
             needed for timm models, nor for Lightning modules with an `example_input_array`.
-        probe: False does not run the model, and leaves out what feeds each layer.
+        probe: False leaves out what feeds each layer, and does not run the model, except where ToGroupNorm leaves one
+            channel a group, which a map of 1 x 1 would make zero.
 
     Raises:
         NoBatchNormMatched: the model has no BatchNorm, or a rule applies to no layer.
@@ -170,7 +173,7 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
     """
     check_model(model)
     policy = check_policy(policy)
-    sites = find_batch_norms(model)
+    sites = find_batch_norms(model, group_norms=True)
     if not sites:
         known = Counter(type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__)
         raise NoBatchNormMatched(
@@ -184,13 +187,18 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
         find_probes(model, example_input) if probe and can_run(model) else []
     )  # running a lazy layer would initialize it
     feeds = find_feeds(model, sites, probes) if probes else {}
+    lonely = [s for s, rule in zip(sites, choices, strict=True) if rule is not None and _is_lonely(s, rule.policy)]
+    sizes = positions_at(model, lonely, find_probes(model, example_input)) if lonely and can_run(model) else {}
+    zeroed = {s.names[0]: sizes.get(s.names[0]) for s in lonely if _would_be_zero(s, sizes.get(s.names[0]))}
     rows = [
         _row(site, rule, feeds.get(site.names[0]), named_rule=isinstance(policy, Rules))
+        if site.names[0] not in zeroed
+        else _frozen_instead(site, feeds.get(site.names[0]), zeroed[site.names[0]])
         for site, rule in zip(sites, choices, strict=True)
     ]
+    rows = rows if feeds else _kept(model, rows)
     if probe:
         _check_always(rows)
-    rows = _kept(model, rows) if not feeds else rows
     for name, module in find_lookalikes(model):
         why = f"left alone: {type(module).__module__}.{type(module).__name__} is no torch BatchNorm"
         rows.append(PlanRow((name,), type(module).__name__, 0, None, why))
@@ -221,6 +229,12 @@ def refusal(bn: nn.Module, policy: Policy) -> str | None:
         return "is not initialized yet (a lazy layer): run the model once first"
     values: Mapping[str, Tensor | None] = bn._parameters
     tracking = bn if isinstance(bn, TrackingBatchNorm) else None
+    if isinstance(bn, GroupNorm):
+        if "forward" in vars(bn):
+            return f"{type(bn).__module__}.{type(bn).__qualname__} has a forward patched in"
+        if parametrize.is_parametrized(bn):
+            return "has parametrized tensors (torch.nn.utils.parametrize): remove the parametrizations first"
+        bn = bn._source[0]
     if isinstance(bn, FrozenBatchNorm):
         source = bn._source[0] if bn._source else bn._new_batch_norm()
         values = bn._values_for(source)
@@ -233,7 +247,7 @@ def refusal(bn: nn.Module, policy: Policy) -> str | None:
         kind = f"{type(bn).__module__}.{type(bn).__qualname__}"
         patched = "forward" in vars(bn)
         return f"{kind} has a forward patched in" if patched else f"is a subclass with a forward of its own ({kind})"
-    if isinstance(policy, (Freeze, *_TRACKING)):
+    if isinstance(policy, (Freeze, ToGroupNorm, *_TRACKING)):
         known = (*_FIVE, "drop", "act") if is_norm_act(bn) else _FIVE
         extra = [name for part in (bn._parameters, bn._buffers, bn._modules) for name in part if name not in known]
         kind = "a frozen layer" if isinstance(policy, Freeze) else f"a layer for {type(policy).__name__}"
@@ -242,6 +256,8 @@ def refusal(bn: nn.Module, policy: Policy) -> str | None:
         layer = tracking or bn  # the statistics of today, where they are live
         if isinstance(policy, Freeze):
             return why_not_frozen(layer, policy.affine)  # type: ignore[arg-type]
+        if isinstance(policy, ToGroupNorm):
+            return why_not_group_norm(layer, policy.init)  # type: ignore[arg-type]
         return why_not_tracking(layer)
     if bn.weight is None and bn.bias is None:
         return "has no weight and no bias to hold constant; Keep() would do the same"
@@ -301,7 +317,7 @@ def _choose(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequence[Ru
 
 def _kinds(site: BatchNormSite) -> set[str]:
     """Return the class names by which a rule may call the layer: a frozen one also by that of the BN it was."""
-    source = site.module._source if isinstance(site.module, (FrozenBatchNorm, TrackingBatchNorm)) else ()
+    source = site.module._source if isinstance(site.module, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)) else ()
     return {site.kind, *(type(bn).__name__ for bn in source)}
 
 
@@ -366,9 +382,38 @@ def _kept(model: nn.Module, rows: Sequence[PlanRow]) -> list[PlanRow]:
     return kept
 
 
+def _is_lonely(site: BatchNormSite, policy: Policy) -> bool:
+    """Tell whether the policy puts each channel into a group of its own."""
+    if not isinstance(policy, ToGroupNorm):
+        return False
+    return number_of_groups(site.num_features, policy.groups, policy.channels_per_group) == site.num_features
+
+
+def _would_be_zero(site: BatchNormSite, positions: int | None) -> bool:
+    """Tell whether one channel a group leaves nothing of an image; unknown sizes count as 1 where [N, C] is usual."""
+    return positions == 1 or (positions is None and any("1d" in kind for kind in _kinds(site)))
+
+
+def _frozen_instead(site: BatchNormSite, feed: Feed | None, positions: int | None) -> PlanRow:
+    known = "its maps have one position" if positions else "its maps may have one position (no example input tells)"
+    why = f"frozen instead: {known}, and GroupNorm with one channel a group would return zero for it"
+    row = _row(site, Rule(Freeze(), name="*"), feed, named_rule=False)
+    return row if row.refused else dataclasses.replace(row, reason="; ".join(filter(None, (why, row.reason))))
+
+
 def _notes(bn: nn.Module, policy: Policy) -> Iterator[str]:
     """Yield what someone who does this to the live layer should know."""
-    if isinstance(bn, FrozenBatchNorm) or not isinstance(policy, (Freeze, *_TRACKING)):
+    if isinstance(policy, ToGroupNorm):
+        number = number_of_groups(bn.num_features, policy.groups, policy.channels_per_group)  # type: ignore[arg-type]
+        asked = policy.groups if policy.channels_per_group is None else policy.channels_per_group
+        got = number if policy.channels_per_group is None else bn.num_features // number  # type: ignore[operator]
+        if asked not in ("auto", got):
+            unit = "groups" if policy.channels_per_group is None else "channels a group"
+            yield f"{got} {unit}: {bn.num_features} channels are no multiple of {asked}"
+        if policy.init == "sequential":
+            yield "closed form until calibrate_group_norm(model, batches) has fitted it to images"
+    goes_by = (Freeze, ToGroupNorm, *_TRACKING)
+    if isinstance(bn, (FrozenBatchNorm, GroupNorm)) or not isinstance(policy, goes_by):
         return
     if isinstance(policy, _TRACKING) and isinstance(bn, nn.SyncBatchNorm):
         yield "each process will normalize by images of its own: they are no longer synchronized"
@@ -377,9 +422,11 @@ def _notes(bn: nn.Module, policy: Policy) -> Iterator[str]:
     if off and not is_held(bn):
         yield f"{' and '.join(off)} keep requires_grad=False"
     mean, var = bn.running_mean, bn.running_var
+    if mean is None:  # as ToGroupNorm may do without
+        return
     assert isinstance(mean, Tensor)
     assert isinstance(var, Tensor)
-    goes_by_them = isinstance(policy, (Freeze, Renorm, Stochastic)) and not mean.is_meta
+    goes_by_them = isinstance(policy, (Freeze, ToGroupNorm, Renorm, Stochastic)) and not mean.is_meta
     if goes_by_them and not mean.any() and bool((var == 1).all()):
         yield "its statistics are those of a new layer (mean 0, variance 1): are the pretrained weights loaded?"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.frozen import FrozenBatchNorm
+from finetune_bn.layers.group_norm import GroupNorm
+from finetune_bn.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,27 @@ class BatchNormSite:
     module: nn.Module = field(repr=False, compare=False)
 
 
-def find_batch_norms(model: nn.Module) -> list[BatchNormSite]:
-    """Return the BatchNorm layers of `model`, live and frozen, in the order of definition."""
+def is_batch_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a BatchNorm, live or frozen, or a GroupNorm that was converted from one."""
+    return isinstance(module, (_BatchNorm, FrozenBatchNorm)) or is_converted_group_norm(module)
+
+
+def is_converted_group_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a GroupNorm that was converted from a BatchNorm."""
+    return isinstance(module, GroupNorm) and module.source is not None
+
+
+def find_batch_norms(model: nn.Module, *, group_norms: bool = False) -> list[BatchNormSite]:
+    """Return the BatchNorm layers of `model`, live and frozen, in the order of definition.
+
+    Args:
+        model: any module.
+        group_norms: also those that were converted to GroupNorm, which have no statistics.
+    """
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (_BatchNorm, FrozenBatchNorm)):
+        if is_batch_norm(module) and (group_norms or not isinstance(module, GroupNorm)):
             modules[id(module)] = module
             names.setdefault(id(module), []).append(name)
     return [
@@ -53,6 +72,30 @@ def find_lookalikes(model: nn.Module) -> list[tuple[str, nn.Module]]:
         has_statistics = any(module._buffers.get(key) is not None for key in ("running_mean", "running_var"))
         if has_statistics or (is_leaf(module) and "BatchNorm" in type(module).__name__):
             found.append((name, module))
+    return found
+
+
+def positions_at(model: nn.Module, sites: Sequence[BatchNormSite], probes: Sequence[Probe]) -> dict[str, int]:
+    """Return how many values a channel has in an image at each site, the fewest of its calls.
+
+    Keyed by the site's first name; a site that no probe reaches is not in it, nor is any where a guessed probe fails.
+    """
+    found: dict[str, int] = {}
+    names = {id(site.module): site.names[0] for site in sites}
+
+    def arrive(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and torch.is_tensor(args[0]) and args[0].dim() > 1:
+            name = names[id(module)]
+            found[name] = min(args[0][0, 0].numel(), found.get(name, args[0].numel()))
+
+    handles = [site.module.register_forward_pre_hook(arrive) for site in sites]
+    try:
+        for probe in probes:
+            with contextlib.nullcontext() if probe.given else contextlib.suppress(FinetuneBNError):
+                probe.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
     return found
 
 

@@ -91,7 +91,7 @@ def races(device: str) -> list[tuple[Cell, list[str], int]]:
         ]
     small = Cell("resnet50", 128, 8)
     return [
-        (MAIN["cpu"], [*GROWTH, ours("none", "never"), ours("none", "always")], 7),
+        (MAIN["cpu"], GROWTH, 7),
         *[(replace(MAIN["cpu"], batch=batch), GROWTH, 5) for batch in (1, 2, 4, 8)],
         *[(replace(small, net=net), short, 5) for net in NETS[1:]],
         (small, everything, 5),

@@ -256,6 +256,17 @@ def test_wrong_arguments_are_named_and_nothing_is_touched() -> None:
         fbn.fold(build("plain")[0].to("meta"), x)
 
 
+@pytest.mark.parametrize("net", ["plain", "norm_act"])
+def test_group_norm_becomes_torchs_own(net: str) -> None:
+    model, x = build(net)
+    model = fbn.convert(model, fbn.ToGroupNorm(2), example_input=x)
+    before, expected = outputs(model, x), sum(isinstance(module, nn.GroupNorm) for module in model.modules())
+    model = fbn.fold(model, x)
+    assert of_this_package(model) == []
+    assert sum(type(module) is nn.GroupNorm for module in model.modules()) == expected > 0
+    assert_close(outputs(model, x), before)
+
+
 def test_eval_norm_which_is_no_batch_norm_in_evaluation_is_refused() -> None:
     model, x = build("plain")
     fbn.convert(model, fbn.EvalNorm(0.1), example_input=x)

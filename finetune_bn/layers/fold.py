@@ -97,8 +97,22 @@ class Fold:
             return
         place = _place(y)
         self._sent = [sent for sent in self._sent if sent.arrived and not sent.place.expired()]  # type: ignore[no-untyped-call]
-        if place is not None:
-            self._sent.append(_Sent(place, y._version))
+        if place is None:
+            return
+        sent = _Sent(place, y._version)
+        self._sent.append(sent)
+        who = self._who()
+
+        def check(grad: Tensor) -> None:
+            if not sent.arrived:
+                raise FinetuneBNError(
+                    f"fold: backward came to the result of the first of {who}, which never went through the second (a "
+                    "reentrant checkpoint between the two, or a call of the first alone), so that its affine would be "
+                    "applied twice. Convert with Freeze(fold='never')."
+                )
+
+        if y.requires_grad:
+            y.register_hook(check)  # type: ignore[no-untyped-call]
 
     def has(self, x: Tensor) -> bool:
         """Tell whether `x`, which arrived at the frozen layer, holds the affine already.
