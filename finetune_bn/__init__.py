@@ -11,6 +11,7 @@ from finetune_bn.convert import convert, revert
 from finetune_bn.distil import Distillation, distil
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.memory import LayerMemory, MemoryReport, memory_report
+from finetune_bn.merging import fold
 from finetune_bn.plans import Plan, plan
 from finetune_bn.policies import (
     EvalNorm,
@@ -57,6 +58,7 @@ __all__ = [
     "calibrate_group_norm",
     "convert",
     "distil",
+    "fold",
     "memory_report",
     "plan",
     "recalibrate",

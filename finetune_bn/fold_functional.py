@@ -84,6 +84,15 @@ def folded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor,
     return _FoldedLinear.apply(x, weight, bias, scale, shift, dtype)  # type: ignore[no-any-return]
 
 
+def merged_weight(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, *, transposed: bool = False, groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of the map that computes `map(x, weight, bias) * scale + shift`, in the weight's dtype."""
+    shift = shift if bias is None else bias * scale + shift
+    merged = at_least_float32(weight) * _by_weight(scale, weight.shape, transposed, groups)
+    return merged.to(weight.dtype), shift.to(weight.dtype)
+
+
 def _for_compute(x: Tensor, weight: Tensor) -> tuple[Tensor, torch.dtype]:
     """Return input and dtype that the map computes with: the weight's, or autocast's, which leaves float64 alone."""
     device = x.device.type

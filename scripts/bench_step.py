@@ -91,7 +91,7 @@ def races(device: str) -> list[tuple[Cell, list[str], int]]:
         ]
     small = Cell("resnet50", 128, 8)
     return [
-        (MAIN["cpu"], [*GROWTH, ours("none", "never"), ours("none", "always")], 7),
+        (MAIN["cpu"], GROWTH, 7),
         *[(replace(MAIN["cpu"], batch=batch), GROWTH, 5) for batch in (1, 2, 4, 8)],
         *[(replace(small, net=net), short, 5) for net in NETS[1:]],
         (small, everything, 5),
@@ -209,9 +209,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch, on the CPU")
     parser.add_argument("--minutes", type=float, default=7.0, help="on a GPU: begin no cell after so many minutes")
     parser.add_argument("--memory_gib", type=float, default=8.0, help="on a GPU: what the largest batch has to fit in")
-    parser.add_argument(
-        "--only", default="", help="cells whose name holds this: `resnet50 224`, `compiled`"
-    )
+    parser.add_argument("--only", default="", help="cells whose name holds this: `resnet50 224`, `compiled`")
+    parser.add_argument("--rounds", type=int, help="instead of the cells' own number")
     parser.add_argument("--again", action="store_true", help="measure cells that the file holds once more")
     parser.add_argument("--tables", action="store_true", help="measure nothing: write the tables from the file")
     return parser.parse_args()
@@ -236,7 +235,7 @@ def main() -> None:
         if given.tables or done or late or given.only not in str(cell):
             continue
         began = time.perf_counter()
-        rows = bench.measure(cell, variants, rounds)
+        rows = bench.measure(cell, variants, given.rounds or rounds)
         if cell == MAIN["cuda"]:
             largest = bench.largest(cell, variants, int(given.memory_gib * 2**30))
             rows = [row | {"largest_batch": largest[row["variant"]], "memory_gib": given.memory_gib} for row in rows]

@@ -18,8 +18,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import finetune_bn as fbn
 from finetune_bn.functional import scale_shift
+from finetune_bn.layers.folds import FoldMode
 from finetune_bn.layers.frozen import AFFINE_KINDS, Affine
-from finetune_bn.policies import Fold
 
 LIVE, FLOOR = "live BatchNorm", "no norm layers (floor)"
 EVAL, INDUCTOR = "bn.eval()", "bn.eval(), Inductor efficient_conv_bn_eval"
@@ -29,7 +29,7 @@ TUNE, GROUP = "bn.eval(), mmengine Tune mode", "GroupNorm"
 COMPILE_OPTIONS: dict[str, dict[str, bool]] = {INDUCTOR: {"efficient_conv_bn_eval_fx_passes": True}}
 
 
-def ours(affine: Affine, fold: Fold) -> str:
+def ours(affine: Affine, fold: FoldMode) -> str:
     """Return the name of one of our variants."""
     return f"ours, {affine}, fold={fold}"
 
@@ -116,7 +116,7 @@ def group_norm(bn: nn.BatchNorm2d) -> nn.Module:
     return nn.GroupNorm(math.gcd(32, bn.num_features), bn.num_features)
 
 
-def _ours(affine: Affine, fold: Fold) -> Callable[[nn.Module, Tensor], nn.Module]:
+def _ours(affine: Affine, fold: FoldMode) -> Callable[[nn.Module, Tensor], nn.Module]:
     return lambda model, x: fbn.convert(model, fbn.Freeze(affine, fold=fold), example_input=x)
 
 

@@ -72,10 +72,12 @@ LEVELS: dict[str, float] = {
     "twins": 4.0,
     "leakage": 4.2,
     "memory": 4.2,
+    "merging": 4.2,
     "banks": 4.1,
     "": 4.9,
     # 5: what stands around a converted model
     "report": 5.0,
+    "export": 5.0,
     "training_report": 5.1,
     "optim": 5.0,
     "step_limit": 5.0,

@@ -37,7 +37,7 @@ def test_each_layer_keeps_what_its_formula_needs_and_each_storage_counts_once() 
         "bn2": (floats(n, 8, 5, 5) + statistics[8], floats(8)),
         "head": (floats(n, 8),) * 2,
     }
-    report = memory_report(model, x, fbn.Freeze("none"))
+    report = memory_report(model, x, fbn.Freeze("none", fold="never"))
     assert by_name(report) == expected
     assert report.before == sum(before for before, _ in expected.values())
     assert report.after == sum(after for _, after in expected.values())
@@ -51,7 +51,7 @@ def test_a_resnet_saves_the_input_of_every_batch_norm_by_freezing_it() -> None:
         shapes += [(channels, size)] * 5  # two blocks of two, and the shortcut
     gone = sum(floats(n, c, s, s) + floats(2, c) - floats(c) for c, s in shapes)
     x = torch.randn(n, 3, side, side)
-    report = memory_report(model, x, fbn.Freeze("shift"))
+    report = memory_report(model, x, fbn.Freeze("shift", fold="never"))
     assert report.after == report.before - gone
     assert report.after is not None
     assert 0.5 < report.after / report.before < 0.6
@@ -59,7 +59,7 @@ def test_a_resnet_saves_the_input_of_every_batch_norm_by_freezing_it() -> None:
 
 def test_a_learnable_scale_in_activation_space_and_eval_mode_save_next_to_nothing() -> None:
     model, x = build("plain")
-    report = memory_report(model, x, fbn.Freeze("original"))
+    report = memory_report(model, x, fbn.Freeze("original", fold="never"))
     assert report.after is not None
     assert 0.98 < report.after / report.before <= 1
     evaluated = memory_report(model, x).before
@@ -67,6 +67,15 @@ def test_a_learnable_scale_in_activation_space_and_eval_mode_save_next_to_nothin
         if isinstance(module, nn.BatchNorm2d):
             module.eval().requires_grad_(False)
     assert memory_report(model, x).before > 0.98 * evaluated
+
+
+def test_folded_a_learnable_scale_keeps_no_activation_either() -> None:
+    model, x = build("plain")
+    reports = [memory_report(model, x, fbn.Freeze("original", fold=fold)) for fold in ("never", "always")]
+    kept = [by_name(report) for report in reports]
+    assert kept[0]["bn1"][1] > floats(2, 6, 7, 7)
+    assert kept[1]["conv1"][1] <= kept[0]["conv1"][1] + floats(4, 6)  # its input, and a few numbers a channel
+    assert kept[1].get("bn1", (0, 0))[1] <= floats(4, 6)
 
 
 def test_under_bf16_autocast_activations_count_half_and_cast_weights_count() -> None:

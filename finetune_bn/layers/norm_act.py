@@ -361,15 +361,20 @@ def class_for(bn: _BatchNorm, family: Family[Kind]) -> type[Kind]:
     return family[0]  # SyncBatchNorm and the `_BatchNormXd` that reverting it leaves take any input rank
 
 
-def behind_norm(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply what a norm+act layer, live or frozen, does to its normalized activation; `x` itself for other layers."""
+def modules_behind(layer: nn.Module) -> list[nn.Module]:
+    """Return the modules that a norm+act layer, live or frozen, applies behind its norm, in order; none of others."""
     acting = (FrozenBatchNormAct2d, TrackingBatchNormAct2d, GroupNormAct2d)
     if not isinstance(layer, acting) and not is_norm_act(layer):
-        return x
-    for name in ("drop", "act"):
-        module = getattr(layer, name, None)  # timm's SyncBatchNormAct may carry neither of the two
-        if module is not None:
-            x = module(x)
+        return []
+    # timm's SyncBatchNormAct may carry neither of the two.
+    modules = (getattr(layer, name, None) for name in ("drop", "act"))
+    return [module for module in modules if module is not None]
+
+
+def behind_norm(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply what a norm+act layer, live or frozen, does to its normalized activation; `x` itself for other layers."""
+    for module in modules_behind(layer):
+        x = module(x)
     return x
 
 
