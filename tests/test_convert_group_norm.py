@@ -126,9 +126,7 @@ def test_how_far_the_layers_are_off_is_logged(caplog: pytest.LogCaptureFixture) 
 
 def test_one_channel_a_group_on_a_map_of_one_position_is_frozen_instead() -> None:
     """opacus replaces such a layer, and its features become zero."""
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4))
     x = torch.randn(2, 3, 7, 7)
     policy = fbn.ToGroupNorm(channels_per_group=1)
     rows = fbn.plan(settle(model), policy, x).rows
