@@ -62,6 +62,7 @@ LEVELS: dict[str, float] = {
     # 4: what will happen, and the doing of it
     "plans": 4.0,
     "folding": 4.05,
+    "proofs": 4.0,
     "convert": 4.1,
     "collecting": 4.0,
     "measuring": 4.1,
