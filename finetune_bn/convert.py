@@ -30,7 +30,7 @@ from finetune_bn.layers.noise import NoisyFrozenBatchNorm
 from finetune_bn.layers.norm_act import EVAL, GHOST, GROUP, NOISY, RENORM, STOCHASTIC, Family, class_for, frozen_class
 from finetune_bn.layers.stochastic import EvalBatchNorm
 from finetune_bn.layers.tracking import TrackingBatchNorm
-from finetune_bn.plans import Plan, PlanRow, check_model, may_fold, plan, refusal
+from finetune_bn.plans import Plan, PlanRow, check_model, may_fold, plan
 from finetune_bn.policies import (
     EvalNorm,
     Freeze,
@@ -45,6 +45,7 @@ from finetune_bn.policies import (
 )
 from finetune_bn.probe import can_run, distance, find_probes, quietly
 from finetune_bn.proofs import Proof, prove_layer, prove_network, replace_modules, run_probes
+from finetune_bn.refusals import refusal
 from finetune_bn.sites import find_batch_norms, is_batch_norm
 
 log = logging.getLogger("finetune_bn")

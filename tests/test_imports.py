@@ -56,6 +56,7 @@ LEVELS: dict[str, float] = {
     "pairs": 3.2,
     "policies": 3.2,
     "inspection": 3.3,
+    "refusals": 3.3,
     "feeding": 3.0,
     "stock": 3.1,
     "membership": 3.1,
