@@ -10,6 +10,8 @@ from finetune_bn.calibrate import Calibration, LayerFit, calibrate_group_norm
 from finetune_bn.convert import convert, revert
 from finetune_bn.distil import Distillation, distil
 from finetune_bn.errors import FinetuneBNError
+from finetune_bn.memory import LayerMemory, MemoryReport, memory_report
+from finetune_bn.merging import fold
 from finetune_bn.plans import Plan, plan
 from finetune_bn.policies import (
     EvalNorm,
@@ -40,7 +42,9 @@ __all__ = [
     "Ghost",
     "Keep",
     "LayerFit",
+    "LayerMemory",
     "LayerRecord",
+    "MemoryReport",
     "NormalizeOnly",
     "Plan",
     "Policy",
@@ -54,6 +58,8 @@ __all__ = [
     "calibrate_group_norm",
     "convert",
     "distil",
+    "fold",
+    "memory_report",
     "plan",
     "recalibrate",
     "revert",

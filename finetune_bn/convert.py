@@ -22,6 +22,7 @@ from finetune_bn.errors import (
     UnsupportedLayer,
     complaint,
 )
+from finetune_bn.folding import fold_plan, untied
 from finetune_bn.functional import TOLERANCE, at_least_float32
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.layers.group_norm import GroupNorm
@@ -30,7 +31,7 @@ from finetune_bn.layers.noise import NoisyFrozenBatchNorm
 from finetune_bn.layers.norm_act import EVAL, GHOST, GROUP, NOISY, RENORM, STOCHASTIC, Family, class_for, frozen_class
 from finetune_bn.layers.stochastic import EvalBatchNorm
 from finetune_bn.layers.tracking import TrackingBatchNorm
-from finetune_bn.plans import Plan, PlanRow, check_model, plan, refusal
+from finetune_bn.plans import Plan, PlanRow, check_model, may_fold, plan, refusal
 from finetune_bn.policies import (
     EvalNorm,
     Freeze,
@@ -93,10 +94,17 @@ def convert(model: nn.Module, policy: Policy | Plan, *, example_input: Any = Non
         ConversionMismatch: the outputs would differ; the first layer that breaks them is named.
         FinetuneBNError: an argument is wrong.
     """
-    the_plan = (
-        policy if isinstance(policy, Plan) else plan(model, policy, example_input, probe=example_input is not None)
-    )
-    return _swap(model, lambda m: _build(m, the_plan), example_input, verify)
+    if isinstance(policy, Plan):
+        the_plan = policy
+    else:
+        needs_probe = example_input is not None or (isinstance(policy, Policy) and may_fold(policy))
+        the_plan = plan(model, policy, example_input, probe=needs_probe)
+    check_model(model)
+    names = {name for row in the_plan.rows if row.policy is not None for name in row.names}
+    with untied([module for name, module in model.named_modules(remove_duplicate=False) if name in names]):
+        converted = _swap(model, lambda m: _build(m, the_plan), example_input, verify)
+    fold_plan(converted, the_plan, example_input, verify)
+    return converted
 
 
 def revert(model: nn.Module, *, example_input: Any = None, verify: bool = True) -> nn.Module:
@@ -114,7 +122,8 @@ def revert(model: nn.Module, *, example_input: Any = None, verify: bool = True) 
         NoBatchNormMatched: nothing in the model was converted.
     """
     check_model(model)
-    return _swap(model, _build_revert, example_input, verify)
+    with untied(list(model.modules())):
+        return _swap(model, _build_revert, example_input, verify)
 
 
 def _build_revert(model: nn.Module) -> list[_Swap]:

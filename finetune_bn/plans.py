@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from collections import Counter
@@ -20,6 +21,7 @@ from finetune_bn.layers.group_norm import GroupNorm, number_of_groups, why_not_g
 from finetune_bn.layers.live import changes_function, is_held
 from finetune_bn.layers.norm_act import has_known_forward, is_norm_act
 from finetune_bn.layers.tracking import TrackingBatchNorm, why_not_tracking
+from finetune_bn.pairs import Feed, find_feeds, worth_folding
 from finetune_bn.policies import (
     EvalNorm,
     Freeze,
@@ -36,7 +38,7 @@ from finetune_bn.policies import (
     policy_from_dict,
 )
 from finetune_bn.probe import can_run, find_probes
-from finetune_bn.sites import BatchNormSite, find_batch_norms, find_lookalikes, locate, positions_at, timm_stages
+from finetune_bn.sites import BatchNormSite, find_batch_norms, find_lookalikes, positions_at, timm_stages
 
 _TRACKING = (Ghost, Renorm, Stochastic, EvalNorm)
 _FIVE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -54,6 +56,9 @@ class PlanRow:
         reason: why; for a refused row, what stands in the way.
         refused: whether `convert` will refuse the whole plan because of this layer.
         position: what computes the layer's input, as far as a probe input told.
+        folded_into: name of the convolution or linear map whose weight takes the affine of a layer to be frozen; ""
+            where the layer computes it itself.
+        not_folded: why it does, where the policy asks for folding.
     """
 
     names: tuple[str, ...]
@@ -63,6 +68,8 @@ class PlanRow:
     reason: str
     refused: bool = False
     position: str = ""
+    folded_into: str = ""
+    not_folded: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain data."""
@@ -75,6 +82,8 @@ class PlanRow:
             "reason": self.reason,
             "refused": self.refused,
             "position": self.position,
+            "folded_into": self.folded_into,
+            "not_folded": self.not_folded,
         }
 
 
@@ -115,13 +124,14 @@ class Plan:
             for row in data["rows"]:
                 policy = None if row["action"] is None else policy_from_dict(row["action"])
                 rest = {k: row[k] for k in ("kind", "num_features", "reason", "refused", "position")}
+                rest |= {k: row.get(k, "") for k in ("folded_into", "not_folded")}  # plans of version 0.1 have neither
                 rows.append(PlanRow(tuple(row["names"]), policy=policy, **rest))
             return cls(data["model"], tuple(rows))
         except (KeyError, TypeError) as error:
             raise FinetuneBNError(complaint("plan", data, "what Plan.to_dict returned")) from error
 
     def __str__(self) -> str:
-        header = ("layer", "type", "C", "position", "what happens", "why")
+        header = ("layer", "type", "C", "position", "what happens", "folded into", "why")
         body = [
             (
                 " = ".join(name or "(root)" for name in row.names),
@@ -129,6 +139,7 @@ class Plan:
                 str(row.num_features or ""),
                 row.position,
                 _action(row),
+                row.folded_into or (f"- ({row.not_folded})" if row.not_folded else ""),
                 row.reason,
             )
             for row in self.rows
@@ -139,6 +150,8 @@ class Plan:
         top = "  ".join(header[i].ljust(w) for i, w in zip(shown, widths, strict=True)).rstrip()
         counts = Counter(_action(row) for row in self.rows)
         total = ", ".join(f"{n} x {action}" for action, n in counts.most_common())
+        folded = sum(bool(row.folded_into) for row in self.rows)
+        total += f"; {folded} folded" if folded else ""
         return "\n".join([f"{self.model}: {total}", top, "-" * len(top), *lines])
 
 
@@ -155,6 +168,7 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
 
     Raises:
         NoBatchNormMatched: the model has no BatchNorm, or a rule applies to no layer.
+        UnsupportedLayer: `fold="always"`, and not one layer can be folded.
         FinetuneBNError: the model, the policy or the example input is none.
     """
     check_model(model)
@@ -172,16 +186,19 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
     probes = (
         find_probes(model, example_input) if probe and can_run(model) else []
     )  # running a lazy layer would initialize it
-    positions = locate(model, sites, probes) if probes else {}
+    feeds = find_feeds(model, sites, probes) if probes else {}
     lonely = [s for s, rule in zip(sites, choices, strict=True) if rule is not None and _is_lonely(s, rule.policy)]
     sizes = positions_at(model, lonely, find_probes(model, example_input)) if lonely and can_run(model) else {}
     zeroed = {s.names[0]: sizes.get(s.names[0]) for s in lonely if _would_be_zero(s, sizes.get(s.names[0]))}
     rows = [
-        _row(site, rule, positions.get(site.names[0], ""), named_rule=isinstance(policy, Rules))
+        _row(site, rule, feeds.get(site.names[0]), named_rule=isinstance(policy, Rules))
         if site.names[0] not in zeroed
-        else _frozen_instead(site, rule, positions.get(site.names[0], ""), zeroed[site.names[0]])
+        else _frozen_instead(site, feeds.get(site.names[0]), zeroed[site.names[0]])
         for site, rule in zip(sites, choices, strict=True)
     ]
+    rows = rows if feeds else _kept(model, rows)
+    if probe:
+        _check_always(rows)
     for name, module in find_lookalikes(model):
         why = f"left alone: {type(module).__module__}.{type(module).__name__} is no torch BatchNorm"
         rows.append(PlanRow((name,), type(module).__name__, 0, None, why))
@@ -304,16 +321,65 @@ def _kinds(site: BatchNormSite) -> set[str]:
     return {site.kind, *(type(bn).__name__ for bn in source)}
 
 
-def _row(site: BatchNormSite, rule: Rule | None, position: str, named_rule: bool) -> PlanRow:
+def _row(site: BatchNormSite, rule: Rule | None, feed: Feed | None, named_rule: bool) -> PlanRow:
+    position = feed.position if feed else ""
     if rule is None:
         return PlanRow(site.names, site.kind, site.num_features, None, "left alone: no rule matches", False, position)
     problem = refusal(site.module, rule.policy)
     because = f"rule {rule.describe()}" if named_rule else ""
     if not problem:
         because = "; ".join(filter(None, (because, *_notes(site.module, rule.policy))))
-    return PlanRow(
+    row = PlanRow(
         site.names, site.kind, site.num_features, rule.policy, problem or because, problem is not None, position
     )
+    if problem or not may_fold(rule.policy):
+        return row
+    why_not = _why_not_folded(rule.policy, feed)
+    return dataclasses.replace(row, folded_into="" if why_not or not feed else feed.producer, not_folded=why_not)
+
+
+def may_fold(policy: Policy) -> bool:
+    """Tell whether layers under this policy may be folded, so that a plan for it needs a probe input."""
+    if isinstance(policy, Rules):
+        return any(may_fold(rule.policy) for rule in policy.rules if isinstance(rule, Rule))
+    return isinstance(policy, Freeze) and policy.fold != "never"
+
+
+def _why_not_folded(policy: Policy, feed: Feed | None) -> str:
+    assert isinstance(policy, Freeze)
+    if policy.noise is not None:
+        return "it draws its noise anew for each batch"
+    if feed is None:
+        return "no probe input reached it"
+    if feed.why_not or policy.fold == "always" or worth_folding(feed, bool(LEARNABLE[policy.affine][1:])):
+        return feed.why_not
+    return "its activation is small beside the weight"
+
+
+def _check_always(rows: Sequence[PlanRow]) -> None:
+    asked = [row for row in rows if isinstance(row.policy, Freeze) and row.policy.fold == "always" and not row.refused]
+    if asked and not any(row.folded_into for row in asked):
+        reasons = Counter(row.not_folded for row in asked).most_common(3)
+        raise UnsupportedLayer(
+            complaint(
+                "fold",
+                "always",
+                "'auto' or 'never', as none of these layers can be folded",
+                f"Reasons: {', '.join(f'{n} x {why}' for why, n in reasons)}. A probe input is `example_input`.",
+            )
+        )
+
+
+def _kept(model: nn.Module, rows: Sequence[PlanRow]) -> list[PlanRow]:
+    """Return the rows with what is folded already, where no probe tells anew."""
+    names = {id(module): name for name, module in model.named_modules()}
+    kept = []
+    for row in rows:
+        fold = getattr(model.get_submodule(row.names[0]), "_fold", None)
+        if fold is not None and fold.intact and row.policy is not None and may_fold(row.policy):
+            row = dataclasses.replace(row, folded_into=names[id(fold.producer)], not_folded="")
+        kept.append(row)
+    return kept
 
 
 def _is_lonely(site: BatchNormSite, policy: Policy) -> bool:
@@ -328,12 +394,11 @@ def _would_be_zero(site: BatchNormSite, positions: int | None) -> bool:
     return positions == 1 or (positions is None and any("1d" in kind for kind in _kinds(site)))
 
 
-def _frozen_instead(site: BatchNormSite, rule: Rule | None, position: str, positions: int | None) -> PlanRow:
-    assert rule is not None
+def _frozen_instead(site: BatchNormSite, feed: Feed | None, positions: int | None) -> PlanRow:
     known = "its maps have one position" if positions else "its maps may have one position (no example input tells)"
     why = f"frozen instead: {known}, and GroupNorm with one channel a group would return zero for it"
-    problem = refusal(site.module, Freeze())
-    return PlanRow(site.names, site.kind, site.num_features, Freeze(), problem or why, problem is not None, position)
+    row = _row(site, Rule(Freeze(), name="*"), feed, named_rule=False)
+    return row if row.refused else dataclasses.replace(row, reason="; ".join(filter(None, (why, row.reason))))
 
 
 def _notes(bn: nn.Module, policy: Policy) -> Iterator[str]:

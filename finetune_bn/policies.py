@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.layers.folds import FoldMode, check_fold
 from finetune_bn.layers.frozen import Affine, check_affine
 from finetune_bn.layers.ghost import check_groups
 from finetune_bn.layers.group_norm import Init, check_grouping
@@ -53,20 +54,26 @@ class Freeze(Policy):
         noise: keep the noise that statistics have in i.i.d. batches of so many images: in training each batch is
             normalized by statistics drawn around the fixed ones. It regularizes as BatchNorm does, and no image
             depends on another. None: no noise. Not with `merged`.
+        fold: whether the convolution or linear map in front computes the affine within its own weight, which needs no
+            operation and no memory of an activation's size (Tune mode). `auto`: where that is cheaper; `always`:
+            wherever it can be done; `never`. It takes a probe input: `example_input`, but for timm models.
     """
 
     affine: Affine = "none"
     noise: int | None = None
+    fold: FoldMode = "auto"
 
     def __post_init__(self) -> None:
         check_affine(self.affine)
+        check_fold(self.fold)
         if self.noise is not None:
             check_noise(self.noise, self.affine)
 
     def describe(self) -> str:
         """Return the policy in a few words, for tables."""
         noise = "" if self.noise is None else f", noise of {self.noise} images"
-        return f"freeze, affine={self.affine}{noise}"
+        fold = "" if self.fold == "auto" else f", fold={self.fold}"
+        return f"freeze, affine={self.affine}{noise}{fold}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Find the BatchNorm layers of a model, all their names, and where in the data flow they sit."""
+"""Find the BatchNorm layers of a model, all their names and the timm stages they lie in."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.layers.group_norm import GroupNorm
-from finetune_bn.probe import Probe, quietly
+from finetune_bn.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def find_lookalikes(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if isinstance(module, (_BatchNorm, FrozenBatchNorm)):
             continue
         has_statistics = any(module._buffers.get(key) is not None for key in ("running_mean", "running_var"))
-        if has_statistics or (_is_leaf(module) and "BatchNorm" in type(module).__name__):
+        if has_statistics or (is_leaf(module) and "BatchNorm" in type(module).__name__):
             found.append((name, module))
     return found
 
@@ -126,56 +125,6 @@ def timm_stages(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
     return stages
 
 
-def locate(model: nn.Module, sites: Sequence[BatchNormSite], probes: Sequence[Probe]) -> dict[str, str]:
-    """Tell, by running the probes, what computed the input of each site.
-
-    A tensor that a leaf module returned and that arrives at a BN unchanged makes that module the BN's producer; any
-    other input comes from an operation between modules (add, concat, view). Keyed by the site's first name.
-    """
-    positions: dict[str, str] = {}
-    by_module = {id(site.module): site.names[0] for site in sites}
-    made: dict[int, tuple[torch.Tensor, int, str]] = {}
-
-    def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if torch.is_tensor(output):
-                # The tensor is held as long as its id is, and its version tells in-place changes.
-                made[id(output)] = (output, output._version, f"{_role(module)} {name}")
-
-        return hook
-
-    def arrive(module: nn.Module, args: tuple[Any, ...]) -> None:
-        site = by_module[id(module)]
-        tensor, version, producer = made.get(id(args[0]) if args else 0, (None, 0, ""))
-        fresh = tensor is not None and tensor._version == version
-        here = f"behind {producer}" if fresh else "behind an operation between modules"
-        positions[site] = here if positions.get(site, here) == here else "behind several"
-
-    handles = [m.register_forward_hook(remember(n)) for n, m in model.named_modules() if _is_leaf(m)]
-    handles += [site.module.register_forward_pre_hook(arrive) for site in sites]
-    try:
-        for probe in probes:
-            with quietly(model):
-                probe.call(model)
-            made.clear()
-    except Exception:
-        if any(probe.given for probe in probes):
-            probe.run(model)  # raises with the input named
-    finally:
-        for handle in handles:
-            handle.remove()
-        made.clear()
-    return positions
-
-
-def _is_leaf(module: nn.Module) -> bool:
+def is_leaf(module: nn.Module) -> bool:
+    """Tell whether the module has no modules within."""
     return next(module.children(), None) is None and not isinstance(module, torch.jit.ScriptModule)
-
-
-def _role(module: nn.Module) -> str:
-    if isinstance(module, _ConvNd):
-        return "conv"
-    if isinstance(module, nn.Linear):
-        return "linear"
-    kind = type(module).__name__
-    return "pool" if "Pool" in kind else kind

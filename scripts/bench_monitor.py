@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 POLICIES: dict[str, fbn.Policy] = {"live": fbn.Keep(), "frozen": fbn.Freeze()}
 ON_CPU = [("tf_efficientnet_lite0", 64, 8), ("tf_efficientnet_lite0", 64, 32), ("resnet50", 96, 16)]
 ON_GPU = [("tf_efficientnet_lite0", 224, 64), ("resnet50", 224, 32), ("resnet50", 224, 128)]
-INTERVAL, LOOKS, CLASSES = 12, 5, 10  # images of 12 batches are kept for each look, by default too
+INTERVAL, LOOKS, CLASSES = 12, 9, 10  # images of 12 batches are kept for each look, by default too
 
 
 class Network(pl.LightningModule):

@@ -8,7 +8,6 @@ bytes do not depend on the machine. Result: results/bench_saved_bytes.{json,md};
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ import torch
 from rich.progress import track
 from store import Store
 from timm.layers import freeze_batch_norm_2d
-from torch import Tensor, nn
+from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import finetune_bn as fbn
 from finetune_bn.files import write_atomically
+from finetune_bn.memory import saved_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,30 +64,17 @@ VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def saved_bytes(model: nn.Module, x: Tensor, autocast: bool) -> int:
-    """Return the bytes of the storages that autograd keeps, parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-    held = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            held.append(storage)  # so that no address is used twice
-        return tensor
-
-    context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context:
-        model(x).sum()
-    return sum(kept.values())
-
-
 def measure(variant: str, precision: str, batch: int) -> dict[str, Any]:
     """Return the saved bytes of one cell."""
     torch.manual_seed(0)
     model = VARIANTS[variant](timm.create_model("resnet50").train())
-    total = saved_bytes(model, torch.randn(batch, 3, 224, 224), precision == "bf16 autocast")
+    x = torch.randn(batch, 3, 224, 224)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16 autocast"):
+            model(x)
+
+    total = saved_bytes(model, step)
     return {"variant": variant, "precision": precision, "batch": batch, "bytes": total}
 
 

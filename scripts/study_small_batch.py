@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import cells
 import torch
 import torch.nn.functional as F
 from store import Store
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import finetune_bn as fbn
 from finetune_bn.files import write_atomically
 from finetune_bn.functional import between_image_spread
+from finetune_bn.step_limit import limit_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS: dict[str, fbn.Policy] = {
@@ -37,13 +38,15 @@ ARMS: dict[str, fbn.Policy] = {
     "shift": fbn.Freeze("shift"),
     "merged": fbn.Freeze("merged"),
     "original": fbn.Freeze("original"),
+    "limited": fbn.Freeze("none"),  # with the steps of the optimizer limited
 }
 BATCHES = (4, 16, 64, 2)  # in the order of importance: a run that is cut off has the first ones
 SEEDS = (0, 1, 2)
 LADDER = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 FIRST_RUNGS = (2e-4, 5e-4, 1e-3)
+ONLY_AT_BATCH_4 = ("limited",)
 RANGE_RUNGS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
-TRAIN_IMAGES, EPOCHS, WARMUP, WEIGHT_DECAY = 600, 5, 0.1, 0.05
+TRAIN_IMAGES, EPOCHS = 600, 5
 
 _splits: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
 
@@ -86,16 +89,9 @@ def train(net: nn.Module, batch: int, lr: float, seed: int) -> dict[str, Any]:
     splits = images(seed)
     x, y = splits["train"]
     steps = EPOCHS * math.ceil(len(x) / batch)
-    groups = [
-        {"params": [p for p in net.parameters() if p.requires_grad and p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in net.parameters() if p.requires_grad and p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
-    warm = max(1, round(WARMUP * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: (s + 1) / warm if s < warm else (1 + math.cos(math.pi * (s - warm) / max(1, steps - warm))) / 2,
-    )
+    optimizer, schedule = cells.adamw(net, lr, steps)
+    if arm == "limited":
+        limit_steps(optimizer, net)
     started = time.perf_counter()
     order = torch.Generator().manual_seed(seed)
     for _ in range(EPOCHS):
@@ -134,19 +130,20 @@ def predict(net: nn.Module, inputs: Tensor) -> tuple[Tensor, float]:
 def next_cells(store: Store) -> Iterator[dict[str, Any]]:
     """Yield the cells that can be measured now, most important first; more appear as results come in."""
     for batch in BATCHES:
-        for arm in ARMS:
-            tried = tried_rates(store, arm, batch)
-            yield from (cell(arm, batch, lr, 0) for lr in FIRST_RUNGS if lr not in tried)
-            if all(lr in tried for lr in FIRST_RUNGS):
-                best = LADDER.index(max(tried, key=lambda lr: tried[lr]))
-                for rung in (best - 1, best + 1):
-                    if 0 <= rung < len(LADDER) and LADDER[rung] not in tried:
-                        yield cell(arm, batch, LADDER[rung], 0)
-        chosen = [(arm, chosen_rate(store, arm, batch)) for arm in ARMS]
+        arms = arms_at(batch)
+        for arm in arms:
+            missing = cells.rates_to_try(tried_rates(store, arm, batch), LADDER, FIRST_RUNGS)
+            yield from (cell(arm, batch, lr, 0) for lr in missing)
+        chosen = [(arm, chosen_rate(store, arm, batch)) for arm in arms]
         repeats = [cell(arm, batch, lr, seed) for seed in SEEDS[1:] for arm, lr in chosen if lr is not None]
         if batch == BATCHES[0]:
-            repeats += [cell(arm, batch, lr, seed) for seed in SEEDS for arm in ARMS for lr in RANGE_RUNGS]
+            repeats += [cell(arm, batch, lr, seed) for seed in SEEDS for arm in arms for lr in RANGE_RUNGS]
         yield from (key for key in repeats if not store.done(key))
+
+
+def arms_at(batch: int) -> list[str]:
+    """Return the arms that are measured at a batch size."""
+    return [arm for arm in ARMS if batch == BATCHES[0] or arm not in ONLY_AT_BATCH_4]
 
 
 def cell(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
@@ -162,49 +159,7 @@ def tried_rates(store: Store, arm: str, batch: int) -> dict[float, float]:
 
 def chosen_rate(store: Store, arm: str, batch: int) -> float | None:
     """Return the arm's learning rate once the search is over: the best rung and both its neighbors were run."""
-    tried = tried_rates(store, arm, batch)
-    if not all(lr in tried for lr in FIRST_RUNGS):
-        return None
-    best = LADDER.index(max(tried, key=lambda lr: tried[lr]))
-    neighbors = [LADDER[i] for i in (best - 1, best + 1) if 0 <= i < len(LADDER)]
-    return LADDER[best] if all(lr in tried for lr in neighbors) else None
-
-
-def work(key: dict[str, Any]) -> dict[str, Any]:
-    """Measure one cell in a worker process."""
-    torch.set_num_threads(1)
-    return key | fine_tune(**key)
-
-
-def run(store: Store, workers: int) -> None:
-    """Measure until nothing is left, with a worker a core; each result is on disk before the next one starts."""
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    pending: dict[str, Any] = {}
-    columns = (
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[last]}"),
-    )
-    with multiprocessing.get_context("spawn").Pool(workers) as pool, Progress(*columns) as progress:
-        bar = progress.add_task("cells", total=None, last="")
-        while True:
-            for name in [name for name, job in pending.items() if job.ready()]:
-                row = pending.pop(name).get()
-                store.add(row)
-                progress.update(
-                    bar, completed=len(store.rows), last=f"{name}: {row['test_accuracy']:.1f} %, {row['seconds']:.0f} s"
-                )
-            for key in next_cells(store):
-                if len(pending) >= workers:
-                    break
-                name = "{arm} batch {batch} lr {lr:g} seed {seed}".format(**key)
-                if name not in pending:
-                    pending[name] = pool.apply_async(work, (key,))
-            if not pending:
-                return
-            next(iter(pending.values())).wait(1.0)
+    return cells.chosen_rate(tried_rates(store, arm, batch), LADDER, FIRST_RUNGS)
 
 
 def summarize(store: Store) -> dict[str, Any]:
@@ -229,7 +184,8 @@ def summarize(store: Store) -> dict[str, Any]:
             best = max(frozen, key=lambda line: line["test_accuracy"])
             margin = best["test_accuracy"] - here["live"]["test_accuracy"]
             margins[str(batch)] = {"best_frozen": best["arm"], "points_above_live": margin}
-    return {"table": table, "margin": margins, "range": tolerated_rates(store)}
+    ranges = tolerated_rates(store)
+    return {"table": table, "margin": margins, "range": ranges, "robust": robustness(ranges)}
 
 
 def tolerated_rates(store: Store, batch: int = BATCHES[0], within: float = 3.0) -> list[dict[str, Any]]:
@@ -251,6 +207,33 @@ def tolerated_rates(store: Store, batch: int = BATCHES[0], within: float = 3.0) 
     return lines
 
 
+def robustness(ranges: list[dict[str, Any]], within: float = 4.0) -> dict[str, Any] | None:
+    """Return how far the limited arm's best is from the best frozen one's, and the rates that either tolerates.
+
+    A rate is tolerated where it and all between it and the best are within some points of the arm's own best.
+    """
+    accuracy = {line["arm"]: {float(lr): value for lr, value in line["accuracy"].items()} for line in ranges}
+    if "limited" not in accuracy or "none" not in accuracy:
+        return None
+    frozen = {arm: max(values.values()) for arm, values in accuracy.items() if arm not in ("live", "limited")}
+    best = max(frozen, key=lambda arm: frozen[arm])
+    tolerated = {}
+    for arm in ("none", "limited"):
+        values = sorted(accuracy[arm].items())
+        top = max(range(len(values)), key=lambda i: values[i][1])
+        low = high = top
+        while low and values[low - 1][1] >= values[top][1] - within:
+            low -= 1
+        while high + 1 < len(values) and values[high + 1][1] >= values[top][1] - within:
+            high += 1
+        tolerated[arm] = [values[low][0], values[high][0]]
+    best_limited = max(accuracy["limited"].values())
+    return {
+        "best_frozen": best, "best_frozen_accuracy": frozen[best], "best_limited_accuracy": best_limited,
+        "points": best_limited - frozen[best], "within": within, "tolerated": tolerated,
+    }  # fmt: skip
+
+
 def markdown(summary: dict[str, Any]) -> str:
     """Return the summary as tables."""
     vendors = [k for k in (summary["table"] or [{}])[0] if k.startswith("test_accuracy/") and not k.endswith(" sd")]
@@ -266,12 +249,12 @@ def markdown(summary: dict[str, Any]) -> str:
         cells = [str(line["batch"]), line["arm"], f"{line['lr']:g}", str(line["seeds"])]
         lines.append("| " + " | ".join([*cells, *(figure(line, key) for key in ["test_accuracy", *vendors])]) + " |")
     for batch, margin in summary["margin"].items():
-        if sum(line["batch"] == int(batch) for line in whole) == len(ARMS):
+        if sum(line["batch"] == int(batch) for line in whole) == len(arms_at(int(batch))):
             lines += [
                 "",
                 f"Batch {batch}: {margin['best_frozen']} is {margin['points_above_live']:+.1f} points from live.",
             ]
-    missing = [b for b in sorted(BATCHES) if sum(line["batch"] == b for line in whole) < len(ARMS)]
+    missing = [b for b in sorted(BATCHES) if sum(line["batch"] == b for line in whole) < len(arms_at(b))]
     if missing:
         lines += [
             "",
@@ -287,6 +270,18 @@ def markdown(summary: dict[str, Any]) -> str:
             # The range may go on behind the last rung that was run.
             good = f"{'≤ ' * (low == RANGE_RUNGS[0])}{low:g} to {'≥ ' * (high == RANGE_RUNGS[-1])}{high:g}"
             lines.append(f"| {line['arm']} | {values} | {good} |")
+    if summary["robust"]:
+        robust = summary["robust"]
+        told = {
+            arm: f"{low:g} to {high:g}, a factor of {high / low:.3g}"
+            for arm, (low, high) in robust["tolerated"].items()
+        }
+        lines += [
+            "",
+            "limited is affine none with the steps of the optimizer limited: at its best "
+            f"{robust['points']:+.1f} points from the best frozen arm ({robust['best_frozen']}), and within "
+            f"{robust['within']:g} points of its best at {told['limited']}; none: {told['none']}.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -332,7 +327,7 @@ def main() -> None:
     path = ROOT / "results" / "study_small_batch.json"
     store = Store(path, "python scripts/study_small_batch.py", SEEDS, device="cpu")
     if not args.report_only:
-        run(store, args.workers)
+        cells.run(store, next_cells, fine_tune, args.workers, "test_accuracy")
     summary = summarize(store)
     store.finish(summary)
     write_atomically(path.with_suffix(".md"), markdown(summary))

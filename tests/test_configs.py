@@ -39,6 +39,8 @@ METRIC_POLICIES = {
     "metric_frozen": {"policy": "Freeze", "affine": "none"},
     "metric_frozen_merged": {"policy": "Freeze", "affine": "merged"},
     "metric_frozen_original": {"policy": "Freeze", "affine": "original"},
+    "metric_ghost": {"policy": "Ghost", "groups": 2},
+    "metric_renorm": {"policy": "Renorm", "r_max": 3.0, "d_max": 5.0},
 }
 SMALL_NET = ("--model.weights", "none", "--model.backbone", "test_efficientnet", "--data.image_size", "32")
 SHORT = (
@@ -148,7 +150,8 @@ def test_every_other_config_is_planned(capsys: pytest.CaptureFixture[str], image
     live = path.stem in ("recalibrated", "schedule")
     action = "keep" if live else "freeze, affine=none"
     action = "group norm, groups=1, init=sequential" if path.stem == "group_norm" else action
-    assert capsys.readouterr().out.startswith(f"ImageClassification: 13 x {action}\n")
+    task = "MetricLearning" if path.stem.startswith("metric") else "ImageClassification"
+    assert capsys.readouterr().out.startswith(f"{task}: 13 x {action}\n")
 
 
 def test_the_template_for_own_images_says_which_folder_is_missing() -> None:
@@ -430,6 +433,20 @@ def test_a_training_with_group_norm_begins_fitted_to_images_and_goes_on_from_its
     assert [c.record for c in longer.trainer.callbacks if isinstance(c, GroupNormCalibration)] == [None]
     layers = [layer for layer in longer.model.modules() if isinstance(layer, GroupNorm)]
     assert len(layers) == 13
+
+
+def test_metric_learning_that_begins_with_a_recalibration_keeps_its_statistics(tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_metric_learning")
+    run = Trained(tmp_path, FOLDER / "metric_recalibrated_frozen.yaml", "--data.train_size", "96")
+    held = torch.load(run.checkpoint, weights_only=True)["state_dict"]
+    assert held["net.bn1.running_mean"].any(), "they were 0 in the new network"
+    assert len(frozen_layers(run.cli)) == 13
+
+
+def test_the_share_of_limited_steps_is_in_the_metrics(tmp_path: Path) -> None:
+    run = short_run(tmp_path, "frozen_step_limit", "--trainer.log_every_n_steps", "1")
+    assert "step_limit/share" in (run.log_dir / "metrics.csv").read_text(encoding="utf-8")
+    assert len(frozen_layers(run.cli)) == 13
 
 
 def test_a_schedule_ends_with_frozen_layers(tmp_path: Path) -> None:

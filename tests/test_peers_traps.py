@@ -9,6 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ import finetune_bn as fbn
 from finetune_bn.errors import FinetuneBNError, UnsupportedLayer
 from finetune_bn.layers import FrozenBatchNorm, FrozenBatchNorm2d
 from finetune_bn.layers.frozen import AFFINE_KINDS, LEARNABLE, Affine
+from finetune_bn.samplers import PKBatchSampler
 from finetune_bn.sites import find_batch_norms
 from tests.models import NETS, Head1d, Plain, Tied, build, norm_act, settle, with_norm
 from tests.tools import assert_same_state
@@ -186,6 +188,38 @@ def test_metric_learning_trainers_freeze_by_class_name_until_the_next_train_and_
     before = statistics(theirs)
     theirs.train()(x).sum().backward()
     peer(changed(before, statistics(theirs)) and theirs.neck.weight.grad is not None, "freeze_trunk_batchnorm")
+
+
+def test_metric_learning_trainers_miss_a_layer_with_another_name() -> None:
+    """pytorch-metric-learning `set_layers_to_eval` looks for "BatchNorm" in the name of the class."""
+    functions = pytest.importorskip("pytorch_metric_learning.utils.common_functions")
+
+    class Norm(nn.BatchNorm2d):
+        pass
+
+    model = fbn.convert(nn.Sequential(nn.Conv2d(3, 4, 1), Norm(4)), fbn.Freeze(), verify=False)
+    assert isinstance(model[1], FrozenBatchNorm)
+    theirs = nn.Sequential(nn.Conv2d(3, 4, 1), Norm(4)).train()
+    theirs.apply(functions.set_layers_to_eval("BatchNorm"))
+    peer(theirs[1].training, "set_layers_to_eval")
+
+
+def test_metric_learning_samplers_draw_from_numpys_global_generator() -> None:
+    """pytorch-metric-learning `MPerClassSampler`: what else draws decides the batches, and drawing changes the rest."""
+    samplers = pytest.importorskip("pytorch_metric_learning.samplers")
+    labels = torch.arange(20).repeat_interleave(4)
+    ours = PKBatchSampler(labels, 4, 2, seed=0)
+
+    def drawn(seed: int) -> tuple[list[list[int]], list[int]]:
+        np.random.seed(seed)
+        return list(ours.batches(0)), list(samplers.MPerClassSampler(labels, 2, 8, length_before_new_iter=80))
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert first[0] == again[0] == other[0]
+    before = np.random.get_state()[1].tolist()
+    list(ours)
+    assert np.random.get_state()[1].tolist() == before
+    peer(first[1] == again[1] != other[1], "MPerClassSampler")
 
 
 def test_a_last_batch_of_one_is_an_error_for_live_batch_norm() -> None:

@@ -29,6 +29,26 @@ def test_the_classification_recipe_gives_each_vendors_accuracy_and_reloads_into_
     assert Path(path[1]).is_file()
 
 
+@pytest.mark.parametrize("policy", ["frozen", "ghost"])
+def test_the_metric_learning_recipe_trains_and_gives_recall_before_and_after(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pytorch_metric_learning")
+    monkeypatch.setattr(
+        sys, "argv", ["metric_learning.py", "--policy", policy, "--steps", "2", "--test-batches", "0.2"]
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")
+    runpy.run_path(str(RECIPES / "metric_learning.py"), run_name="__main__")
+    recalls = re.search(
+        r"^Recall@1 on unseen emoji: (\S+)% before, (\S+)% after$", capsys.readouterr().out, re.MULTILINE
+    )
+    assert recalls
+    assert all(0 < float(share) <= 100 for share in recalls.groups())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_unknown_policy_ends_with_the_allowed_ones(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,16 +2,22 @@
 
 from finetune_bn.callbacks.conversion import BatchNormConversion, replay
 from finetune_bn.callbacks.group_norm import GroupNormCalibration, GroupNormDistillation
+from finetune_bn.callbacks.monitor import BatchNormMonitor
 from finetune_bn.callbacks.recalibration import BatchNormRecalibration
 from finetune_bn.callbacks.report import FinetuneReport
+from finetune_bn.callbacks.sampling import BatchCompositionGuard
 from finetune_bn.callbacks.schedule import BatchNormSchedule
+from finetune_bn.callbacks.step_limit import StepLimit
 
 __all__ = [
+    "BatchCompositionGuard",
     "BatchNormConversion",
+    "BatchNormMonitor",
     "BatchNormRecalibration",
     "BatchNormSchedule",
     "FinetuneReport",
     "GroupNormCalibration",
     "GroupNormDistillation",
+    "StepLimit",
     "replay",
 ]

@@ -92,5 +92,5 @@ class CollapseWatch:
         rank_zero_warn(
             f"The frozen network has collapsed: {sign}. Freezing BatchNorm narrows the range of learning rates that "
             "work, and a run does not recover from this. Start again from the pretrained weights with a learning "
-            "rate about 5 times smaller, or with a longer warm-up."
+            "rate about 5 times smaller, with a longer warm-up, or with the callback StepLimit."
         )

@@ -77,7 +77,9 @@ def reload_and_test(trainer: pl.Trainer, pl_module: pl.LightningModule, domains:
         needs = "a timm network as `net`, and `backbone` (its name) and `num_classes` among its hyperparameters"
         return Reload(left_out=f"{type(pl_module).__name__} does not have what it takes: {needs}")
     if any(map(is_converted_group_norm, pl_module.modules())):
-        return Reload(left_out="its layers were converted to GroupNorm, which timm's network of that name does not have")
+        return Reload(
+            left_out="its layers were converted to GroupNorm, which timm's network of that name does not have"
+        )
     if trainer.ckpt_path is None:
         remedy = "test(ckpt_path='best'), or the path of a checkpoint, tests a file"
         return Reload(left_out=f"no checkpoint was tested but the weights in memory; {remedy}")

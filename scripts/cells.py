@@ -1,0 +1,106 @@
+"""What the training studies share: a learning rate chosen from a ladder, AdamW with warm-up, and worker processes."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from store import Store
+from torch import nn
+
+WARMUP, WEIGHT_DECAY = 0.1, 0.05
+Cell = dict[str, Any]
+
+
+def rates_to_try(tried: Mapping[float, float], ladder: Sequence[float], first: Sequence[float]) -> list[float]:
+    """Return the rungs that the search has to look at next; none where it is over.
+
+    Args:
+        tried: the score of each rate that was tried; higher is better.
+        ladder: all rates, ascending.
+        first: the rates it starts with; it goes on while a neighbor of the best one was not tried.
+    """
+    missing = [lr for lr in first if lr not in tried]
+    if missing:
+        return missing
+    best = ladder.index(max(tried, key=lambda lr: tried[lr]))
+    return [ladder[i] for i in (best - 1, best + 1) if 0 <= i < len(ladder) and ladder[i] not in tried]
+
+
+def chosen_rate(tried: Mapping[float, float], ladder: Sequence[float], first: Sequence[float]) -> float | None:
+    """Return the best rate once the search is over."""
+    return None if rates_to_try(tried, ladder, first) else max(tried, key=lambda lr: tried[lr])
+
+
+def adamw(
+    net: nn.Module, lr: float, steps: int, others: Iterable[Mapping[str, Any]] = ()
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Return AdamW, vectors without weight decay, and its schedule: linear warm-up, then a cosine down to 0.
+
+    Args:
+        net: what is trained.
+        lr: peak learning rate.
+        steps: length of the schedule.
+        others: more parameter groups.
+    """
+    trained = [p for p in net.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        *others,
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+    warm = max(1, round(WARMUP * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: (s + 1) / warm if s < warm else (1 + math.cos(math.pi * (s - warm) / max(1, steps - warm))) / 2,
+    )
+    return optimizer, schedule
+
+
+def run(
+    store: Store,
+    next_cells: Callable[[Store], Iterator[Cell]],
+    measure: Callable[..., Cell],
+    workers: int,
+    score: str,
+) -> None:
+    """Measure until nothing is left, with a worker a core; each result is on disk before the next one starts.
+
+    Args:
+        store: where the rows go.
+        next_cells: yields the cells that can be measured now, most important first; more appear with the results.
+        measure: takes the entries of a cell and returns its figures, in a worker process.
+        workers: number of processes, one thread each.
+        score: the figure that the progress bar shows.
+    """
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    pending: dict[str, Any] = {}
+    last = TextColumn("{task.fields[last]}")
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), last)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool, Progress(*columns) as progress:
+        bar = progress.add_task("cells", total=None, last="")
+        while True:
+            for name in [name for name, job in pending.items() if job.ready()]:
+                row = pending.pop(name).get()
+                store.add(row)
+                told = f"{name}: {row[score]:.1f} %, {row['seconds']:.0f} s"
+                progress.update(bar, completed=len(store.rows), last=told)
+            for key in next_cells(store):
+                if len(pending) >= workers:
+                    break
+                name = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in key.values())
+                if name not in pending:
+                    pending[name] = pool.apply_async(_work, (measure, key))
+            if not pending:
+                return
+            next(iter(pending.values())).wait(1.0)
+
+
+def _work(measure: Callable[..., Cell], key: Cell) -> Cell:
+    torch.set_num_threads(1)
+    return key | measure(**key)
