@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import socket
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import finetune_bn as fbn
@@ -189,3 +191,29 @@ def test_the_record_is_a_table_and_plain_data() -> None:
     record = fbn.calibrate_group_norm(model, [x])
     assert "error before" in str(record)
     assert json.loads(json.dumps(record.to_dict()))["images"] == 24
+
+
+def _rank(rank: int, sizes: list[int], port: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=len(sizes))
+    model, x, _ = converted(groups="auto")
+    fbn.calibrate_group_norm(model, x.split(sizes)[rank].split(5))
+    fitted = [value.tolist() for value in model.state_dict().values()]
+    record = fbn.distil(model, x.split(sizes)[rank], lr=1e-3)
+    results[rank] = fitted, [value.tolist() for value in model.state_dict().values()], record.steps
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_fit_to_the_images_of_all_and_distil_in_step() -> None:
+    sizes = [16, 8]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = mp.get_context("spawn").Manager().dict()
+    mp.spawn(_rank, (sizes, port, results), nprocs=len(sizes))
+    assert results[0] == results[1], "the processes have the same network, and made the same number of steps"
+    alone, x, _ = converted(groups="auto")
+    fbn.calibrate_group_norm(alone, [x])
+    for value, other in zip(alone.state_dict().values(), results[0][0], strict=True):
+        torch.testing.assert_close(value, torch.tensor(other), rtol=1e-4, atol=1e-5)
