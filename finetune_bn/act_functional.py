@@ -4,7 +4,7 @@ Left to autograd, two are kept: the layer's input x for the gradient of the scal
 with xhat = (x - mean) / sqrt(var + eps) and z = weight * xhat + bias:
 
 - ReLU keeps its output y alone, which the next convolution keeps anyway. Where y > 0, xhat = (y - bias) / weight, and
-  elsewhere no gradient passes, so the gradient of `weight` is (sum G y - bias sum G) / weight, G being that of z.
+  elsewhere no gradient passes, so the gradient of `weight` is (sum G (y - bias)) / weight, G being that of z.
   Rounding of y and bias is divided by the weight there: `relu_tells_input` is the rule for when that is safe.
 - SiLU and Hardswish keep x alone; z is computed again.
 """
@@ -26,9 +26,17 @@ _EXCESS = {torch.float64: 1e4, torch.float32: 64.0, torch.bfloat16: 16.0, torch.
 # Below this weight the output is in the range where numbers of the dtype lose digits.
 _SMALLEST = {torch.float64: 1e-100, torch.float32: 1e-20, torch.bfloat16: 1e-20, torch.float16: 2.0**-7}
 
+
+def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(grad, z)  # type: ignore[no-any-return]
+    sigmoid = torch.sigmoid(z)  # PyTorch's own cannot be differentiated
+    return grad * (sigmoid * (1 + z * (1 - sigmoid)))
+
+
 Backward = Callable[[Tensor, Tensor], Tensor]
 RECOMPUTED: dict[str, tuple[Callable[[Tensor], Tensor], Backward]] = {
-    "SiLU": (F.silu, torch.ops.aten.silu_backward),
+    "SiLU": (F.silu, _silu_backward),
     "Hardswish": (F.hardswish, torch.ops.aten.hardswish_backward),
 }
 
@@ -110,9 +118,9 @@ class _ReLU(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad * (weight * of_deviation).to(grad.dtype).view(per_channel)
         if ctx.needs_input_grad[1]:
-            of_output = (at_least_float32(grad) * y).sum(others)
-            grad_weight = of_output if bias is None else of_output - bias * sums
-            grad_weight = (grad_weight / weight).to(weight.dtype)
+            # Not sum(G y) - bias sum(G): where the bias is large the two cancel.
+            of_input = at_least_float32(y) if bias is None else y - at_least_float32(bias).view(per_channel)
+            grad_weight = ((of_input * grad).sum(others) / weight).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = sums.to(bias.dtype)
         return grad_x, grad_weight, grad_bias, None, None, None

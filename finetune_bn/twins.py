@@ -27,8 +27,8 @@ def group_norm_sites(model: nn.Module) -> list[BatchNormSite]:
 def batch_norm_twin(model: nn.Module) -> nn.Module:
     """Return a copy of the model in which each converted GroupNorm is the BatchNorm that it was; in eval mode.
 
-    All else is as in the model today, its other weights too: before any training it is the pretrained network. It has
-    no hooks of the norm layers, and nothing in it requires a gradient.
+    All else is as in the model today, its other weights and its hooks too: before any training it is the pretrained
+    network. Nothing in it requires a gradient.
     """
     twin = copy.deepcopy(model)
     layers = {id(site.module): site.module for site in group_norm_sites(twin)}

@@ -16,7 +16,8 @@ from typing_extensions import override
 from finetune_bn.callbacks.collapse import CollapseWatch
 from finetune_bn.convert import convert, revert
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, complaint
-from finetune_bn.plans import Plan, plan
+from finetune_bn.folding import as_carried_out
+from finetune_bn.plans import Plan, may_fold, plan
 from finetune_bn.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, ToGroupNorm, check_policy
 from finetune_bn.sites import find_batch_norms
 
@@ -176,7 +177,7 @@ class BatchNormConversion(Callback):
             return None
 
     def _convert(self, pl_module: pl.LightningModule) -> None:
-        self._apply(pl_module, plan(self.target(pl_module), self.policy, probe=False))
+        self._apply(pl_module, plan(self.target(pl_module), self.policy, probe=may_fold(self.policy)))
 
     def _convert_new(self, pl_module: pl.LightningModule) -> None:
         """Convert what the module has built since its layers were converted, if it has built any."""
@@ -187,7 +188,7 @@ class BatchNormConversion(Callback):
     def _apply(self, pl_module: pl.LightningModule, the_plan: Plan) -> None:
         _check_sharing(pl_module, self.module or "")
         _carry_out(pl_module, self.module or "", lambda target: convert(target, the_plan, verify=self.verify))
-        self.plan = the_plan
+        self.plan = the_plan = as_carried_out(the_plan, self.target(pl_module))
         rank_zero_info(f"BatchNormConversion: {str(the_plan).splitlines()[0]}")
         for row in the_plan.rows:
             if row.policy is None:

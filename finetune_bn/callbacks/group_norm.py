@@ -126,9 +126,9 @@ class GroupNormDistillation(_BeforeTraining):
         module: str | None = None,
         max_samples: int | None = 1000,
         epochs: int = 1,
-        batch_size: int = 4,
+        batch_size: int = 2,
         lr: float = 1e-4,
-        affine_only: float = 0.2,
+        affine_only: float = 0.1,
         blend: float = 0.0,
         seed: int = 0,
     ) -> None:
