@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import cells
 import study_small_batch as small
 import torch
 import torch.nn.functional as F
@@ -216,13 +217,8 @@ def fine_tune_cells(store: Store) -> Iterator[dict[str, Any]]:
     for batch in BATCHES:
         arms = OWN_ARMS if batch in small.BATCHES else (*OWN_ARMS, *SHARED_ARMS)
         for arm in arms:
-            tried = tried_rates(store, arm, batch)
-            rungs = [lr for lr in small.FIRST_RUNGS if lr not in tried]
-            if not rungs:
-                best = LADDER.index(max(tried, key=lambda lr: tried[lr]))
-                near = [LADDER[i] for i in (best - 1, best + 1) if 0 <= i < len(LADDER)]
-                rungs = [lr for lr in near if lr not in tried]
-            yield from (_fine_tune_cell(arm, batch, lr, 0) for lr in rungs)
+            missing = cells.rates_to_try(tried_rates(store, arm, batch), LADDER, small.FIRST_RUNGS)
+            yield from (_fine_tune_cell(arm, batch, lr, 0) for lr in missing)
         for arm in arms:
             lr = chosen_rate(store, arm, batch)
             if lr is not None:
@@ -248,12 +244,7 @@ def tried_rates(store: Store, arm: str, batch: int) -> dict[float, float]:
 
 def chosen_rate(store: Store, arm: str, batch: int) -> float | None:
     """Return the arm's learning rate once the search is over: the best rung and both its neighbors were run."""
-    tried = tried_rates(store, arm, batch)
-    if not all(lr in tried for lr in small.FIRST_RUNGS):
-        return None
-    best = LADDER.index(max(tried, key=lambda lr: tried[lr]))
-    near = [LADDER[i] for i in (best - 1, best + 1) if 0 <= i < len(LADDER)]
-    return LADDER[best] if all(lr in tried for lr in near) else None
+    return cells.chosen_rate(tried_rates(store, arm, batch), LADDER, small.FIRST_RUNGS)
 
 
 def next_cell(store: Store, parts: tuple[str, ...]) -> dict[str, Any] | None:

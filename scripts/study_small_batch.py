@@ -81,16 +81,16 @@ def fine_tune(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
 
     torch.manual_seed(seed)
     net = create_backbone("tf_efficientnet_lite0", "package", num_classes=9)
-    return train(fbn.convert(net, ARMS[arm], verify=False), batch, lr, seed)
+    return train(fbn.convert(net, ARMS[arm], verify=False), batch, lr, seed, limited=arm == "limited")
 
 
-def train(net: nn.Module, batch: int, lr: float, seed: int) -> dict[str, Any]:
+def train(net: nn.Module, batch: int, lr: float, seed: int, limited: bool = False) -> dict[str, Any]:
     """Train a network whose layers are what they are to be, and return its figures."""
     splits = images(seed)
     x, y = splits["train"]
     steps = EPOCHS * math.ceil(len(x) / batch)
     optimizer, schedule = cells.adamw(net, lr, steps)
-    if arm == "limited":
+    if limited:
         limit_steps(optimizer, net)
     started = time.perf_counter()
     order = torch.Generator().manual_seed(seed)
