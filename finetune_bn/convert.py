@@ -1,4 +1,4 @@
-"""Carry out a plan on a model, prove that its outputs are the same, and undo it."""
+"""Carry out a plan on a model, all or nothing, and undo it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,12 @@ from torch.utils._pytree import tree_map_only
 
 from finetune_bn.errors import (
     ConversionMismatch,
-    FinetuneBNError,
     NoBatchNormMatched,
     UnsupportedLayer,
     complaint,
 )
 from finetune_bn.folding import fold_plan, untied
-from finetune_bn.functional import TOLERANCE, at_least_float32
+from finetune_bn.functional import at_least_float32
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.live import hold_affine, is_held, release_affine, train_again
@@ -31,7 +30,7 @@ from finetune_bn.layers.noise import NoisyFrozenBatchNorm
 from finetune_bn.layers.norm_act import EVAL, GHOST, GROUP, NOISY, RENORM, STOCHASTIC, Family, class_for, frozen_class
 from finetune_bn.layers.stochastic import EvalBatchNorm
 from finetune_bn.layers.tracking import TrackingBatchNorm
-from finetune_bn.plans import Plan, PlanRow, check_model, may_fold, plan, refusal
+from finetune_bn.plans import Plan, PlanRow, check_model, may_fold, plan
 from finetune_bn.policies import (
     EvalNorm,
     Freeze,
@@ -44,7 +43,9 @@ from finetune_bn.policies import (
     Stochastic,
     ToGroupNorm,
 )
-from finetune_bn.probe import Probe, can_run, distance, find_probes, quietly
+from finetune_bn.probe import can_run, distance, find_probes, quietly
+from finetune_bn.proofs import Proof, prove_layer, prove_network, replace_modules, run_probes
+from finetune_bn.refusals import refusal
 from finetune_bn.sites import find_batch_norms, is_batch_norm
 
 log = logging.getLogger("finetune_bn")
@@ -274,7 +275,7 @@ def _swap(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_i
     try:
         converted = _change(converted, [swap for swap in swaps if swap.changes_function], example_input, verify)
     except BaseException:
-        _replace(converted, [(swap.new, swap.old) for swap in same])
+        replace_modules(converted, [(swap.new, swap.old) for swap in same])
         raise
     for swap in swaps:
         if swap.then is not None:
@@ -286,27 +287,28 @@ def _prove_and_replace(
     model: nn.Module, swaps: list[_Swap], build: Callable[[nn.Module], list[_Swap]], example_input: Any, verify: bool
 ) -> nn.Module:
     replacements = [(swap.old, swap.new) for swap in swaps if swap.new is not swap.old]
-    proofs: list[_Proof] = []
+    proofs: list[Proof] = []
     if verify and replacements and can_run(model):
         for swap in swaps:
-            _prove_layer(swap)
-        proofs = _run_probes(model, find_probes(model, example_input), [old for old, _ in replacements])
-    converted = _replace(model, replacements)
+            if swap.new is not swap.old:
+                prove_layer(swap.name, swap.old, swap.new)
+        proofs = run_probes(model, find_probes(model, example_input), [old for old, _ in replacements])
+    converted = replace_modules(model, replacements)
     try:
         # An old layer that the model still holds somewhere must not take the probe for a training batch.
         with contextlib.ExitStack() as stack:
             for old, _ in replacements:
                 stack.enter_context(quietly(old))
             for proof in proofs:
-                _prove_network(converted, proof, replacements)
+                prove_network(converted, proof, replacements)
     except BaseException as error:
-        _replace(converted, [(new, old) for old, new in replacements])
+        replace_modules(converted, [(new, old) for old, new in replacements])
         if not (isinstance(error, ConversionMismatch) and error.in_values) or not _is_rounding(
             model, build, example_input
         ):
             raise
         log.warning("the same function, proven in float64; this network amplifies float32 rounding: %s", error)
-        converted = _replace(model, replacements)
+        converted = replace_modules(model, replacements)
     return converted
 
 
@@ -314,14 +316,14 @@ def _change(model: nn.Module, swaps: list[_Swap], example_input: Any, verify: bo
     """Replace layers that are to compute something else; of the network it is proven that it runs through them."""
     pairs = [(swap.old, swap.new) for swap in swaps]
     if not verify or not pairs or not can_run(model):
-        return _replace(model, pairs)
-    proofs = _run_probes(model, find_probes(model, example_input), [old for old, _ in pairs])
-    converted = _replace(model, pairs)
+        return replace_modules(model, pairs)
+    proofs = run_probes(model, find_probes(model, example_input), [old for old, _ in pairs])
+    converted = replace_modules(model, pairs)
     try:
         for proof in proofs:
-            _prove_network(converted, proof, pairs, changed=True)
+            prove_network(converted, proof, pairs, changed=True)
     except BaseException:
-        _replace(converted, [(new, old) for old, new in pairs])
+        replace_modules(converted, [(new, old) for old, new in pairs])
         raise
     errors = [(_layer_error(swap), swap.name) for swap in swaps if isinstance(swap.new, GroupNorm)]
     known = sorted((error, name) for error, name in errors if error is not None)
@@ -352,73 +354,6 @@ def _layer_error(swap: _Swap) -> float | None:
     return float((y - reference).square().mean().sqrt() / reference.std(0).square().mean().sqrt().clamp_min(1e-30))
 
 
-def _replace(model: nn.Module, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> nn.Module:
-    """Replace modules by identity under every name they have, and return the (possibly new) root."""
-    new_of = {id(old): new for old, new in pairs}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in new_of:
-                parent._modules[name] = new_of[id(child)]
-    return new_of.get(id(model), model)
-
-
-@dataclass(frozen=True)
-class _Proof:
-    """What the network returned before the conversion, and which of the layers that go ran for it."""
-
-    probe: Probe
-    before: list[Tensor]
-    ran: frozenset[int]
-
-
-def _run_probes(model: nn.Module, probes: Sequence[Probe], layers: Sequence[nn.Module]) -> list[_Proof]:
-    results = []
-    for probe in probes:
-        try:
-            outputs = probe.run(model)
-            ran = frozenset(_layer_outputs(model, probe, layers))
-            results.append(_Proof(probe, outputs, ran))
-            if not outputs:
-                log.warning("no proof on the whole network, layer by layer only: it returned no tensors that are found")
-        except Exception as error:
-            if probe.given:
-                raise
-            log.warning(
-                "no proof on the whole network, layer by layer only: its example_input_array, or the input size in its "
-                "pretrained_cfg, does not fit (%s). Pass example_input.",
-                error.__cause__,
-            )
-    if not probes:
-        log.info("no proof on the whole network, layer by layer only: pass example_input for one")
-    return results
-
-
-def _prove_layer(swap: _Swap) -> None:
-    """Compare old and new layer, both in eval mode, on an input drawn from the layer's own statistics."""
-    if swap.new is swap.old:
-        return
-    stats = swap.old
-    mean, sd = at_least_float32(stats.running_mean), at_least_float32(stats.running_var).sqrt()  # type: ignore[arg-type]
-    dims = next((d for d in (4, 3, 5, 2) if _takes(swap.old, d) and _takes(swap.new, d)), 4)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(4, mean.numel(), *[2] * (dims - 2), generator=generator).to(mean.device, mean.dtype)
-    per_channel = [1, -1] + [1] * (dims - 2)
-    x = (noise * sd.view(per_channel) + mean.view(per_channel)).to(stats.running_mean.dtype)  # type: ignore[arg-type]
-    outputs = []
-    for layer in (swap.old, swap.new):
-        with quietly(layer):
-            outputs.append([layer.forward(x.clone())])  # past the hooks: they are not part of the function
-    _check(distance(outputs[1], outputs[0]), x.dtype, f"layer {swap.name or '(root)'} ({type(swap.old).__name__})")
-
-
-def _takes(layer: nn.Module, dims: int) -> bool:
-    try:
-        layer._check_input_dim(torch.empty([1] * dims))  # type: ignore[operator]
-    except ValueError:
-        return False
-    return True
-
-
 def _is_rounding(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_input: Any) -> bool:
     """Tell whether the same conversion of a float64 copy gives equal outputs, so that only rounding differed."""
     if not any(p.dtype == torch.float32 for p in model.parameters()):
@@ -427,7 +362,7 @@ def _is_rounding(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], ex
         wide = copy.deepcopy(model).double()
         probes = find_probes(wide, tree_map_only(Tensor, _double, example_input))
         before = [probe.run(wide) for probe in probes]
-        wide = _replace(wide, [(swap.old, swap.new) for swap in build(wide) if not swap.changes_function])
+        wide = replace_modules(wide, [(swap.old, swap.new) for swap in build(wide) if not swap.changes_function])
         return all(distance(p.run(wide), b) <= _ROUNDING for p, b in zip(probes, before, strict=True))
     except Exception:  # a network that cannot be copied, or computes in float32 alone, is left to its first verdict
         return False
@@ -435,71 +370,3 @@ def _is_rounding(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], ex
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _prove_network(
-    model: nn.Module, proof: _Proof, replacements: Sequence[tuple[nn.Module, nn.Module]], changed: bool = False
-) -> None:
-    probe, before = proof.probe, proof.before
-    try:
-        after = probe.run(model)
-    except FinetuneBNError as error:
-        raise ConversionMismatch(
-            f"the network: it took the probe input before, and with the new layers it raises {error.__cause__!r}. "
-            "Nothing was changed. Leave the layers it asks about out by a rule with Keep(), or report it."
-        ) from error
-    names = {id(module): name or "(root)" for name, module in model.named_modules()}
-    new_outputs = _layer_outputs(model, probe, [new for _, new in replacements])
-    lost = [names[id(replacements[i][1])] for i in sorted(proof.ran - new_outputs.keys())]
-    if lost:
-        raise ConversionMismatch(
-            f"the network: layers {lost} ran before, and do not run after they were replaced. The model also holds "
-            "them outside of its modules (a list, a closure), where the old ones would go on. Nothing was changed."
-        )
-    if changed:
-        return
-    # The widest of the dtypes in play: a bfloat16 network may return float32.
-    statistics: list[Tensor] = [old.get_buffer("running_mean") for old, _ in replacements]
-    dtypes = {t.dtype for t in [*before, *statistics]} & TOLERANCE.keys()
-    dtype = max(dtypes, key=lambda dtype: TOLERANCE[dtype], default=torch.float32)
-    off = distance(after, before)
-    if off <= TOLERANCE[dtype]:
-        return
-    model = _replace(model, [(new, old) for old, new in replacements])
-    old_outputs = _layer_outputs(model, probe, [old for old, _ in replacements])
-    _replace(model, replacements)
-    culprit = "the model's own code behind the last new layer"
-    for i, reference in old_outputs.items():
-        if distance(new_outputs.get(i, []), reference) > TOLERANCE[dtype]:
-            culprit = f"layer {names[id(replacements[i][1])]!r}"
-            break
-    _check(off, dtype, f"the network, first at {culprit}")
-
-
-def _layer_outputs(model: nn.Module, probe: Probe, layers: Sequence[nn.Module]) -> dict[int, list[Tensor]]:
-    """Return what each layer returned, keyed by its index and in the order of the first calls."""
-    outputs: dict[int, list[Tensor]] = {}
-
-    def hook(i: int) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            if module is layers[i]:  # an old layer and its new one share their hooks
-                outputs.setdefault(i, []).append(output.detach().clone())
-
-        return keep
-
-    handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
-    try:
-        probe.run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
-
-
-def _check(off: float, dtype: torch.dtype, where: str) -> None:
-    if not off <= TOLERANCE[dtype]:
-        raise ConversionMismatch(
-            f"{where}: outputs before and after differ by {off:.2g} of the largest value; allowed for {dtype}: "
-            f"{TOLERANCE[dtype]:.0e}. Nothing was changed. Leave the layer out by a rule with Keep(), or report it.",
-            in_values=True,
-        )

@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._pytree import tree_map_only
 
-from finetune_bn.convert import _replace
 from finetune_bn.errors import ConversionMismatch, FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
 from finetune_bn.fold_functional import merged_weight
 from finetune_bn.folding import untied
@@ -28,6 +27,7 @@ from finetune_bn.layers.tracking import TrackingBatchNorm
 from finetune_bn.pairs import find_feeds
 from finetune_bn.plans import check_model
 from finetune_bn.probe import Probe, can_run, distance, find_probes
+from finetune_bn.proofs import replace_modules
 from finetune_bn.sites import find_batch_norms
 
 log = logging.getLogger("finetune_bn")
@@ -206,7 +206,7 @@ def _exchange(model: nn.Module, merges: list[_Merge]) -> tuple[nn.Module, list[_
             values = own["weight"], own["bias"]
             own["weight"], own["bias"] = merge.values
         undo.append(replace(merge, norm=merge.new, new=merge.norm, values=values))
-    return _replace(model, [(merge.norm, merge.new) for merge in merges if merge.norm is not merge.new]), undo
+    return replace_modules(model, [(merge.norm, merge.new) for merge in merges if merge.norm is not merge.new]), undo
 
 
 def _is_rounding(model: nn.Module, example_input: Any) -> bool:

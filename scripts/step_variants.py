@@ -101,7 +101,8 @@ def without_norms(model: nn.Module, x: Tensor) -> nn.Module:
     handles = [m.register_forward_hook(remember) for m in model.modules() if isinstance(m, nn.Conv2d)]
     handles += [m.register_forward_pre_hook(arrive) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     with torch.no_grad():
-        model(x[:2])
+        model.eval()(x[:2])  # in training mode it would move the statistics
+        model.train()
         for handle in handles:
             handle.remove()
         for bn, conv in pairs.items():

@@ -85,7 +85,7 @@ def fine_tune(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
 
 
 def train(net: nn.Module, batch: int, lr: float, seed: int, limited: bool = False) -> dict[str, Any]:
-    """Train a network whose layers are what they are to be, and return its figures."""
+    """Train a network whose layers are what they are to be, with limited steps or without, and return its figures."""
     splits = images(seed)
     x, y = splits["train"]
     steps = EPOCHS * math.ceil(len(x) / batch)

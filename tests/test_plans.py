@@ -14,8 +14,9 @@ from torch.nn.utils import parametrize, prune
 
 import finetune_bn as fbn
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer
-from finetune_bn.plans import Plan, PlanRow, refusal
+from finetune_bn.plans import Plan, PlanRow
 from finetune_bn.policies import Policy, Rule
+from finetune_bn.refusals import refusal
 from tests.models import NETS, UNFREEZABLE, Head1d, Plain, Tied, build, settle, with_norm
 from tests.tools import untouched
 
