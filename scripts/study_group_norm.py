@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import cells
 import study_small_batch as small
 import torch
 import torch.nn.functional as F
@@ -132,16 +133,16 @@ def opacus_fix(net: nn.Module) -> nn.Module:
 
 
 def zero_shot(net: str, init: str, groups: int | str, images: int, seed: int) -> dict[str, Any]:
-    """Convert one network and return its figures; `seconds` are those of conversion and calibration."""
+    """Convert one network and return its figures; `seconds` are those of conversion and calibration, one thread."""
     model = copy.deepcopy(teacher(net)[0])
     x = emoji(seed)[0][:images]
-    started = time.perf_counter()
+    started = time.process_time()
     if init == "opacus":
         model = opacus_fix(model).eval()
     else:
         model = fbn.convert(model, fbn.ToGroupNorm(groups=groups, init=init), verify=False)  # type: ignore[arg-type]
     record = fbn.calibrate_group_norm(model, [x], max_samples=None) if init == "sequential" else None
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     row = figures(model, net) | {"seconds": seconds, "layers": len(fbn.plan(teacher(net)[0], fbn.Keep()).rows)}
     if record is not None:
         row |= {"errors": [round(r.error, 4) for r in record.rows], "chosen": [r.groups for r in record.rows]}
@@ -152,11 +153,11 @@ def warm_up(net: str, images: int, seed: int) -> dict[str, Any]:
     """Calibrate one network, distil, and return its figures."""
     model = copy.deepcopy(teacher(net)[0])
     x = emoji(seed)[0]
-    started = time.perf_counter()
+    started = time.process_time()
     model = fbn.convert(model, fbn.ToGroupNorm(groups=1, init="sequential"), verify=False)
     fbn.calibrate_group_norm(model, [x[:IMAGES]], max_samples=None)
     record = fbn.distil(model, [x[:images]], max_samples=None)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     return figures(model, net) | {"seconds": seconds, "loss": record.loss_after}
 
 
@@ -216,13 +217,8 @@ def fine_tune_cells(store: Store) -> Iterator[dict[str, Any]]:
     for batch in BATCHES:
         arms = OWN_ARMS if batch in small.BATCHES else (*OWN_ARMS, *SHARED_ARMS)
         for arm in arms:
-            tried = tried_rates(store, arm, batch)
-            rungs = [lr for lr in small.FIRST_RUNGS if lr not in tried]
-            if not rungs:
-                best = LADDER.index(max(tried, key=lambda lr: tried[lr]))
-                near = [LADDER[i] for i in (best - 1, best + 1) if 0 <= i < len(LADDER)]
-                rungs = [lr for lr in near if lr not in tried]
-            yield from (_fine_tune_cell(arm, batch, lr, 0) for lr in rungs)
+            missing = cells.rates_to_try(tried_rates(store, arm, batch), LADDER, small.FIRST_RUNGS)
+            yield from (_fine_tune_cell(arm, batch, lr, 0) for lr in missing)
         for arm in arms:
             lr = chosen_rate(store, arm, batch)
             if lr is not None:
@@ -248,12 +244,7 @@ def tried_rates(store: Store, arm: str, batch: int) -> dict[float, float]:
 
 def chosen_rate(store: Store, arm: str, batch: int) -> float | None:
     """Return the arm's learning rate once the search is over: the best rung and both its neighbors were run."""
-    tried = tried_rates(store, arm, batch)
-    if not all(lr in tried for lr in small.FIRST_RUNGS):
-        return None
-    best = LADDER.index(max(tried, key=lambda lr: tried[lr]))
-    near = [LADDER[i] for i in (best - 1, best + 1) if 0 <= i < len(LADDER)]
-    return LADDER[best] if all(lr in tried for lr in near) else None
+    return cells.chosen_rate(tried_rates(store, arm, batch), LADDER, small.FIRST_RUNGS)
 
 
 def next_cell(store: Store, parts: tuple[str, ...]) -> dict[str, Any] | None:
@@ -294,7 +285,7 @@ def summarize(store: Store) -> dict[str, Any]:
 
 def markdown(summary: dict[str, Any]) -> str:
     """Return the figures without training as a table."""
-    head = ["network", "how", "groups", "images", "agreement %", "cosine", "Recall@1 % (BatchNorm)", "seconds"]
+    head = ["network", "how", "groups", "images", "agreement %", "cosine", "Recall@1 % (BatchNorm)", "CPU seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     order = {"copy": 0, "reset": 1, "opacus": 2, "closed_form": 3, "sequential": 4, "": 5}
     for line in sorted(
@@ -351,7 +342,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         if rows:
             label = {"": "sequential, distilled"}.get(init, init)
             axis.plot([max(r["seconds"], 0.01) for r in rows], [r["agreement"] for r in rows], f"C{i}o-", label=label)
-    axis.set(xscale="log", xlabel="seconds", ylabel="agreement with the BatchNorm network, %", ylim=(0, 100))
+    axis.set(xscale="log", xlabel="CPU seconds", ylabel="agreement with the BatchNorm network, %", ylim=(0, 100))
     axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -364,6 +355,7 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true", help="write tables and plot from the rows there are")
     arguments = parser.parse_args()
     store = Store(ROOT / "results/study_group_norm.json", "python scripts/study_group_norm.py", SEEDS, "cpu")
+    torch.set_num_threads(1)  # so that CPU seconds are seconds of one core
     began = time.monotonic()
     while not arguments.report_only and time.monotonic() - began < 60 * arguments.minutes:
         key = next_cell(store, tuple(arguments.parts))
