@@ -6,8 +6,12 @@ weights in `finetune_bn.backbones`.
 """
 
 from finetune_bn.banks import StatisticsBank
+from finetune_bn.calibrate import Calibration, LayerFit, calibrate_group_norm
 from finetune_bn.convert import convert, revert
+from finetune_bn.distil import Distillation, distil
 from finetune_bn.errors import FinetuneBNError
+from finetune_bn.memory import LayerMemory, MemoryReport, memory_report
+from finetune_bn.merging import fold
 from finetune_bn.plans import Plan, plan
 from finetune_bn.policies import (
     EvalNorm,
@@ -21,6 +25,7 @@ from finetune_bn.policies import (
     Rule,
     Rules,
     Stochastic,
+    ToGroupNorm,
 )
 from finetune_bn.recalibrate import recalibrate
 from finetune_bn.recalibration_record import LayerRecord, Recalibration
@@ -28,13 +33,18 @@ from finetune_bn.recalibration_record import LayerRecord, Recalibration
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "Distillation",
     "EvalNorm",
     "FinetuneBNError",
     "Freeze",
     "FreezeAffine",
     "Ghost",
     "Keep",
+    "LayerFit",
+    "LayerMemory",
     "LayerRecord",
+    "MemoryReport",
     "NormalizeOnly",
     "Plan",
     "Policy",
@@ -44,7 +54,12 @@ __all__ = [
     "Rules",
     "StatisticsBank",
     "Stochastic",
+    "ToGroupNorm",
+    "calibrate_group_norm",
     "convert",
+    "distil",
+    "fold",
+    "memory_report",
     "plan",
     "recalibrate",
     "revert",

@@ -1,4 +1,4 @@
-"""The command `finetune-bn`: fine-tune, evaluate and plan from a config file."""
+"""The command `finetune-bn`: fine-tune, evaluate, plan, recalibrate and export from a config file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,17 +21,21 @@ from typing_extensions import override
 import finetune_bn.data
 import finetune_bn.tasks  # noqa: F401
 from finetune_bn.callbacks import BatchNormConversion, BatchNormRecalibration
-from finetune_bn.callbacks.checkpoint import Split, recalibrate_checkpoint
+from finetune_bn.callbacks.checkpoint import Split, load_into, recalibrate_checkpoint
 from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.export import export
 from finetune_bn.files import write_atomically
 from finetune_bn.measuring import How, Mode, Part
+from finetune_bn.memory import MemoryReport, memory_report
+from finetune_bn.merging import fold
 from finetune_bn.plans import plan
 from finetune_bn.policies import Policy
 from finetune_bn.report import to_json
+from finetune_bn.sites import find_batch_norms
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, and two verbs more."""
+    """Lightning's Trainer, and three verbs more."""
 
     def plan(
         self,
@@ -38,6 +43,7 @@ class Trainer(pl.Trainer):
         datamodule: pl.LightningDataModule | None = None,
         format: Literal["text", "json"] = "text",
         output: str | None = None,
+        memory: bool = False,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -48,6 +54,8 @@ class Trainer(pl.Trainer):
             datamodule: The data of the config; it is not read.
             format: A table to look at (text), or JSON.
             output: A file to write to instead of the terminal.
+            memory: Also show the bytes that a training step keeps for its backward pass, layer by layer, before and
+                after. For a batch of the data's batch_size and image_size, or else of the model's example_input_array.
             ckpt_path: Not read. It may be there so that the run_config.yaml that `fit` leaves can be planned again.
             weights_only: As ckpt_path.
         """
@@ -55,6 +63,9 @@ class Trainer(pl.Trainer):
         model.configure_model()
         the_plan = plan(conversion.target(model), conversion.policy)
         text = the_plan.to_json() if format == "json" else str(the_plan)
+        if memory:
+            kept = self._memory(model, datamodule, conversion)
+            text = to_json(the_plan.to_dict() | {"memory": kept.to_dict()}) if format == "json" else f"{text}\n\n{kept}"
         if output is None:
             print(text)
             return
@@ -65,6 +76,46 @@ class Trainer(pl.Trainer):
         except OSError as error:
             raise FinetuneBNError(complaint("output", output, "a file that can be written", f"{error}.")) from error
         print(f"Plan of {len(the_plan.rows)} layers: {output}")
+
+    def _memory(
+        self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None, conversion: BatchNormConversion
+    ) -> MemoryReport:
+        images = _images(model, datamodule, getattr(datamodule, "batch_size", 1))
+        autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.precision))
+        return memory_report(conversion.target(model), images, conversion.policy, autocast=autocast)
+
+    def export(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        output: str | None = None,
+        merge: bool = True,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Write the network of a checkpoint to a file that needs neither its code nor this package. Trains nothing.
+
+        The file takes images as the data module hands them out, resized and normalized, in batches of any size where
+        the network allows it, and is compared with the network before it is written.
+
+        Args:
+            model: The model of the config.
+            datamodule: The data of the config; only its image_size is read.
+            ckpt_path: The checkpoint. It is read only.
+            output: The file, overwritten if it is there; .onnx, or .pt2 for `torch.export.load`.
+            merge: Merge BatchNorm layers into the convolutions in front of them, where they fit.
+            weights_only: Read tensors and plain values from the checkpoint, and no other objects.
+        """
+        for name, path in (("ckpt_path", ckpt_path), ("output", output)):
+            if path is None:
+                raise FinetuneBNError(complaint(name, None, "a file"))
+        assert ckpt_path is not None
+        assert output is not None
+        load_into(model, self, ckpt_path, weights_only)
+        images = _images(model, datamodule, 2)
+        if merge and find_batch_norms(model, group_norms=True):
+            fold(model, images)
+        print(f"Exported: {export(model, output, images)}")
 
     def recalibrate(
         self,
@@ -162,6 +213,17 @@ class Trainer(pl.Trainer):
         print(f"{record}\nRecalibrated checkpoint: {path}")
 
 
+def _images(model: pl.LightningModule, datamodule: pl.LightningDataModule | None, batch_size: int) -> Any:
+    """Return input for the model, of the size of the data or else the model's own example."""
+    size = getattr(datamodule, "image_size", None)
+    if isinstance(size, int):
+        return torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
+    if model.example_input_array is None:
+        allowed = "data with an image_size, or a model with an example_input_array, to know what goes in"
+        raise FinetuneBNError(complaint("data", type(datamodule).__name__, allowed))
+    return model.example_input_array
+
+
 class FinetuneBNCLI(LightningCLI):
     """LightningCLI with a `batch_norm` section for the layers and the number of classes taken from the data."""
 
@@ -190,7 +252,7 @@ class FinetuneBNCLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         own = {"model", "datamodule"}
-        return LightningCLI.subcommands() | {"plan": own, "recalibrate": own}
+        return LightningCLI.subcommands() | {"plan": own, "recalibrate": own, "export": own}
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -203,8 +265,8 @@ class FinetuneBNCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Let `recalibrate`, which writes one file, run on one device of those that the config asks for."""
-        if self.subcommand == "recalibrate":
+        """Let what writes one file run on one device of those that the config asks for."""
+        if self.subcommand in ("recalibrate", "export"):
             options = self.config[self.subcommand].trainer
             options.devices, options.num_nodes, options.strategy = 1, 1, "auto"
 

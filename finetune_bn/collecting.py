@@ -15,17 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.feeding import Chunk, Feeder, recut
+from finetune_bn.feeding import Chunk, Feeder, join, recut
 from finetune_bn.layers.statistics import Statistics, normalize, normalize_by_batch
 from finetune_bn.lockstep import FINISHED, DifferentPaths, caller_settings, meet, run_in_lockstep
-from finetune_bn.moments import ImageMeans, Moments, has_long_rows, measure_images, merge_all
+from finetune_bn.moments import (
+    ImageMoments,
+    Moments,
+    accumulator,
+    has_long_rows,
+    measure_images,
+    measures_faster,
+    merge_all,
+    merge_rows,
+)
 from finetune_bn.ranks import OtherProcessFailed, Ranks
 from finetune_bn.sampling_error import ImageSpread
 
 # All of the first images tell how images differ, later ones at intervals: the estimate needs no more, and costs time.
 _LOOK_AT_ALL, _LOOK_EVERY = 32, 16
-# Images that go through the model at once in lock-step: as many as fill the cores, and few enough for their caches.
-PIECE = 64
+# Images that go through the model at once in lock-step, at most; and on a CPU as many as hold so many values, by which
+# 32 of 64 pixels and 2 of 224 pixels: enough to fill a core, and few enough for its caches.
+PIECE, _VALUES_OF_A_PIECE = 64, 1 << 19
 # So many measurements of a layer are merged at once.
 _MERGE_AT = 32
 
@@ -57,12 +67,33 @@ class Layer:
         channels, device = self.before.mean.numel(), self.before.mean.device
         self._known = (Moments.none(channels, device), ImageSpread.none(channels, device))
         self.not_finite: set[int] = set()
-        self._waiting: list[tuple[Moments, ImageMeans | None]] = []
+        self._waiting: list[Moments] = []
+        self._counts: list[int] = []
+        self._images: list[ImageMoments] = []
+        self._rows = torch.zeros(2, _MERGE_AT, channels, dtype=self.before.mean.dtype, device=device)
 
-    def note(self, moments: Moments, images: ImageMeans | None, not_finite: Iterable[int] = ()) -> None:
+    def suits_kernel(self, x: Tensor) -> bool:
+        """Whether BatchNorm's kernel for training can run here; torch refuses to train with eps 0."""
+        return self.before.eps > 0 and self._rows.dtype == accumulator(x)
+
+    @property
+    def next_row(self) -> tuple[Tensor, Tensor]:
+        """Where the kernel for training is to write mean and unbiased variance, before `note_row`; 0 as yet."""
+        mean, var = self._rows[:, len(self._counts)]
+        return mean, var
+
+    def note_row(self, count: int, images: Sequence[ImageMoments]) -> None:
+        """Add what was written to `next_row`: statistics of so many values a channel; and as in `note` the images."""
+        self._counts.append(count)
+        self._images += images
+        if len(self._counts) == _MERGE_AT:
+            self._merge()
+
+    def note(self, moments: Moments, images: Sequence[ImageMoments] = (), not_finite: Iterable[int] = ()) -> None:
         """Add what arrived, the images among it that tell how images differ, and which batches are not finite."""
-        self._waiting.append((moments, images))
-        self.not_finite |= set(not_finite)
+        self._waiting.append(moments)
+        self._images += images
+        self.not_finite.update(not_finite)
         if len(self._waiting) == _MERGE_AT:
             self._merge()
 
@@ -79,14 +110,19 @@ class Layer:
         return self._known[1]
 
     def _merge(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        if not waiting:
-            return
         moments, spread = self._known
-        looked_at = [images for _, images in waiting if images is not None]
-        if looked_at:
-            spread = spread.merge(ImageSpread.of_images(looked_at))
-        self._known = merge_all([moments, *(part for part, _ in waiting)]), spread
+        parts = self._waiting
+        if counts := self._counts:
+            means, variances = self._rows[:, : len(counts)]
+            degrees = torch.tensor(counts, device=means.device)[:, None] - 1
+            parts = [*parts, merge_rows(counts, means, variances * degrees)]
+            self._rows.zero_()
+        if parts:
+            moments = merge_all([moments, *parts])
+        if self._images:
+            spread = spread.merge(ImageSpread.of_images(self._images))
+        self._known = moments, spread
+        self._waiting, self._counts, self._images = [], [], []
 
     def snapshot(self) -> Callable[[], None]:
         """Return what brings back the state of now."""
@@ -94,7 +130,8 @@ class Layer:
         known, not_finite = self._known, set(self.not_finite)
 
         def restore() -> None:
-            self._known, self.not_finite, self._waiting = known, not_finite, []
+            self.forget()
+            self._known, self.not_finite = known, not_finite
 
         return restore
 
@@ -129,26 +166,35 @@ class Collector:
         for layer in self.layers:
             layer.forget()
 
-    def one_by_one(self, chunk: Chunk, *, as_kernel: bool) -> None:
-        """Run a chunk, each layer normalizing by the chunk itself, or by what it had where that is preserved.
+    def cut(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Return the chunks as pieces of the size in which they go through the model in lock-step."""
+        size = PIECE
+        if chunks and self.feeder.device.type == "cpu":
+            fit = max(_VALUES_OF_A_PIECE // max(chunks[0].values_of_an_image, 1), 1)
+            size = min(size, 1 << (fit.bit_length() - 1))  # a power of two, as batches are: less to cut and join
+        return list(recut(chunks, size))
+
+    def one_by_one(self, chunks: Sequence[Chunk], *, as_kernel: bool) -> None:
+        """Run chunks as one, each layer normalizing by all of them, or by what it had where that is preserved.
 
         Args:
-            chunk: the images.
+            chunks: the images; of one `shape_key`.
             as_kernel: the statistics settled on are those measured, which BatchNorm's kernel for training can use.
         """
-        if self._cut_up and len(chunk) > PIECE and chunk.shape_key is not None and self._in_pieces(chunk):
+        if self._cut_up and len(pieces := self.cut(chunks)) > 1 and self._in_pieces(pieces):
             return
+        chunk = join(chunks)
         way = self._preserving if self.preserve else partial(self._by_itself, as_kernel=as_kernel)
         with self._patched(way), self._settings():
             self._feed(chunk, self._looked_at(chunk))
 
-    def _in_pieces(self, chunk: Chunk) -> bool:
-        """Run a chunk in lock-step with itself: the same, without the large allocations, which cost more than sums.
+    def _in_pieces(self, pieces: Sequence[Chunk]) -> bool:
+        """Run the pieces in lock-step: the same, without the large allocations, which cost more than sums.
 
         False where the pieces take different paths through the model; then nothing was measured.
         """
         seen, restore = self._seen, [layer.snapshot() for layer in self.layers]
-        jobs = [partial(self._feed, piece, self._looked_at(piece)) for piece in recut([chunk], PIECE)]
+        jobs = [partial(self._feed, piece, self._looked_at(piece)) for piece in pieces]
 
         def pool(place: int, brought: list[Moments]) -> Statistics | None:
             return None if place == FINISHED else self.settle(place, merge_all(brought))
@@ -163,13 +209,13 @@ class Collector:
             return False
         return True
 
-    def together(self, chunks: Sequence[Chunk], on_layer: Callable[[int], None]) -> None:
-        """Run the chunks in lock-step, each layer normalizing by the statistics of all of them, on all processes.
+    def together(self, pieces: Sequence[Chunk], on_layer: Callable[[int], None]) -> None:
+        """Run the pieces in lock-step, each layer normalizing by the statistics of all of them, on all processes.
 
         What was measured before is forgotten.
         """
         self.forget()
-        jobs = [partial(self._feed, chunk, self._looked_at(chunk)) for chunk in chunks]
+        jobs = [partial(self._feed, piece, self._looked_at(piece)) for piece in pieces]
         try:
             with self._patched(self._by_all):
                 run_in_lockstep(jobs, partial(self._pool, on_layer), self._settings)
@@ -179,16 +225,17 @@ class Collector:
             self.ranks.fail(1)
             raise
 
-    def _feed(self, chunk: Chunk, looked_at: Tensor) -> None:
+    def _feed(self, chunk: Chunk, looked_at: Sequence[slice]) -> None:
         self._chunk.batches, self._chunk.looked_at = chunk.batch, looked_at
         self.feeder(chunk)
 
-    def _looked_at(self, chunk: Chunk) -> Tensor:
+    def _looked_at(self, chunk: Chunk) -> list[slice]:
         """Return which images of the chunk tell how images differ."""
-        numbers = range(self._seen, self._seen + len(chunk))
-        self._seen += len(chunk)
-        chosen = [i for i, n in enumerate(numbers) if n < _LOOK_AT_ALL or n % _LOOK_EVERY == 0]
-        return torch.tensor(chosen, dtype=torch.long, device=self.feeder.device)
+        start, number = self._seen, len(chunk)
+        self._seen += number
+        first = min(max(_LOOK_AT_ALL - start, 0), number)
+        later = first + -(start + first) % _LOOK_EVERY
+        return [part for part in (slice(0, first), slice(later, number, _LOOK_EVERY)) if part.start < part.stop]
 
     @contextlib.contextmanager
     def _patched(self, way: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
@@ -218,12 +265,15 @@ class Collector:
     def _by_itself(self, number: int, x: Tensor, *, as_kernel: bool) -> Tensor:
         layer = self.layers[number]
         values = x.numel() // x.shape[1]
-        # Torch refuses to train with eps 0.
-        if as_kernel and values > 1 and layer.before.eps > 0 and not has_long_rows(x):
-            y, mean, var = normalize_by_batch(layer.module, x, layer.before)
-            moments = Moments.of_statistics(mean, var * (1 - 1 / values), values)
-            # The kernel measures as `Moments.of` does, but for means that are too large for their dtype.
-            self._note(number, Moments.of(x) if moments.mean_is_too_large() else moments, x)
+        if as_kernel and values > 1 and layer.suits_kernel(x) and not measures_faster(x):
+            mean, var = layer.next_row
+            y = normalize_by_batch(layer.module, x, layer.before, mean, var)
+            if Moments(values, mean, var * (values - 1)).mean_is_in_range():
+                layer.note_row(values, self._some_images(x, mean))
+            else:
+                mean.zero_()
+                var.zero_()
+                self._measure(number, x)
             return y
         moments = self._measure(number, x)
         if values == 1:  # one value alone has no variance to normalize by
@@ -236,23 +286,18 @@ class Collector:
         return normalize(self.layers[number].module, x, settled)
 
     def _measure(self, number: int, x: Tensor) -> Moments:
-        if not has_long_rows(x):
+        if has_long_rows(x):
+            moments, images = measure_images(x)
+            some = [images[part] for part in self._chunk.looked_at]
+        else:
             moments = Moments.of(x)
-            self._note(number, moments, x)
-            return moments
-        moments, images = measure_images(x)
-        self._note(number, moments, x, images)
+            some = self._some_images(x, moments.mean)
+        self.layers[number].note(moments, some, () if moments.is_finite else self._not_finite(x))
         return moments
 
-    def _note(self, number: int, moments: Moments, x: Tensor, images: ImageMeans | None = None) -> None:
-        chunk = self._chunk
-        chosen: Tensor = chunk.looked_at
-        if x.shape[0] != len(chunk.batches):  # the model has folded something else into the batch dimension
-            chosen = chosen[chosen < x.shape[0]]
-        few: ImageMeans | None = None
-        if chosen.numel():
-            few = ImageMeans.of(x[chosen], moments.mean) if images is None else images[chosen]
-        self.layers[number].note(moments, few, () if moments.is_finite else self._not_finite(x))
+    def _some_images(self, x: Tensor, pivot: Tensor) -> list[ImageMoments]:
+        """Return the moments of the images that tell how images differ."""
+        return [ImageMoments.of(x[part], pivot) for part in self._chunk.looked_at if part.start < len(x)]
 
     def _not_finite(self, x: Tensor) -> set[int]:
         """Return the batches whose images have NaN or infinite values in `x`."""

@@ -1,4 +1,4 @@
-"""Carry out a plan on a model, prove that its outputs are the same, and undo it."""
+"""Carry out a plan on a model, all or nothing, and undo it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,22 +17,36 @@ from torch.utils._pytree import tree_map_only
 
 from finetune_bn.errors import (
     ConversionMismatch,
-    FinetuneBNError,
     NoBatchNormMatched,
     UnsupportedLayer,
     complaint,
 )
-from finetune_bn.functional import TOLERANCE, at_least_float32
+from finetune_bn.folding import fold_plan, untied
+from finetune_bn.functional import at_least_float32
 from finetune_bn.layers.frozen import FrozenBatchNorm
+from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.live import hold_affine, is_held, release_affine, train_again
 from finetune_bn.layers.noise import NoisyFrozenBatchNorm
-from finetune_bn.layers.norm_act import EVAL, GHOST, NOISY, RENORM, STOCHASTIC, Family, class_for, frozen_class
+from finetune_bn.layers.norm_act import EVAL, GHOST, GROUP, NOISY, RENORM, STOCHASTIC, Family, class_for, frozen_class
 from finetune_bn.layers.stochastic import EvalBatchNorm
 from finetune_bn.layers.tracking import TrackingBatchNorm
-from finetune_bn.plans import Plan, PlanRow, check_model, plan, refusal
-from finetune_bn.policies import EvalNorm, Freeze, FreezeAffine, Ghost, Keep, NormalizeOnly, Policy, Renorm, Stochastic
-from finetune_bn.probe import Probe, can_run, distance, find_probes, quietly
-from finetune_bn.sites import find_batch_norms
+from finetune_bn.plans import Plan, PlanRow, check_model, may_fold, plan
+from finetune_bn.policies import (
+    EvalNorm,
+    Freeze,
+    FreezeAffine,
+    Ghost,
+    Keep,
+    NormalizeOnly,
+    Policy,
+    Renorm,
+    Stochastic,
+    ToGroupNorm,
+)
+from finetune_bn.probe import can_run, distance, find_probes, quietly
+from finetune_bn.proofs import Proof, prove_layer, prove_network, replace_modules, run_probes
+from finetune_bn.refusals import refusal
+from finetune_bn.sites import find_batch_norms, is_batch_norm
 
 log = logging.getLogger("finetune_bn")
 
@@ -49,6 +63,11 @@ class _Swap:
     new: nn.Module
     then: Callable[[], None] | None = None
 
+    @property
+    def changes_function(self) -> bool:
+        """Whether what the layer computes changes on purpose: to GroupNorm, from it, or from one to another."""
+        return isinstance(self.old, GroupNorm) or isinstance(self.new, GroupNorm)
+
 
 def convert(model: nn.Module, policy: Policy | Plan, *, example_input: Any = None, verify: bool = True) -> nn.Module:
     """Do to the BatchNorm layers of `model` what the policy says, in place, and return the model.
@@ -57,8 +76,9 @@ def convert(model: nn.Module, policy: Policy | Plan, *, example_input: Any = Non
     was. A conversion that claims the same function in eval mode proves it: every new layer against the old one on
     random input, and the network against itself on `example_input` (timm models and Lightning modules with an
     `example_input_array` need none); in float64 where the network amplifies the rounding of float32. EvalNorm, which
-    is there to change it, is proven before it takes effect. Names, hooks, devices, dtypes, shared layers,
-    `requires_grad` and the state-dict keys stay. Converting again changes the policy of what was converted; the same
+    is there to change it, is proven before it takes effect; ToGroupNorm cannot be, so all other layers are proven
+    without it, and its errors are logged. Names, hooks, devices, dtypes, shared layers, `requires_grad` and, but for
+    GroupNorm, the state-dict keys stay. Converting again changes the policy of what was converted; the same
     plan twice changes nothing.
     Convert before the optimizer is made: `merged` trains Parameters of its own.
 
@@ -75,10 +95,17 @@ def convert(model: nn.Module, policy: Policy | Plan, *, example_input: Any = Non
         ConversionMismatch: the outputs would differ; the first layer that breaks them is named.
         FinetuneBNError: an argument is wrong.
     """
-    the_plan = (
-        policy if isinstance(policy, Plan) else plan(model, policy, example_input, probe=example_input is not None)
-    )
-    return _swap(model, lambda m: _build(m, the_plan), example_input, verify)
+    if isinstance(policy, Plan):
+        the_plan = policy
+    else:
+        needs_probe = example_input is not None or (isinstance(policy, Policy) and may_fold(policy))
+        the_plan = plan(model, policy, example_input, probe=needs_probe)
+    check_model(model)
+    names = {name for row in the_plan.rows if row.policy is not None for name in row.names}
+    with untied([module for name, module in model.named_modules(remove_duplicate=False) if name in names]):
+        converted = _swap(model, lambda m: _build(m, the_plan), example_input, verify)
+    fold_plan(converted, the_plan, example_input, verify)
+    return converted
 
 
 def revert(model: nn.Module, *, example_input: Any = None, verify: bool = True) -> nn.Module:
@@ -96,12 +123,13 @@ def revert(model: nn.Module, *, example_input: Any = None, verify: bool = True) 
         NoBatchNormMatched: nothing in the model was converted.
     """
     check_model(model)
-    return _swap(model, _build_revert, example_input, verify)
+    with untied(list(model.modules())):
+        return _swap(model, _build_revert, example_input, verify)
 
 
 def _build_revert(model: nn.Module) -> list[_Swap]:
-    converted = (FrozenBatchNorm, TrackingBatchNorm)
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, converted) or is_held(m)]
+    converted = (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)
+    layers = [(n, m) for n, m in model.named_modules() if (isinstance(m, converted) and is_batch_norm(m)) or is_held(m)]
     if not layers:
         raise NoBatchNormMatched(
             complaint("model", type(model).__name__, "a model with layers that `convert` changed", "Nothing to revert.")
@@ -149,6 +177,16 @@ def _track(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], No
     return new, then if is_held(bn) or isinstance(policy, EvalNorm) else None
 
 
+def _group(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
+    assert isinstance(policy, ToGroupNorm)
+    settings = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    if isinstance(layer, GroupNorm) and layer.settings == settings:
+        return layer, None
+    bn = _as_batch_norm(layer)
+    new = class_for(bn, GROUP).from_batch_norm(bn, **settings)
+    return new, (lambda: train_again(bn, new)) if is_held(bn) else None
+
+
 def _hold(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
     bn = _as_batch_norm(layer)
     return bn, lambda: hold_affine(bn, reset=isinstance(policy, NormalizeOnly))
@@ -159,6 +197,7 @@ _BUILDERS: dict[type[Policy], Callable[[nn.Module, Policy], tuple[nn.Module, Cal
     Freeze: _freeze,
     FreezeAffine: _hold,
     NormalizeOnly: _hold,
+    ToGroupNorm: _group,
     **dict.fromkeys(_FAMILIES, _track),
 }
 
@@ -167,7 +206,9 @@ def _build(model: nn.Module, the_plan: Plan) -> list[_Swap]:
     """Validate the whole plan against the model and make the new layers, without touching the model."""
     check_model(model)
     listed = {name for row in the_plan.rows for name in row.names}
-    unlisted = [site.names[0] for site in find_batch_norms(model) if not listed.intersection(site.names)]
+    unlisted = [
+        site.names[0] for site in find_batch_norms(model, group_norms=True) if not listed.intersection(site.names)
+    ]
     if unlisted:
         log.warning("%d BatchNorm layers are not in the plan and are left alone: %s", len(unlisted), unlisted)
     rows = [row for row in the_plan.rows if row.policy is not None]
@@ -197,7 +238,7 @@ def _find(model: nn.Module, row: PlanRow) -> nn.Module:
     except AttributeError:
         found = []
     same = bool(found) and all(module is found[0] for module in found)
-    if not same or not isinstance(found[0], (_BatchNorm, FrozenBatchNorm)) or found[0].num_features != row.num_features:
+    if not same or not is_batch_norm(found[0]) or found[0].num_features != row.num_features:
         given = f"{' = '.join(row.names)}: {row.kind} with {row.num_features} channels"
         raise NoBatchNormMatched(
             complaint(
@@ -208,7 +249,7 @@ def _find(model: nn.Module, row: PlanRow) -> nn.Module:
 
 
 def _as_batch_norm(layer: nn.Module) -> _BatchNorm:
-    if isinstance(layer, (FrozenBatchNorm, TrackingBatchNorm)):
+    if isinstance(layer, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)):
         return layer.to_batch_norm()
     assert isinstance(layer, _BatchNorm)
     return layer
@@ -225,11 +266,17 @@ def _releaser(module: nn.Module) -> Callable[[], None]:
 def _swap(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_input: Any, verify: bool) -> nn.Module:
     """Put the new layers in place; where outputs must stay the same and do not, put the old ones back and raise."""
     swaps = build(model)
+    same = [swap for swap in swaps if not swap.changes_function]
     with contextlib.ExitStack() as stack:
         for swap in swaps:
             if isinstance(swap.old, EvalBatchNorm):
                 stack.enter_context(swap.old.as_batch_norm())  # it differs from BatchNorm on purpose, and by this alone
-        converted = _prove_and_replace(model, swaps, build, example_input, verify)
+        converted = _prove_and_replace(model, same, build, example_input, verify)
+    try:
+        converted = _change(converted, [swap for swap in swaps if swap.changes_function], example_input, verify)
+    except BaseException:
+        replace_modules(converted, [(swap.new, swap.old) for swap in same])
+        raise
     for swap in swaps:
         if swap.then is not None:
             swap.then()
@@ -240,95 +287,71 @@ def _prove_and_replace(
     model: nn.Module, swaps: list[_Swap], build: Callable[[nn.Module], list[_Swap]], example_input: Any, verify: bool
 ) -> nn.Module:
     replacements = [(swap.old, swap.new) for swap in swaps if swap.new is not swap.old]
-    proofs: list[_Proof] = []
+    proofs: list[Proof] = []
     if verify and replacements and can_run(model):
         for swap in swaps:
-            _prove_layer(swap)
-        proofs = _run_probes(model, find_probes(model, example_input), [old for old, _ in replacements])
-    converted = _replace(model, replacements)
+            if swap.new is not swap.old:
+                prove_layer(swap.name, swap.old, swap.new)
+        proofs = run_probes(model, find_probes(model, example_input), [old for old, _ in replacements])
+    converted = replace_modules(model, replacements)
     try:
         # An old layer that the model still holds somewhere must not take the probe for a training batch.
         with contextlib.ExitStack() as stack:
             for old, _ in replacements:
                 stack.enter_context(quietly(old))
             for proof in proofs:
-                _prove_network(converted, proof, replacements)
+                prove_network(converted, proof, replacements)
     except BaseException as error:
-        _replace(converted, [(new, old) for old, new in replacements])
+        replace_modules(converted, [(new, old) for old, new in replacements])
         if not (isinstance(error, ConversionMismatch) and error.in_values) or not _is_rounding(
             model, build, example_input
         ):
             raise
         log.warning("the same function, proven in float64; this network amplifies float32 rounding: %s", error)
-        converted = _replace(model, replacements)
+        converted = replace_modules(model, replacements)
     return converted
 
 
-def _replace(model: nn.Module, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> nn.Module:
-    """Replace modules by identity under every name they have, and return the (possibly new) root."""
-    new_of = {id(old): new for old, new in pairs}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in new_of:
-                parent._modules[name] = new_of[id(child)]
-    return new_of.get(id(model), model)
-
-
-@dataclass(frozen=True)
-class _Proof:
-    """What the network returned before the conversion, and which of the layers that go ran for it."""
-
-    probe: Probe
-    before: list[Tensor]
-    ran: frozenset[int]
-
-
-def _run_probes(model: nn.Module, probes: Sequence[Probe], layers: Sequence[nn.Module]) -> list[_Proof]:
-    results = []
-    for probe in probes:
-        try:
-            outputs = probe.run(model)
-            ran = frozenset(_layer_outputs(model, probe, layers))
-            results.append(_Proof(probe, outputs, ran))
-            if not outputs:
-                log.warning("no proof on the whole network, layer by layer only: it returned no tensors that are found")
-        except Exception as error:
-            if probe.given:
-                raise
-            log.warning(
-                "no proof on the whole network, layer by layer only: its example_input_array, or the input size in its "
-                "pretrained_cfg, does not fit (%s). Pass example_input.",
-                error.__cause__,
-            )
-    if not probes:
-        log.info("no proof on the whole network, layer by layer only: pass example_input for one")
-    return results
-
-
-def _prove_layer(swap: _Swap) -> None:
-    """Compare old and new layer, both in eval mode, on an input drawn from the layer's own statistics."""
-    if swap.new is swap.old:
-        return
-    stats = swap.old
-    mean, sd = at_least_float32(stats.running_mean), at_least_float32(stats.running_var).sqrt()  # type: ignore[arg-type]
-    dims = next((d for d in (4, 3, 5, 2) if _takes(swap.old, d) and _takes(swap.new, d)), 4)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(4, mean.numel(), *[2] * (dims - 2), generator=generator).to(mean.device, mean.dtype)
-    per_channel = [1, -1] + [1] * (dims - 2)
-    x = (noise * sd.view(per_channel) + mean.view(per_channel)).to(stats.running_mean.dtype)  # type: ignore[arg-type]
-    outputs = []
-    for layer in (swap.old, swap.new):
-        with quietly(layer):
-            outputs.append([layer.forward(x.clone())])  # past the hooks: they are not part of the function
-    _check(distance(outputs[1], outputs[0]), x.dtype, f"layer {swap.name or '(root)'} ({type(swap.old).__name__})")
-
-
-def _takes(layer: nn.Module, dims: int) -> bool:
+def _change(model: nn.Module, swaps: list[_Swap], example_input: Any, verify: bool) -> nn.Module:
+    """Replace layers that are to compute something else; of the network it is proven that it runs through them."""
+    pairs = [(swap.old, swap.new) for swap in swaps]
+    if not verify or not pairs or not can_run(model):
+        return replace_modules(model, pairs)
+    proofs = run_probes(model, find_probes(model, example_input), [old for old, _ in pairs])
+    converted = replace_modules(model, pairs)
     try:
-        layer._check_input_dim(torch.empty([1] * dims))  # type: ignore[operator]
-    except ValueError:
-        return False
-    return True
+        for proof in proofs:
+            prove_network(converted, proof, pairs, changed=True)
+    except BaseException:
+        replace_modules(converted, [(new, old) for old, new in pairs])
+        raise
+    errors = [(_layer_error(swap), swap.name) for swap in swaps if isinstance(swap.new, GroupNorm)]
+    known = sorted((error, name) for error, name in errors if error is not None)
+    if known:
+        log.info(
+            "GroupNorm in place of BatchNorm changes what the network computes: on noise with the statistics of its "
+            "BatchNorm, a layer's output is off by %.2f of its standard deviation (median of %d), at most %.2f (%s)",
+            known[len(known) // 2][0],
+            len(known),
+            known[-1][0],
+            known[-1][1] or "(root)",
+        )
+    return converted
+
+
+def _layer_error(swap: _Swap) -> float | None:
+    """Return by how much a GroupNorm differs from its BatchNorm on noise; None where that has no statistics."""
+    assert isinstance(swap.new, GroupNorm)
+    bn = swap.new.source
+    assert bn is not None
+    if bn.running_mean is None or bn.running_var is None:
+        return None
+    mean, sd = at_least_float32(bn.running_mean), at_least_float32(bn.running_var).sqrt()
+    noise = torch.randn(16, mean.numel(), 64, generator=torch.Generator().manual_seed(0)).to(mean)
+    x = (noise * sd[:, None] + mean[:, None]).to(swap.new.weight)
+    with torch.no_grad():
+        y, reference = swap.new._normalize(x).double(), swap.new._as_batch_norm(x).double()
+    return float((y - reference).square().mean().sqrt() / reference.std(0).square().mean().sqrt().clamp_min(1e-30))
 
 
 def _is_rounding(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_input: Any) -> bool:
@@ -339,7 +362,7 @@ def _is_rounding(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], ex
         wide = copy.deepcopy(model).double()
         probes = find_probes(wide, tree_map_only(Tensor, _double, example_input))
         before = [probe.run(wide) for probe in probes]
-        wide = _replace(wide, [(swap.old, swap.new) for swap in build(wide)])
+        wide = replace_modules(wide, [(swap.old, swap.new) for swap in build(wide) if not swap.changes_function])
         return all(distance(p.run(wide), b) <= _ROUNDING for p, b in zip(probes, before, strict=True))
     except Exception:  # a network that cannot be copied, or computes in float32 alone, is left to its first verdict
         return False
@@ -347,67 +370,3 @@ def _is_rounding(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], ex
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _prove_network(model: nn.Module, proof: _Proof, replacements: Sequence[tuple[nn.Module, nn.Module]]) -> None:
-    probe, before = proof.probe, proof.before
-    try:
-        after = probe.run(model)
-    except FinetuneBNError as error:
-        raise ConversionMismatch(
-            f"the network: it took the probe input before, and with the new layers it raises {error.__cause__!r}. "
-            "Nothing was changed. Leave the layers it asks about out by a rule with Keep(), or report it."
-        ) from error
-    names = {id(module): name or "(root)" for name, module in model.named_modules()}
-    new_outputs = _layer_outputs(model, probe, [new for _, new in replacements])
-    lost = [names[id(replacements[i][1])] for i in sorted(proof.ran - new_outputs.keys())]
-    if lost:
-        raise ConversionMismatch(
-            f"the network: layers {lost} ran before, and do not run after they were replaced. The model also holds "
-            "them outside of its modules (a list, a closure), where the old ones would go on. Nothing was changed."
-        )
-    # The widest of the dtypes in play: a bfloat16 network may return float32.
-    statistics: list[Tensor] = [old.get_buffer("running_mean") for old, _ in replacements]
-    dtypes = {t.dtype for t in [*before, *statistics]} & TOLERANCE.keys()
-    dtype = max(dtypes, key=lambda dtype: TOLERANCE[dtype], default=torch.float32)
-    off = distance(after, before)
-    if off <= TOLERANCE[dtype]:
-        return
-    model = _replace(model, [(new, old) for old, new in replacements])
-    old_outputs = _layer_outputs(model, probe, [old for old, _ in replacements])
-    _replace(model, replacements)
-    culprit = "the model's own code behind the last new layer"
-    for i, reference in old_outputs.items():
-        if distance(new_outputs.get(i, []), reference) > TOLERANCE[dtype]:
-            culprit = f"layer {names[id(replacements[i][1])]!r}"
-            break
-    _check(off, dtype, f"the network, first at {culprit}")
-
-
-def _layer_outputs(model: nn.Module, probe: Probe, layers: Sequence[nn.Module]) -> dict[int, list[Tensor]]:
-    """Return what each layer returned, keyed by its index and in the order of the first calls."""
-    outputs: dict[int, list[Tensor]] = {}
-
-    def hook(i: int) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            if module is layers[i]:  # an old layer and its new one share their hooks
-                outputs.setdefault(i, []).append(output.detach().clone())
-
-        return keep
-
-    handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
-    try:
-        probe.run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
-
-
-def _check(off: float, dtype: torch.dtype, where: str) -> None:
-    if not off <= TOLERANCE[dtype]:
-        raise ConversionMismatch(
-            f"{where}: outputs before and after differ by {off:.2g} of the largest value; allowed for {dtype}: "
-            f"{TOLERANCE[dtype]:.0e}. Nothing was changed. Leave the layer out by a rule with Keep(), or report it.",
-            in_values=True,
-        )

@@ -42,6 +42,12 @@ class Chunk:
             return None
         return (str(form), *((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves))
 
+    @property
+    def values_of_an_image(self) -> int:
+        """How many numbers an image is, as far as the first tensor of the content tells."""
+        first = next(leaf for leaf in tree_leaves(self.content) if torch.is_tensor(leaf) and leaf.dim())
+        return first.numel() // len(first)
+
     def __getitem__(self, part: slice | Sequence[int]) -> Chunk:
         if isinstance(part, slice):
             content = tree_map_only(Tensor, lambda t: t[part], self.content)
@@ -60,31 +66,31 @@ def join(chunks: Sequence[Chunk]) -> Chunk:
     return Chunk(content, sum((c.batch for c in chunks), ()), sum((c.position for c in chunks), ()))
 
 
-def recut(chunks: Iterable[Chunk], size: int) -> Iterator[Chunk]:
-    """Join small chunks to chunks of `size` images and cut large ones; those that cannot be joined pass as they are."""
+def grouped(chunks: Iterable[Chunk], size: int) -> Iterator[list[Chunk]]:
+    """Group small chunks to `size` images and cut large ones; those that cannot be joined stay alone, as they are."""
     waiting: list[Chunk] = []
     key: tuple[Any, ...] | None = None
-
-    def flush() -> Iterator[Chunk]:
-        if waiting:
-            yield join(waiting)
-            waiting.clear()
-
     for chunk in chunks:
         this = chunk.shape_key
-        if this is None or this != key:
-            yield from flush()
+        if waiting and (this is None or this != key):
+            yield waiting
+            waiting = []
         key = this
         if this is None:
-            yield chunk
+            yield [chunk]
             continue
         while len(chunk) + (held := sum(map(len, waiting))) >= size:
-            waiting.append(chunk[: size - held])
-            chunk = chunk[size - held :]
-            yield from flush()
+            yield [*waiting, chunk[: size - held]]
+            waiting, chunk = [], chunk[size - held :]
         if len(chunk):
             waiting.append(chunk)
-    yield from flush()
+    if waiting:
+        yield waiting
+
+
+def recut(chunks: Iterable[Chunk], size: int) -> Iterator[Chunk]:
+    """Join small chunks to chunks of `size` images and cut large ones; those that cannot be joined pass as they are."""
+    return map(join, grouped(chunks, size))
 
 
 class Feeder:

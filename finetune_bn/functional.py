@@ -92,15 +92,18 @@ def frozen_batch_norm(
 
     The forward pass *is* PyTorch's eval-mode kernel: parameters in float32 act on bfloat16 or float16 activations
     in float32, and dtype and memory format of `x` are kept. What differs is backward: `F.batch_norm` keeps `x`
-    even where nothing needs it, this keeps [C] numbers unless `weight` is being trained. Reverse mode may be nested as
-    deep as wanted; forward mode (`torch.func.jvp`) raises where `x` or `bias` requires grad and `weight` does not.
+    even where nothing needs it, this keeps [C] numbers unless `weight` is being trained; and where the gradient of a
+    single image comes in other strides than the image, PyTorch's CPU kernel returns wrong numbers, which this does not
+    (2.14: a `flatten(2).transpose(1, 2)` behind the layer). Reverse mode may be nested as deep as wanted; forward mode
+    (`torch.func.jvp`) raises where anything requires grad.
     """
     if not torch.jit.is_scripting() and not torch.jit.is_tracing() and torch.is_grad_enabled():  # type: ignore[no-untyped-call]
         # What backward needs is made afresh in each call: in-place writes to the buffers between forward and
         # backward (DDP broadcasts them) cannot invalidate it.
         if weight is not None and weight.requires_grad:
             running_mean, running_var = running_mean.clone(), running_var.clone()
-        elif x.requires_grad or (bias is not None and bias.requires_grad):
+            return _LearnableScaleBatchNorm.apply(x, bias, weight, running_mean, running_var, eps)  # type: ignore[no-any-return]
+        if x.requires_grad or (bias is not None and bias.requires_grad):
             scale, _ = scale_shift(weight, None, running_mean, running_var, eps)
             return _ConstantScaleBatchNorm.apply(x, bias, scale, running_mean, running_var, weight, eps)  # type: ignore[no-any-return]
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
@@ -141,6 +144,36 @@ class _ConstantScaleBatchNorm(torch.autograd.Function):
             other_dims = [d for d in range(grad.dim()) if d != 1]
             grad_bias = grad.sum(other_dims, dtype=scale.dtype).to(ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None, None, None
+
+
+class _LearnableScaleBatchNorm(torch.autograd.Function):
+    """Eval-mode BN whose scale is trained: backward is PyTorch's kernel, given the gradient in the strides of `x`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, bias: Tensor | None, weight: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+    ) -> Tensor:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, weight, running_mean, running_var, ctx.eps = inputs
+        ctx.save_for_backward(x, weight, running_mean, running_var)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var = ctx.saved_tensors
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
+        needed = ctx.needs_input_grad
+        mask = [needed[0], needed[2], needed[1]]
+        of_batch = mean, torch.rsqrt(var + ctx.eps)  # not used in eval mode, but torch.func.vmap asks for them
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, *of_batch, False, ctx.eps, mask
+        )
+        return of_x, of_bias if needed[1] else None, of_weight, None, None, None
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

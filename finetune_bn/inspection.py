@@ -105,9 +105,7 @@ def layer_inputs(
             if number in found or not torch.is_tensor(x) or x.dim() < 2 or len(x) != images or not x.numel():
                 return
             of_images = measure_images(x.detach())[1]
-            first = of_images.first.double()
-            within = (of_images.second - first.square()).mean(0).clamp_min(0)
-            found[number] = (first + of_images.pivot.double(), within, of_images.positions)
+            found[number] = (of_images.absolute, of_images.var.mean(0, dtype=torch.float64), of_images.positions)
 
         return hook
 

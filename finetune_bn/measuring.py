@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from finetune_bn.collecting import PIECE, Collector, Layer
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
-from finetune_bn.feeding import Chunk, Feeder, recut
+from finetune_bn.feeding import Chunk, Feeder, grouped
 from finetune_bn.layers.statistics import Statistics
 from finetune_bn.live_memory import available_memory, bytes_alive_at
 from finetune_bn.lockstep import DifferentPaths, caller_settings
@@ -30,8 +30,6 @@ Mode = Literal["auto", "exact", "one_pass"]
 How = Literal["renormalize", "preserve"]
 Part = Literal["both", "mean", "var"]
 
-# Images that go through the model at once in lock-step.
-_LOCKSTEP_CHUNK = PIECE
 # The share of the free memory for activations that wait, and how many images one pass normalizes together at most.
 _SHARE_OF_MEMORY, _LARGEST_CHUNK = 0.5, 1024
 # With a tolerance: so many images tell how many it takes; and a little more than they tell, so as not to miss it.
@@ -174,9 +172,9 @@ class Measuring:
             waiting, self._waiting = self._waiting, []
             as_kernel = self.settings.part == "both" and not self.settings.prior
             done = 0
-            for chunk in recut(itertools.chain(waiting, chunks), self._chunk_size()):
-                self.collector.one_by_one(chunk, as_kernel=as_kernel)
-                done += len(chunk)
+            for group in grouped(itertools.chain(waiting, chunks), self._chunk_size()):
+                self.collector.one_by_one(group, as_kernel=as_kernel)
+                done += sum(map(len, group))
                 report(done, "")
         except BaseException:
             self.ranks.fail(3)
@@ -191,7 +189,7 @@ class Measuring:
         """Run what waits; False where the model takes different paths, and one pass is to be tried instead."""
         note = f"of {self.images} images"
         try:
-            self.collector.together(list(recut(self._waiting, _LOCKSTEP_CHUNK)), lambda done: report(done, note))
+            self.collector.together(self.collector.cut(self._waiting), lambda done: report(done, note))
         except DifferentPaths:
             if self.settings.mode == "exact" or self.ranks.world > 1:
                 raise
@@ -203,17 +201,13 @@ class Measuring:
 
     def _pool(self) -> None:
         """Merge what the processes have measured, and look whether all of it is finite."""
-        packed = [
-            torch.cat([m.count.reshape(1), m.mean, m.m2, s.pack()])
-            for m, s in ((layer.moments, layer.spread) for layer in self.layers)
-        ]
+        packed = [torch.cat([layer.moments.pack(), layer.spread.pack()]) for layer in self.layers]
         everyone = self.ranks.gather(torch.cat(packed))
         sizes = [len(p) for p in packed]
         self.pooled = []
         for parts in zip(*(torch.split(numbers, sizes) for numbers in everyone), strict=True):
-            channels = (len(parts[0]) - 2) // 8
-            cut = 1 + 2 * channels
-            moments = merge_all(Moments(p[0], p[1 : 1 + channels], p[1 + channels : cut]) for p in parts)
+            cut = 1 + 2 * ((len(parts[0]) - 2) // 8)
+            moments = merge_all(Moments.unpack(p[:cut]) for p in parts)
             spread = functools.reduce(ImageSpread.merge, (ImageSpread.unpack(p[cut:]) for p in parts))
             self.pooled.append((moments, spread))
         for number in self.collector.order or range(len(self.layers)):
@@ -291,7 +285,7 @@ class Measuring:
 
     def _chunk_size(self) -> int:
         if self.settings.how == "preserve":
-            return self.settings.batch_size or _LOCKSTEP_CHUNK
+            return self.settings.batch_size or PIECE
         # What waits at a layer is there three times over while one chunk passes it: before, behind and in between.
         fit = int(self._budget / max(3 * self._per_image, 1))
         return self.settings.batch_size or max(1, min(fit, _LARGEST_CHUNK))

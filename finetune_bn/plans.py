@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
+from torch import nn
 
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
-from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm, why_not_frozen
-from finetune_bn.layers.live import changes_function, is_held
-from finetune_bn.layers.norm_act import has_known_forward, is_norm_act
-from finetune_bn.layers.tracking import TrackingBatchNorm, why_not_tracking
+from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm
+from finetune_bn.layers.group_norm import GroupNorm, number_of_groups
+from finetune_bn.layers.tracking import TrackingBatchNorm
+from finetune_bn.pairs import Feed, find_feeds, worth_folding
 from finetune_bn.policies import (
-    EvalNorm,
     Freeze,
-    Ghost,
-    Keep,
-    NormalizeOnly,
     Policy,
-    Renorm,
     Rule,
     Rules,
-    Stochastic,
+    ToGroupNorm,
     check_policy,
     policy_from_dict,
 )
 from finetune_bn.probe import can_run, find_probes
-from finetune_bn.sites import BatchNormSite, find_batch_norms, find_lookalikes, locate, timm_stages
-
-_TRACKING = (Ghost, Renorm, Stochastic, EvalNorm)
-_FIVE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+from finetune_bn.refusals import notes, refusal
+from finetune_bn.sites import BatchNormSite, find_batch_norms, find_lookalikes, positions_at, timm_stages
 
 
 @dataclass(frozen=True)
@@ -52,6 +44,9 @@ class PlanRow:
         reason: why; for a refused row, what stands in the way.
         refused: whether `convert` will refuse the whole plan because of this layer.
         position: what computes the layer's input, as far as a probe input told.
+        folded_into: name of the convolution or linear map whose weight takes the affine of a layer to be frozen; ""
+            where the layer computes it itself.
+        not_folded: why it does, where the policy asks for folding.
     """
 
     names: tuple[str, ...]
@@ -61,6 +56,8 @@ class PlanRow:
     reason: str
     refused: bool = False
     position: str = ""
+    folded_into: str = ""
+    not_folded: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain data."""
@@ -73,6 +70,8 @@ class PlanRow:
             "reason": self.reason,
             "refused": self.refused,
             "position": self.position,
+            "folded_into": self.folded_into,
+            "not_folded": self.not_folded,
         }
 
 
@@ -113,13 +112,14 @@ class Plan:
             for row in data["rows"]:
                 policy = None if row["action"] is None else policy_from_dict(row["action"])
                 rest = {k: row[k] for k in ("kind", "num_features", "reason", "refused", "position")}
+                rest |= {k: row.get(k, "") for k in ("folded_into", "not_folded")}  # plans of version 0.1 have neither
                 rows.append(PlanRow(tuple(row["names"]), policy=policy, **rest))
             return cls(data["model"], tuple(rows))
         except (KeyError, TypeError) as error:
             raise FinetuneBNError(complaint("plan", data, "what Plan.to_dict returned")) from error
 
     def __str__(self) -> str:
-        header = ("layer", "type", "C", "position", "what happens", "why")
+        header = ("layer", "type", "C", "position", "what happens", "folded into", "why")
         body = [
             (
                 " = ".join(name or "(root)" for name in row.names),
@@ -127,6 +127,7 @@ class Plan:
                 str(row.num_features or ""),
                 row.position,
                 _action(row),
+                row.folded_into or (f"- ({row.not_folded})" if row.not_folded else ""),
                 row.reason,
             )
             for row in self.rows
@@ -137,6 +138,8 @@ class Plan:
         top = "  ".join(header[i].ljust(w) for i, w in zip(shown, widths, strict=True)).rstrip()
         counts = Counter(_action(row) for row in self.rows)
         total = ", ".join(f"{n} x {action}" for action, n in counts.most_common())
+        folded = sum(bool(row.folded_into) for row in self.rows)
+        total += f"; {folded} folded" if folded else ""
         return "\n".join([f"{self.model}: {total}", top, "-" * len(top), *lines])
 
 
@@ -148,15 +151,17 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
         policy: a policy such as `Freeze(affine="none")`, or `Rules`.
         example_input: a tensor, tuple or dict that `model.forward` takes, to find out what feeds each layer. Not
             needed for timm models, nor for Lightning modules with an `example_input_array`.
-        probe: False does not run the model, and leaves out what feeds each layer.
+        probe: False leaves out what feeds each layer, and does not run the model, except where ToGroupNorm leaves one
+            channel a group, which a map of 1 x 1 would make zero.
 
     Raises:
         NoBatchNormMatched: the model has no BatchNorm, or a rule applies to no layer.
+        UnsupportedLayer: `fold="always"`, and not one layer can be folded.
         FinetuneBNError: the model, the policy or the example input is none.
     """
     check_model(model)
     policy = check_policy(policy)
-    sites = find_batch_norms(model)
+    sites = find_batch_norms(model, group_norms=True)
     if not sites:
         known = Counter(type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__)
         raise NoBatchNormMatched(
@@ -169,11 +174,19 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
     probes = (
         find_probes(model, example_input) if probe and can_run(model) else []
     )  # running a lazy layer would initialize it
-    positions = locate(model, sites, probes) if probes else {}
+    feeds = find_feeds(model, sites, probes) if probes else {}
+    lonely = [s for s, rule in zip(sites, choices, strict=True) if rule is not None and _is_lonely(s, rule.policy)]
+    sizes = positions_at(model, lonely, find_probes(model, example_input)) if lonely and can_run(model) else {}
+    zeroed = {s.names[0]: sizes.get(s.names[0]) for s in lonely if _would_be_zero(s, sizes.get(s.names[0]))}
     rows = [
-        _row(site, rule, positions.get(site.names[0], ""), named_rule=isinstance(policy, Rules))
+        _row(site, rule, feeds.get(site.names[0]), named_rule=isinstance(policy, Rules))
+        if site.names[0] not in zeroed
+        else _frozen_instead(site, feeds.get(site.names[0]), zeroed[site.names[0]])
         for site, rule in zip(sites, choices, strict=True)
     ]
+    rows = rows if feeds else _kept(model, rows)
+    if probe:
+        _check_always(rows)
     for name, module in find_lookalikes(model):
         why = f"left alone: {type(module).__module__}.{type(module).__name__} is no torch BatchNorm"
         rows.append(PlanRow((name,), type(module).__name__, 0, None, why))
@@ -194,50 +207,6 @@ def check_model(model: object) -> None:
         ):
             given = f"{type(part).__name__}{f' as {name}' if name else ''}"
             raise FinetuneBNError(complaint("model", given, "the module before it is wrapped", late))
-
-
-def refusal(bn: nn.Module, policy: Policy) -> str | None:
-    """Return why `policy` cannot be carried out on a layer, or None where it can."""
-    if isinstance(policy, Keep):
-        return None
-    if any(is_lazy(t) for t in [*bn.parameters(False), *bn.buffers(False)]):
-        return "is not initialized yet (a lazy layer): run the model once first"
-    values: Mapping[str, Tensor | None] = bn._parameters
-    tracking = bn if isinstance(bn, TrackingBatchNorm) else None
-    if isinstance(bn, FrozenBatchNorm):
-        source = bn._source[0] if bn._source else bn._new_batch_norm()
-        values = bn._values_for(source)
-        bn = source
-    elif tracking is not None and has_known_forward(tracking):
-        bn = tracking._source[0] if tracking._source else tracking._new_batch_norm()
-    if any(parametrize.is_parametrized(layer) for layer in (bn, tracking) if layer is not None):
-        return "has parametrized tensors (torch.nn.utils.parametrize): remove the parametrizations first"
-    if not has_known_forward(bn):  # type: ignore[arg-type]
-        kind = f"{type(bn).__module__}.{type(bn).__qualname__}"
-        patched = "forward" in vars(bn)
-        return f"{kind} has a forward patched in" if patched else f"is a subclass with a forward of its own ({kind})"
-    if isinstance(policy, (Freeze, *_TRACKING)):
-        known = (*_FIVE, "drop", "act") if is_norm_act(bn) else _FIVE
-        extra = [name for part in (bn._parameters, bn._buffers, bn._modules) for name in part if name not in known]
-        kind = "a frozen layer" if isinstance(policy, Freeze) else f"a layer for {type(policy).__name__}"
-        if extra:
-            return f"holds {', '.join(extra)} besides BatchNorm's five tensors, which {kind} would lose"
-        layer = tracking or bn  # the statistics of today, where they are live
-        if isinstance(policy, Freeze):
-            return why_not_frozen(layer, policy.affine)  # type: ignore[arg-type]
-        return why_not_tracking(layer)
-    if bn.weight is None and bn.bias is None:
-        return "has no weight and no bias to hold constant; Keep() would do the same"
-    if (
-        isinstance(policy, NormalizeOnly)
-        and not policy.change_function
-        and changes_function(values["weight"], values["bias"])
-    ):
-        return (
-            "its gamma and beta are not 1 and 0: resetting them changes what the pretrained layer computes; "
-            "NormalizeOnly(change_function=True) does it all the same, FreezeAffine() keeps the values"
-        )
-    return None
 
 
 def _choose(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequence[Rule]) -> list[Rule | None]:
@@ -284,38 +253,88 @@ def _choose(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequence[Ru
 
 def _kinds(site: BatchNormSite) -> set[str]:
     """Return the class names by which a rule may call the layer: a frozen one also by that of the BN it was."""
-    source = site.module._source if isinstance(site.module, (FrozenBatchNorm, TrackingBatchNorm)) else ()
+    source = site.module._source if isinstance(site.module, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)) else ()
     return {site.kind, *(type(bn).__name__ for bn in source)}
 
 
-def _row(site: BatchNormSite, rule: Rule | None, position: str, named_rule: bool) -> PlanRow:
+def _row(site: BatchNormSite, rule: Rule | None, feed: Feed | None, named_rule: bool) -> PlanRow:
+    position = feed.position if feed else ""
     if rule is None:
         return PlanRow(site.names, site.kind, site.num_features, None, "left alone: no rule matches", False, position)
     problem = refusal(site.module, rule.policy)
     because = f"rule {rule.describe()}" if named_rule else ""
     if not problem:
-        because = "; ".join(filter(None, (because, *_notes(site.module, rule.policy))))
-    return PlanRow(
+        because = "; ".join(filter(None, (because, *notes(site.module, rule.policy))))
+    row = PlanRow(
         site.names, site.kind, site.num_features, rule.policy, problem or because, problem is not None, position
     )
+    if problem or not may_fold(rule.policy):
+        return row
+    why_not = _why_not_folded(rule.policy, feed)
+    return dataclasses.replace(row, folded_into="" if why_not or not feed else feed.producer, not_folded=why_not)
 
 
-def _notes(bn: nn.Module, policy: Policy) -> Iterator[str]:
-    """Yield what someone who does this to the live layer should know."""
-    if isinstance(bn, FrozenBatchNorm) or not isinstance(policy, (Freeze, *_TRACKING)):
-        return
-    if isinstance(policy, _TRACKING) and isinstance(bn, nn.SyncBatchNorm):
-        yield "each process will normalize by images of its own: they are no longer synchronized"
-    trained = LEARNABLE[policy.affine] if isinstance(policy, Freeze) else ()
-    off = [name for name in trained if getattr(bn, name) is not None and not getattr(bn, name).requires_grad]
-    if off and not is_held(bn):
-        yield f"{' and '.join(off)} keep requires_grad=False"
-    mean, var = bn.running_mean, bn.running_var
-    assert isinstance(mean, Tensor)
-    assert isinstance(var, Tensor)
-    goes_by_them = isinstance(policy, (Freeze, Renorm, Stochastic)) and not mean.is_meta
-    if goes_by_them and not mean.any() and bool((var == 1).all()):
-        yield "its statistics are those of a new layer (mean 0, variance 1): are the pretrained weights loaded?"
+def may_fold(policy: Policy) -> bool:
+    """Tell whether layers under this policy may be folded, so that a plan for it needs a probe input."""
+    if isinstance(policy, Rules):
+        return any(may_fold(rule.policy) for rule in policy.rules if isinstance(rule, Rule))
+    return isinstance(policy, Freeze) and policy.fold != "never"
+
+
+def _why_not_folded(policy: Policy, feed: Feed | None) -> str:
+    assert isinstance(policy, Freeze)
+    if policy.noise is not None:
+        return "it draws its noise anew for each batch"
+    if feed is None:
+        return "no probe input reached it"
+    if feed.why_not or policy.fold == "always" or worth_folding(feed, bool(LEARNABLE[policy.affine][1:])):
+        return feed.why_not
+    return "its activation is small beside the weight"
+
+
+def _check_always(rows: Sequence[PlanRow]) -> None:
+    asked = [row for row in rows if isinstance(row.policy, Freeze) and row.policy.fold == "always" and not row.refused]
+    if asked and not any(row.folded_into for row in asked):
+        reasons = Counter(row.not_folded for row in asked).most_common(3)
+        raise UnsupportedLayer(
+            complaint(
+                "fold",
+                "always",
+                "'auto' or 'never', as none of these layers can be folded",
+                f"Reasons: {', '.join(f'{n} x {why}' for why, n in reasons)}. A probe input is `example_input`.",
+            )
+        )
+
+
+def _kept(model: nn.Module, rows: Sequence[PlanRow]) -> list[PlanRow]:
+    """Return the rows with what is folded already, where no probe tells anew."""
+    names = {id(module): name for name, module in model.named_modules()}
+    kept = []
+    for row in rows:
+        fold = getattr(model.get_submodule(row.names[0]), "_fold", None)
+        if fold is not None and fold.intact and row.policy is not None and may_fold(row.policy):
+            row = dataclasses.replace(row, folded_into=names[id(fold.producer)], not_folded="")
+        kept.append(row)
+    return kept
+
+
+def _is_lonely(site: BatchNormSite, policy: Policy) -> bool:
+    """Tell whether the policy puts each channel into a group of its own."""
+    if not isinstance(policy, ToGroupNorm):
+        return False
+    return number_of_groups(site.num_features, policy.groups, policy.channels_per_group) == site.num_features
+
+
+def _would_be_zero(site: BatchNormSite, positions: int | None) -> bool:
+    """Tell whether one channel a group leaves nothing of an image; unknown sizes count as 1 where [N, C] is usual."""
+    return positions == 1 or (positions is None and any("1d" in kind for kind in _kinds(site)))
+
+
+def _frozen_instead(site: BatchNormSite, feed: Feed | None, positions: int | None) -> PlanRow:
+    known = "its maps have one position" if positions else "its maps may have one position (no example input tells)"
+    why = f"frozen instead: {known}, and GroupNorm with one channel a group would return zero for it"
+    row = _row(site, Rule(Freeze(), name="*"), feed, named_rule=False)
+    return row if row.refused else dataclasses.replace(row, reason="; ".join(filter(None, (why, row.reason))))
 
 
 def _action(row: PlanRow) -> str:

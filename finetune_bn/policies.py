@@ -7,11 +7,13 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.layers.folds import FoldMode, check_fold
 from finetune_bn.layers.frozen import Affine, check_affine
 from finetune_bn.layers.ghost import check_groups
+from finetune_bn.layers.group_norm import Init, check_grouping
 from finetune_bn.layers.noise import check_noise
 from finetune_bn.layers.renorm import check_limits, check_momentum
 from finetune_bn.layers.stochastic import check_alpha, check_probability
@@ -52,20 +54,26 @@ class Freeze(Policy):
         noise: keep the noise that statistics have in i.i.d. batches of so many images: in training each batch is
             normalized by statistics drawn around the fixed ones. It regularizes as BatchNorm does, and no image
             depends on another. None: no noise. Not with `merged`.
+        fold: whether the convolution or linear map in front computes the affine within its own weight, which needs no
+            operation and no memory of an activation's size (Tune mode). `auto`: where that is cheaper; `always`:
+            wherever it can be done; `never`. It takes a probe input: `example_input`, but for timm models.
     """
 
     affine: Affine = "none"
     noise: int | None = None
+    fold: FoldMode = "auto"
 
     def __post_init__(self) -> None:
         check_affine(self.affine)
+        check_fold(self.fold)
         if self.noise is not None:
             check_noise(self.noise, self.affine)
 
     def describe(self) -> str:
         """Return the policy in a few words, for tables."""
         noise = "" if self.noise is None else f", noise of {self.noise} images"
-        return f"freeze, affine={self.affine}{noise}"
+        fold = "" if self.fold == "auto" else f", fold={self.fold}"
+        return f"freeze, affine={self.affine}{noise}{fold}"
 
 
 @dataclass(frozen=True)
@@ -200,6 +208,39 @@ class EvalNorm(Policy):
 
 
 @dataclass(frozen=True)
+class ToGroupNorm(Policy):
+    """GroupNorm (Wu and He 2018) in place of BatchNorm: no image depends on another, no statistics are kept.
+
+    For small batches, and for privacy engines, which take no BatchNorm. It changes what the network computes, on
+    purpose; how much of the pretrained function is left depends on `init` and on the number of groups. `revert` brings
+    the pretrained BatchNorm back. A layer that GroupNorm would return zeros for (one channel a group, one position) is
+    frozen instead, and the plan says so.
+
+    Args:
+        groups: number of groups; where it does not divide a layer's channels, their greatest common divisor. `auto`:
+            1, which is closest to BatchNorm, until `calibrate_group_norm` chooses for each layer.
+        channels_per_group: instead of `groups`; 1 is InstanceNorm.
+        init: where weight and bias start. `closed_form`: so that an image with the running statistics is mapped as
+            before. `sequential`: the same, to be fitted to images, layer by layer, by `calibrate_group_norm` or the
+            callback GroupNormCalibration. `copy`: gamma and beta of the BatchNorm, which leaves hardly anything of the
+            pretrained function. `reset`: 1 and 0, which leaves nothing.
+    """
+
+    groups: int | Literal["auto"] = "auto"
+    channels_per_group: int | None = None
+    init: Init = "closed_form"
+
+    def __post_init__(self) -> None:
+        check_grouping(self.groups, self.channels_per_group, self.init)
+
+    def describe(self) -> str:
+        """Return the policy in a few words, for tables."""
+        per_group = self.channels_per_group
+        groups = f"groups={self.groups}" if per_group is None else f"channels_per_group={per_group}"
+        return f"group norm, {groups}, init={self.init}"
+
+
+@dataclass(frozen=True)
 class Rule:
     """A policy for the layers that meet all of the conditions given.
 
@@ -279,7 +320,8 @@ class Rules(Policy):
 
 
 _BY_NAME: dict[str, type[Policy]] = {
-    p.__name__: p for p in (Keep, Freeze, FreezeAffine, NormalizeOnly, Ghost, Renorm, Stochastic, EvalNorm, Rules)
+    p.__name__: p
+    for p in (Keep, Freeze, FreezeAffine, NormalizeOnly, ToGroupNorm, Ghost, Renorm, Stochastic, EvalNorm, Rules)
 }
 
 

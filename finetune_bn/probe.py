@@ -137,14 +137,15 @@ def quietly(model: nn.Module) -> Iterator[None]:
                     _refill(attributes[name], content)
 
 
-def tensors_in(output: Any) -> list[Tensor]:
-    """Return the tensors in what a model returned, those in dataclasses included."""
+def tensors_in(output: Any, *, detach: bool = True) -> list[Tensor]:
+    """Return the tensors in what a model returned, those in dataclasses included; without gradients, or as they are."""
     tensors: list[Tensor] = []
     for leaf in tree_leaves(output):
         if torch.is_tensor(leaf):
-            tensors.append(leaf.detach())
+            tensors.append(leaf.detach() if detach else leaf)
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            tensors += tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+            parts = [getattr(leaf, f.name) for f in dataclasses.fields(leaf)]
+            tensors += tensors_in(parts, detach=detach)
     return tensors
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.moments import ImageMeans
+from finetune_bn.moments import ImageMoments
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,15 @@ class ImageSpread:
     @classmethod
     def of(cls, x: Tensor, pivot: Tensor) -> ImageSpread:
         """Return the spread of the images in `x` [N, C, ...]; `pivot` [C] costs digits where it is far off the mean."""
-        return cls.of_images([ImageMeans.of(x, pivot)])
+        return cls.of_images([ImageMoments.of(x, pivot)])
 
     @classmethod
-    def of_images(cls, parts: Sequence[ImageMeans]) -> ImageSpread:
+    def of_images(cls, parts: Sequence[ImageMoments]) -> ImageSpread:
         """Return the spread of the images of all parts, of which there is at least one."""
-        pivot, rows = parts[0].pivot.double(), []
-        for part in parts:
-            a, d = part.first.double(), part.pivot.double() - pivot
-            rows.append(torch.stack([a + d, part.second + 2 * d * a + d.square()]))
-        ab = torch.cat(rows, 1)
+        means = torch.cat([part.absolute for part in parts])
+        pivot = means[0].clone() if parts[0].pivot is None else parts[0].pivot.double()
+        a = means - pivot
+        ab = torch.stack([a, a.square() + torch.cat([part.var for part in parts])])
         center = ab.mean(1)
         da, db = ab - center[:, None]
         co = torch.stack([da.square().sum(0), db.square().sum(0), (da * db).sum(0)])

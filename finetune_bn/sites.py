@@ -1,7 +1,8 @@
-"""Find the BatchNorm layers of a model, all their names, and where in the data flow they sit."""
+"""Find the BatchNorm layers of a model, all their names and the timm stages they lie in."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.frozen import FrozenBatchNorm
-from finetune_bn.probe import Probe, quietly
+from finetune_bn.layers.group_norm import GroupNorm
+from finetune_bn.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,27 @@ class BatchNormSite:
     module: nn.Module = field(repr=False, compare=False)
 
 
-def find_batch_norms(model: nn.Module) -> list[BatchNormSite]:
-    """Return the BatchNorm layers of `model`, live and frozen, in the order of definition."""
+def is_batch_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a BatchNorm, live or frozen, or a GroupNorm that was converted from one."""
+    return isinstance(module, (_BatchNorm, FrozenBatchNorm)) or is_converted_group_norm(module)
+
+
+def is_converted_group_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a GroupNorm that was converted from a BatchNorm."""
+    return isinstance(module, GroupNorm) and module.source is not None
+
+
+def find_batch_norms(model: nn.Module, *, group_norms: bool = False) -> list[BatchNormSite]:
+    """Return the BatchNorm layers of `model`, live and frozen, in the order of definition.
+
+    Args:
+        model: any module.
+        group_norms: also those that were converted to GroupNorm, which have no statistics.
+    """
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (_BatchNorm, FrozenBatchNorm)):
+        if is_batch_norm(module) and (group_norms or not isinstance(module, GroupNorm)):
             modules[id(module)] = module
             names.setdefault(id(module), []).append(name)
     return [
@@ -54,8 +70,32 @@ def find_lookalikes(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if isinstance(module, (_BatchNorm, FrozenBatchNorm)):
             continue
         has_statistics = any(module._buffers.get(key) is not None for key in ("running_mean", "running_var"))
-        if has_statistics or (_is_leaf(module) and "BatchNorm" in type(module).__name__):
+        if has_statistics or (is_leaf(module) and "BatchNorm" in type(module).__name__):
             found.append((name, module))
+    return found
+
+
+def positions_at(model: nn.Module, sites: Sequence[BatchNormSite], probes: Sequence[Probe]) -> dict[str, int]:
+    """Return how many values a channel has in an image at each site, the fewest of its calls.
+
+    Keyed by the site's first name; a site that no probe reaches is not in it, nor is any where a guessed probe fails.
+    """
+    found: dict[str, int] = {}
+    names = {id(site.module): site.names[0] for site in sites}
+
+    def arrive(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and torch.is_tensor(args[0]) and args[0].dim() > 1:
+            name = names[id(module)]
+            found[name] = min(args[0][0, 0].numel(), found.get(name, args[0].numel()))
+
+    handles = [site.module.register_forward_pre_hook(arrive) for site in sites]
+    try:
+        for probe in probes:
+            with contextlib.nullcontext() if probe.given else contextlib.suppress(FinetuneBNError):
+                probe.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
     return found
 
 
@@ -85,56 +125,6 @@ def timm_stages(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
     return stages
 
 
-def locate(model: nn.Module, sites: Sequence[BatchNormSite], probes: Sequence[Probe]) -> dict[str, str]:
-    """Tell, by running the probes, what computed the input of each site.
-
-    A tensor that a leaf module returned and that arrives at a BN unchanged makes that module the BN's producer; any
-    other input comes from an operation between modules (add, concat, view). Keyed by the site's first name.
-    """
-    positions: dict[str, str] = {}
-    by_module = {id(site.module): site.names[0] for site in sites}
-    made: dict[int, tuple[torch.Tensor, int, str]] = {}
-
-    def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if torch.is_tensor(output):
-                # The tensor is held as long as its id is, and its version tells in-place changes.
-                made[id(output)] = (output, output._version, f"{_role(module)} {name}")
-
-        return hook
-
-    def arrive(module: nn.Module, args: tuple[Any, ...]) -> None:
-        site = by_module[id(module)]
-        tensor, version, producer = made.get(id(args[0]) if args else 0, (None, 0, ""))
-        fresh = tensor is not None and tensor._version == version
-        here = f"behind {producer}" if fresh else "behind an operation between modules"
-        positions[site] = here if positions.get(site, here) == here else "behind several"
-
-    handles = [m.register_forward_hook(remember(n)) for n, m in model.named_modules() if _is_leaf(m)]
-    handles += [site.module.register_forward_pre_hook(arrive) for site in sites]
-    try:
-        for probe in probes:
-            with quietly(model):
-                probe.call(model)
-            made.clear()
-    except Exception:
-        if any(probe.given for probe in probes):
-            probe.run(model)  # raises with the input named
-    finally:
-        for handle in handles:
-            handle.remove()
-        made.clear()
-    return positions
-
-
-def _is_leaf(module: nn.Module) -> bool:
+def is_leaf(module: nn.Module) -> bool:
+    """Tell whether the module has no modules within."""
     return next(module.children(), None) is None and not isinstance(module, torch.jit.ScriptModule)
-
-
-def _role(module: nn.Module) -> str:
-    if isinstance(module, _ConvNd):
-        return "conv"
-    if isinstance(module, nn.Linear):
-        return "linear"
-    kind = type(module).__name__
-    return "pool" if "Pool" in kind else kind

@@ -79,14 +79,18 @@ def fine_tune(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
     """Train one cell and return its figures."""
     from finetune_bn.backbones import create_backbone
 
-    splits = images(seed)
     torch.manual_seed(seed)
     net = create_backbone("tf_efficientnet_lite0", "package", num_classes=9)
-    net = fbn.convert(net, ARMS[arm], verify=False)
+    return train(fbn.convert(net, ARMS[arm], verify=False), batch, lr, seed, limited=arm == "limited")
+
+
+def train(net: nn.Module, batch: int, lr: float, seed: int, limited: bool = False) -> dict[str, Any]:
+    """Train a network whose layers are what they are to be, with limited steps or without, and return its figures."""
+    splits = images(seed)
     x, y = splits["train"]
     steps = EPOCHS * math.ceil(len(x) / batch)
     optimizer, schedule = cells.adamw(net, lr, steps)
-    if arm == "limited":
+    if limited:
         limit_steps(optimizer, net)
     started = time.perf_counter()
     order = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
@@ -20,6 +21,7 @@ from finetune_bn.cli import FinetuneBNCLI, main, readable
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.plans import Plan
+from tests.models import settle
 
 MODEL = ("--model", "ImageClassification", "--model.weights", "none", "--model.backbone", "test_efficientnet")
 DATA = ("--data", "EmojiData", "--data.image_size", "32")
@@ -113,9 +115,62 @@ def test_plan_refuses_a_folder_that_is_not_there_and_a_folder_as_its_file(tmp_pa
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
 
 
+def test_plan_with_memory_adds_what_a_batch_of_the_data_keeps(capsys: pytest.CaptureFixture[str]) -> None:
+    args = (*PLAN, "--data.batch_size", "3", "--batch_norm.module", "net", "--memory", "true")
+    main([*args, "--trainer.precision", "bf16-mixed"])
+    the_plan, memory = capsys.readouterr().out.split("\n\n")
+    assert len(the_plan.splitlines()) == 3 + 13
+    assert re.match(r"EfficientNet on 3x3x32x32, autocast bfloat16: \S+ MiB kept for backward, \S+ MiB \(0\.", memory)
+    main([*args, "--format", "json"])
+    data = json.loads(capsys.readouterr().out)
+    assert len(Plan.from_dict(data).rows) == 13
+    assert data["memory"]["inputs"] == [[3, 3, 32, 32]]
+    assert 0 < data["memory"]["after"] < data["memory"]["before"]
+
+
+def test_plan_with_memory_wants_to_know_the_size_of_a_batch() -> None:
+    args = ("plan", "--model", "tests.foreign.Net", "--data", "tests.foreign.Data", "--memory", "true")
+    assert "data: got 'Data'; allowed: data with an image_size, or a model with an example_input_array" in error_of(
+        *args
+    )
+
+
 def test_plan_knows_a_network_that_is_built_in_configure_model(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--model", "tests.foreign.Late", *DATA])
     assert capsys.readouterr().out.startswith("Late: 1 x freeze, affine=none\n")
+
+
+# --- export ---------------------------------------------------------------------------------------------------------
+
+
+def test_export_writes_the_network_of_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    cli = FinetuneBNCLI([*PLAN, "--batch_norm.policy", "Freeze", "--batch_norm.policy.affine", "original"])
+    settle(cli.model)
+    torch.save({"state_dict": cli.model.state_dict()}, "trained.ckpt")
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = cli.model.eval()(x)
+    capsys.readouterr()
+    args = ("export", *MODEL, *DATA, "--ckpt_path", "trained.ckpt", "--output")
+    for output, options in (("merged.pt2", ()), ("plain.pt2", ("--merge", "false"))):
+        main([*args, output, *options])
+        assert capsys.readouterr().out.endswith(f"Exported: {output}\n")
+        program = torch.export.load(output)
+        torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-5)
+        assert any("batch_norm" in str(node.target) for node in program.graph.nodes) == (output == "plain.pt2")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((), "ckpt_path: got None; allowed: a file."),
+        (("--ckpt_path", "no.ckpt"), "output: got None; allowed: a file."),
+        (("--ckpt_path", "no.ckpt", "--output", "net.pt2"), "ckpt_path: got 'no.ckpt'; allowed: a checkpoint"),
+    ],
+)
+def test_export_says_in_one_line_what_is_wrong(args: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    assert words in error_of("export", *MODEL, *DATA, *args)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- recalibrate ----------------------------------------------------------------------------------------------------
@@ -292,7 +347,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(capsys, "--help")
     assert "Fine-tune backbones with their BatchNorm layers in hand." in text
-    for verb in ("fit", "validate", "test", "predict", "plan", "recalibrate"):
+    for verb in ("fit", "validate", "test", "predict", "plan", "recalibrate", "export"):
         assert re.search(rf"\b{verb} [A-Z]", text), verb
 
 

@@ -67,7 +67,7 @@ def test_one_by_one_each_chunk_is_normalized_by_itself(as_kernel: bool) -> None:
     found = collector(model)
     with untouched(model):
         for chunk in chunks(x, 4, 2, 3):
-            found.one_by_one(chunk, as_kernel=as_kernel)
+            found.one_by_one([chunk], as_kernel=as_kernel)
     live = nn.BatchNorm2d(6)
     live.load_state_dict(model.bn1.state_dict())
     arrived = [arriving(model, part, live) for part in x.split([4, 2, 3])]
@@ -95,7 +95,7 @@ def test_preserving_the_layers_compute_what_they_computed() -> None:
     found = collector(model, preserve=True)
     with untouched(model):
         for chunk in chunks(x, 4, 5):
-            found.one_by_one(chunk, as_kernel=True)
+            found.one_by_one([chunk], as_kernel=True)
     first, second = arriving(model, x, model.bn1)
     check(found.layers[0], [as_array(first)])
     check(found.layers[1], [as_array(second)])
@@ -114,7 +114,7 @@ def test_a_large_chunk_in_pieces_gives_what_it_gives_whole(size: int, monkeypatc
             nn.init.uniform_(parameter, -1, 1, generator=torch.Generator().manual_seed(parameter.numel()))
         model.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(len(args[0])))
         found = collector(model, ("1", "4"))
-        found.one_by_one(chunks(x, len(x))[0], as_kernel=False)
+        found.one_by_one(chunks(x, len(x)), as_kernel=False)
         results.append((calls, [layer.moments for layer in found.layers], [layer.spread for layer in found.layers]))
     (pieces, moments, spread), (whole, expected, expected_spread) = results
     assert pieces == [PIECE, PIECE, 5]
@@ -141,7 +141,7 @@ def test_where_pieces_take_different_paths_the_whole_chunk_goes_and_counts_once(
     model, x = Forked().eval(), images(PIECE + 5, 6)
     found = collector(model, ("first", "a", "b"))
     with untouched(model):
-        found.one_by_one(chunks(x, len(x))[0], as_kernel=False)
+        found.one_by_one(chunks(x, len(x)), as_kernel=False)
     assert [float(layer.moments.count) for layer in found.layers] == [len(x) * 36, len(x) * 36, 0]
     check(found.layers[0], [as_array(x)])
 
@@ -149,7 +149,7 @@ def test_where_pieces_take_different_paths_the_whole_chunk_goes_and_counts_once(
 def test_a_shared_layer_measures_all_its_calls() -> None:
     model = settle(Tied()).eval()
     found = collector(model, ("first.bn", "between"))
-    found.one_by_one(chunks(torch.randn(4, 4, 6, 6), 4)[0], as_kernel=True)
+    found.one_by_one(chunks(torch.randn(4, 4, 6, 6), 4), as_kernel=True)
     assert [float(layer.moments.count) for layer in found.layers] == [2 * 4 * 36, 4 * 36]
 
 
@@ -159,7 +159,7 @@ def test_however_many_measurements_wait_a_layer_merges_them_all_once(number: int
     layer = Layer("bn", bn, statistics_of(bn))
     x = torch.randn(number, 5, 3)
     for i, part in enumerate(x):
-        layer.note(Moments.of(part), None)
+        layer.note(Moments.of(part))
         if i == number // 2:
             assert layer.moments.count == 5 * (i + 1)
     for _ in range(2):  # looking does not change it
@@ -171,9 +171,9 @@ def test_however_many_measurements_wait_a_layer_merges_them_all_once(number: int
 def test_a_snapshot_brings_back_what_was_known() -> None:
     bn = nn.BatchNorm1d(3)
     layer = Layer("bn", bn, statistics_of(bn))
-    layer.note(Moments.of(torch.randn(5, 3)), None)
+    layer.note(Moments.of(torch.randn(5, 3)))
     restore = layer.snapshot()
-    layer.note(Moments.of(torch.full((5, 3), float("nan"))), None, [1])
+    layer.note(Moments.of(torch.full((5, 3), float("nan"))), (), [1])
     assert layer.not_finite == {1}
     assert not layer.moments.is_finite
     restore()
@@ -189,7 +189,7 @@ def test_the_batches_with_values_that_are_not_finite_are_named(value: float) -> 
     for one in (chunks(x, 4, 2, 3), [join(chunks(x, 4, 2, 3))]):
         found.forget()
         for chunk in one:
-            found.one_by_one(chunk, as_kernel=True)
+            found.one_by_one([chunk], as_kernel=True)
         with pytest.raises(FinetuneBNError, match=r"layer 'bn1', from batches 1\".*in float16, for overflow"):
             found.check_finite(0, found.layers[0].moments)
         with pytest.raises(FinetuneBNError, match=r"'bn1', from batches 1\""):
@@ -202,7 +202,7 @@ def test_all_of_the_first_images_tell_how_images_differ_and_few_of_the_later_one
     x = images(400, 4)
     counts = []
     for chunk in chunks(x, *[16] * 25):
-        found.one_by_one(chunk, as_kernel=True)
+        found.one_by_one([chunk], as_kernel=True)
         counts.append(int(found.layers[0].spread.count))
     assert counts[1] == 32
     assert 40 <= counts[-1] <= 80
@@ -217,7 +217,7 @@ def test_an_error_in_the_model_takes_the_layers_forwards_back() -> None:
     model, x = net(), torch.randn(2, 5, 10, 10)
     found = collector(model)
     with untouched(model), pytest.raises(RuntimeError, match="to have 3 channels, but got 5"):
-        found.one_by_one(chunks(x, 2)[0], as_kernel=True)
+        found.one_by_one(chunks(x, 2), as_kernel=True)
     with untouched(model), pytest.raises(RuntimeError, match="to have 3 channels, but got 5"):
         found.together(chunks(x, 1, 1), lambda done: None)
 
@@ -225,4 +225,4 @@ def test_an_error_in_the_model_takes_the_layers_forwards_back() -> None:
 def test_an_input_of_the_wrong_dimensions_is_refused_as_batch_norm_refuses_it() -> None:
     model = nn.BatchNorm1d(3).eval()
     with pytest.raises(ValueError, match="expected 2D or 3D input"):
-        collector(model, ("",)).one_by_one(chunks(images(2), 2)[0], as_kernel=True)
+        collector(model, ("",)).one_by_one(chunks(images(2), 2), as_kernel=True)

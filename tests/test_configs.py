@@ -19,8 +19,9 @@ pytest.importorskip("jsonargparse")
 import yaml
 from PIL import Image
 
+from finetune_bn.callbacks import GroupNormCalibration
 from finetune_bn.cli import FinetuneBNCLI, main
-from finetune_bn.layers.frozen import FrozenBatchNorm
+from finetune_bn.layers import FrozenBatchNorm, GroupNorm
 from finetune_bn.tasks import MetricLearning
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
@@ -148,6 +149,7 @@ def test_every_other_config_is_planned(capsys: pytest.CaptureFixture[str], image
     main(["plan", "--config", str(path), *SMALL_NET, *own_images])
     live = path.stem in ("recalibrated", "schedule")
     action = "keep" if live else "freeze, affine=none"
+    action = "group norm, groups=1, init=sequential" if path.stem == "group_norm" else action
     task = "MetricLearning" if path.stem.startswith("metric") else "ImageClassification"
     assert capsys.readouterr().out.startswith(f"{task}: 13 x {action}\n")
 
@@ -415,6 +417,22 @@ def test_a_training_that_begins_with_a_recalibration_keeps_its_statistics(tmp_pa
     held = torch.load(run.checkpoint, weights_only=True)["state_dict"]
     assert held["net.bn1.running_mean"].any(), "they were 0 in the new network"
     assert len(frozen_layers(run.cli)) == 13
+
+
+def test_a_training_with_group_norm_begins_fitted_to_images_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    run = short_run(tmp_path, "group_norm")
+    calibrations = [c for c in run.cli.trainer.callbacks if isinstance(c, GroupNormCalibration)]
+    record = calibrations[0].record
+    assert record is not None
+    assert len(record.rows) == 13
+    saved = torch.load(run.checkpoint, weights_only=True)
+    assert "net.bn1.running_mean" not in saved["state_dict"]
+    report = json.loads((run.log_dir / "report" / "report.json").read_text(encoding="utf-8"))
+    assert report["errors"] == []
+    longer = run.again("fit", "--trainer.max_steps", "4", "--ckpt_path", str(run.checkpoint))
+    assert [c.record for c in longer.trainer.callbacks if isinstance(c, GroupNormCalibration)] == [None]
+    layers = [layer for layer in longer.model.modules() if isinstance(layer, GroupNorm)]
+    assert len(layers) == 13
 
 
 def test_metric_learning_that_begins_with_a_recalibration_keeps_its_statistics(tmp_path: Path) -> None:

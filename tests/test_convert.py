@@ -175,7 +175,7 @@ def test_missing_affine_tensors_stay_missing_and_state_dicts_the_same(make: Call
     model = settle(with_norm(make()) if make else without_bias())
     x = torch.randn(2, 3, 8, 8)
     expected, keys = model.eval()(x), set(model.state_dict())
-    fbn.convert(model, fbn.Freeze(), example_input=x)
+    fbn.convert(model, fbn.Freeze(fold="never"), example_input=x)
     assert torch.equal(model.train()(x), expected)
     assert set(model.state_dict()) == keys
     with untouched(model), pytest.raises(UnsupportedLayer, match=r"has no .*bias that affine='shift' could"):
@@ -188,7 +188,7 @@ def test_a_track_running_stats_flag_that_was_cleared_later_does_not_matter() -> 
     model, x = build("plain")
     expected = model.eval()(x)
     model.bn1.track_running_stats = False  # as Lightning's BaseFinetuning does; the statistics are still there
-    fbn.convert(model, fbn.Freeze(), example_input=x)
+    fbn.convert(model, fbn.Freeze(fold="never"), example_input=x)
     assert torch.equal(model.train()(x), expected)
     fbn.revert(model)
     assert model.bn1.track_running_stats is False

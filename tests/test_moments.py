@@ -104,7 +104,7 @@ def _rank(rank: int, cuts: list[int], port: int, results: Any) -> None:
     x = 100 + torch.randn(sum(cuts), 3, 2, 2)
     mine = x.split(cuts)[rank]
     moments = (Moments.of(mine) if len(mine) else Moments.none(3)).all_reduce()
-    results[rank] = (moments.count.item(), moments.mean.tolist(), moments.m2.tolist())
+    results[rank] = (moments.count, moments.mean.tolist(), moments.m2.tolist())
     torch.distributed.destroy_process_group()
 
 

@@ -172,7 +172,7 @@ def test_a_rule_describes_its_conditions() -> None:
     [
         (
             {"policy": "Thaw"},
-            "policy: got 'Thaw'; allowed: .*Keep, Freeze, FreezeAffine, NormalizeOnly, Ghost, Renorm, Stoch",
+            "policy: got 'Thaw'; allowed: .*Keep, Freeze, FreezeAffine, NormalizeOnly, ToGroupNorm, Ghost, Renorm",
         ),
         ({}, "policy: got None"),
         ("Freeze", "policy: got 'Freeze'; allowed: a dict"),

@@ -35,7 +35,7 @@ def _two(rank: int, port: int, results: Any) -> None:
     torch.manual_seed(0)
     x = torch.randn(6, 2)
     merged = ranks.merge(Moments.of(x[:2] if rank else x[2:]))
-    found["merge"] = [merged.count.item(), merged.mean.tolist(), merged.m2.tolist()]
+    found["merge"] = [merged.count, merged.mean.tolist(), merged.m2.tolist()]
     if rank == 0:
         ranks.fail(2)
     else:

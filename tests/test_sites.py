@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import finetune_bn as fbn
 from finetune_bn.errors import FinetuneBNError
-from finetune_bn.probe import Probe
-from finetune_bn.sites import find_batch_norms, find_lookalikes, locate, timm_stages
-from tests.models import NETS, Plain, PreActivation, Tied, build
-from tests.tools import untouched
+from finetune_bn.sites import find_batch_norms, find_lookalikes, timm_stages
+from tests.models import NETS, Plain, Tied, build
 
 
 def names(model: nn.Module) -> list[tuple[str, ...]]:
     return [site.names for site in find_batch_norms(model)]
-
-
-def positions(model: nn.Module, *inputs: Tensor) -> dict[str, str]:
-    with untouched(model):
-        return locate(model, find_batch_norms(model), [Probe("", inputs)])
 
 
 def test_layers_are_found_in_the_order_of_definition_with_class_and_channels() -> None:
@@ -106,60 +98,3 @@ def test_stages_are_those_of_timms_coarse_group_matcher_however_deep_the_model_l
 def test_stages_without_a_timm_model_are_an_error() -> None:
     with pytest.raises(FinetuneBNError, match=r"rule.stage: got 'Plain'; allowed: a model that holds a timm model"):
         timm_stages(Plain(), ["bn1"])
-
-
-# Positions
-
-
-def test_a_conv_or_linear_in_front_is_named() -> None:
-    assert positions(*build("plain")) == {"bn1": "behind conv conv1", "bn2": "behind conv conv2"}
-    assert positions(*build("head1d")) == {"neck": "behind linear linear"}
-    assert positions(*build("volume")) == {"bn": "behind conv conv"}
-
-
-def test_what_happens_between_modules_and_pools_are_told_apart() -> None:
-    model = PreActivation()
-    assert positions(model, torch.randn(2, 3, 8, 8)) == {
-        "after_concat": "behind an operation between modules",
-        "after_add": "behind an operation between modules",
-        "after_pool": "behind pool pool",
-    }
-
-
-def test_a_shared_layer_stands_behind_several() -> None:
-    assert positions(*build("tied"))["first.bn"] == "behind several"
-
-
-def test_a_conv_that_is_called_twice_is_named_both_times() -> None:
-    assert positions(*build("conv_twice")) == {"bn1": "behind conv conv", "bn2": "behind conv conv"}
-
-
-@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.ReLU(), nn.SiLU(inplace=True)])
-def test_an_activation_in_between_is_named_also_where_it_works_in_place(act: nn.Module) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), act, nn.BatchNorm2d(4))
-    assert positions(model, torch.randn(1, 3, 4, 4)) == {"2": f"behind {type(act).__name__} 1"}
-
-
-def test_a_change_in_place_by_a_function_is_an_operation_between_modules() -> None:
-    class InPlace(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.bn(F.relu_(self.conv(x)))
-
-    assert positions(InPlace(), torch.randn(1, 3, 4, 4)) == {"bn": "behind an operation between modules"}
-
-
-def test_a_module_with_nothing_but_an_empty_child_is_no_leaf() -> None:
-    class EmptyChild(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.shortcut = nn.Conv2d(3, 4, 1), nn.Sequential()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.shortcut(self.conv(x)) * 2
-
-    model = nn.Sequential(EmptyChild(), nn.BatchNorm2d(4))
-    assert positions(model, torch.randn(1, 3, 4, 4)) == {"1": "behind an operation between modules"}

@@ -7,24 +7,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from finetune_bn import memory
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
     """Return the bytes that autograd keeps of one forward pass: each storage once, tensors of the model left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no address is counted for two storages
-        return tensor
+    def checked() -> None:
+        assert run().requires_grad, "nothing was recorded for backward"
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = run()
-    assert output.requires_grad, "nothing was recorded for backward"
-    return sum(storage.nbytes() for storage in kept.values())
+    return memory.saved_bytes(model, checked)
 
 
 def assert_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Lightning callbacks: add them to a `Trainer` that is already there."""
 
 from finetune_bn.callbacks.conversion import BatchNormConversion, replay
+from finetune_bn.callbacks.group_norm import GroupNormCalibration, GroupNormDistillation
 from finetune_bn.callbacks.monitor import BatchNormMonitor
 from finetune_bn.callbacks.recalibration import BatchNormRecalibration
 from finetune_bn.callbacks.report import FinetuneReport
@@ -15,6 +16,8 @@ __all__ = [
     "BatchNormRecalibration",
     "BatchNormSchedule",
     "FinetuneReport",
+    "GroupNormCalibration",
+    "GroupNormDistillation",
     "StepLimit",
     "replay",
 ]

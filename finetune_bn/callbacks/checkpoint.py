@@ -88,6 +88,26 @@ def recalibrate_checkpoint(
     return path, record
 
 
+def load_into(
+    model: pl.LightningModule, trainer: pl.Trainer, ckpt_path: str | Path, weights_only: bool | None = None
+) -> None:
+    """Give a module the weights of a checkpoint, its BatchNorm layers converted as they were in training.
+
+    Args:
+        model: the module that the checkpoint is of, as it was built for its training.
+        trainer: a Trainer of one process.
+        ckpt_path: a checkpoint that Lightning saved.
+        weights_only: as in `Trainer.fit`.
+
+    Raises:
+        FinetuneBNError: there is no such checkpoint, or it is of another module.
+    """
+    checkpoint = _load(trainer, Path(ckpt_path), weights_only)
+    trainer.strategy.connect(model)
+    model.configure_model()
+    _restore(model, checkpoint)
+
+
 def _load(trainer: pl.Trainer, path: Path, weights_only: bool | None) -> dict[str, Any]:
     allowed = "a checkpoint that Lightning saved"
     try:

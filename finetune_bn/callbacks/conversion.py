@@ -16,8 +16,9 @@ from typing_extensions import override
 from finetune_bn.callbacks.collapse import CollapseWatch
 from finetune_bn.convert import convert, revert
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, complaint
-from finetune_bn.plans import Plan, plan
-from finetune_bn.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, check_policy
+from finetune_bn.folding import as_carried_out
+from finetune_bn.plans import Plan, may_fold, plan
+from finetune_bn.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, ToGroupNorm, check_policy
 from finetune_bn.sites import find_batch_norms
 
 CHECKPOINT_KEY = "finetune_bn"
@@ -35,8 +36,9 @@ class BatchNormConversion(Callback):
     frozen layers, and says so once, with the remedy.
 
     Args:
-        policy: What happens to the BatchNorm layers: Freeze (the default), Keep, FreezeAffine, NormalizeOnly, Ghost,
-            Renorm, Stochastic, EvalNorm, or Rules that pick among them by layer name, timm stage and layer type.
+        policy: What happens to the BatchNorm layers: Freeze (the default), Keep, FreezeAffine, NormalizeOnly,
+            ToGroupNorm, Ghost, Renorm, Stochastic, EvalNorm, or Rules that pick among them by layer name, timm stage
+            and layer type.
         module: Attribute path of the part to convert, such as `net` or `model.backbone`. Names in rules are relative
             to it. By default the whole LightningModule.
         verify: Prove on a sample input that the outputs are the same after the conversion.
@@ -69,7 +71,7 @@ class BatchNormConversion(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         _check_order(trainer.callbacks, self)  # type: ignore[attr-defined]
         self.plan = None  # the callback may have served another module before
-        has_layers = bool(find_batch_norms(self._target(pl_module) or nn.Module()))
+        has_layers = bool(find_batch_norms(self._target(pl_module) or nn.Module(), group_norms=True))
         if has_layers:
             self._convert(pl_module)
         if not has_layers or is_overridden("configure_model", pl_module):
@@ -81,6 +83,14 @@ class BatchNormConversion(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.watch.reset()
         self._started(pl_module)
+        policies = [row.policy for row in self.plan.rows] if self.plan is not None else []
+        wanted = any(isinstance(policy, ToGroupNorm) and policy.init == "sequential" for policy in policies)
+        names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        if wanted and "GroupNormCalibration" not in names:
+            rank_zero_warn(
+                "BatchNormConversion: init=sequential starts as the closed form, and nothing fits it to images: add "
+                "the callback GroupNormCalibration, or ask for init=closed_form."
+            )
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -167,18 +177,18 @@ class BatchNormConversion(Callback):
             return None
 
     def _convert(self, pl_module: pl.LightningModule) -> None:
-        self._apply(pl_module, plan(self.target(pl_module), self.policy, probe=False))
+        self._apply(pl_module, plan(self.target(pl_module), self.policy, probe=may_fold(self.policy)))
 
     def _convert_new(self, pl_module: pl.LightningModule) -> None:
         """Convert what the module has built since its layers were converted, if it has built any."""
         known = {row.names for row in self.plan.rows} if self.plan is not None else set()
-        if not {site.names for site in find_batch_norms(self.target(pl_module))} <= known:
+        if not {site.names for site in find_batch_norms(self.target(pl_module), group_norms=True)} <= known:
             self._convert(pl_module)
 
     def _apply(self, pl_module: pl.LightningModule, the_plan: Plan) -> None:
         _check_sharing(pl_module, self.module or "")
         _carry_out(pl_module, self.module or "", lambda target: convert(target, the_plan, verify=self.verify))
-        self.plan = the_plan
+        self.plan = the_plan = as_carried_out(the_plan, self.target(pl_module))
         rank_zero_info(f"BatchNormConversion: {str(the_plan).splitlines()[0]}")
         for row in the_plan.rows:
             if row.policy is None:
@@ -288,8 +298,10 @@ def _carry_out(pl_module: pl.LightningModule, path: str, change: Callable[[nn.Mo
 
 def _check_sharing(pl_module: pl.LightningModule, path: str) -> None:
     """Raise where a layer to be converted is also held outside of the part: there the old one would go on."""
-    inside = {id(site.module): site.names[0] for site in find_batch_norms(pl_module.get_submodule(path))}
-    for site in find_batch_norms(pl_module):
+    inside = {
+        id(site.module): site.names[0] for site in find_batch_norms(pl_module.get_submodule(path), group_norms=True)
+    }
+    for site in find_batch_norms(pl_module, group_norms=True):
         outside = [name for name in site.names if path and name != path and not name.startswith(f"{path}.")]
         if outside and id(site.module) in inside:
             given = f"{path!r}, whose layer {inside[id(site.module)]!r} is also {', '.join(outside)}"

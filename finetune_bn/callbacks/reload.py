@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from finetune_bn.backbones import create_backbone
 from finetune_bn.functional import TOLERANCE
 from finetune_bn.probe import distance, quietly
+from finetune_bn.sites import is_converted_group_norm
 
 
 class TimmNet(NamedTuple):
@@ -75,6 +76,10 @@ def reload_and_test(trainer: pl.Trainer, pl_module: pl.LightningModule, domains:
     if recipe is None:
         needs = "a timm network as `net`, and `backbone` (its name) and `num_classes` among its hyperparameters"
         return Reload(left_out=f"{type(pl_module).__name__} does not have what it takes: {needs}")
+    if any(map(is_converted_group_norm, pl_module.modules())):
+        return Reload(
+            left_out="its layers were converted to GroupNorm, which timm's network of that name does not have"
+        )
     if trainer.ckpt_path is None:
         remedy = "test(ckpt_path='best'), or the path of a checkpoint, tests a file"
         return Reload(left_out=f"no checkpoint was tested but the weights in memory; {remedy}")

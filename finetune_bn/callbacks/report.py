@@ -265,7 +265,7 @@ def _batch_norm(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, BatchNormConversion) and callback.plan is not None:
             return str(callback.plan).splitlines()[0].partition(": ")[2]
-    kinds = Counter(site.kind for site in find_batch_norms(pl_module))
+    kinds = Counter(site.kind for site in find_batch_norms(pl_module, group_norms=True))
     return ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common()) or "no such layer"
 
 

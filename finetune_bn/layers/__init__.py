@@ -2,6 +2,7 @@
 
 from finetune_bn.layers.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from finetune_bn.layers.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.noise import (
     NoisyFrozenBatchNorm,
     NoisyFrozenBatchNorm1d,
@@ -13,6 +14,7 @@ from finetune_bn.layers.norm_act import (
     EvalBatchNormAct2d,
     FrozenBatchNormAct2d,
     GhostBatchNormAct2d,
+    GroupNormAct2d,
     NoisyFrozenBatchNormAct2d,
     StochasticBatchNormAct2d,
 )
@@ -41,6 +43,9 @@ __all__ = [
     "NoisyFrozenBatchNorm2d",
     "NoisyFrozenBatchNorm3d",
     "NoisyFrozenBatchNormAct2d",
+    # statistics of each image
+    "GroupNorm",
+    "GroupNormAct2d",
     # statistics live
     "TrackingBatchNorm",
     "GhostBatchNorm",

@@ -1,4 +1,4 @@
-"""The one file that knows timm's layer classes: BatchNorm with an activation and a drop layer behind it."""
+"""The one file that knows timm's layer classes: BatchNorm with an activation and a drop layer, `Conv2dSame`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import sys
 from typing import Any, Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from finetune_bn.act_functional import frozen_batch_norm_act, frozen_batch_norm_relu, relu_tells_input
 from finetune_bn.errors import MissingDependency
 from finetune_bn.functional import frozen_batch_norm
+from finetune_bn.layers.folded import FoldedConvNd
 from finetune_bn.layers.frozen import (
     Affine,
     FrozenBatchNorm,
@@ -20,6 +23,7 @@ from finetune_bn.layers.frozen import (
     check_affine,
 )
 from finetune_bn.layers.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.noise import (
     NoisyFrozenBatchNorm,
     NoisyFrozenBatchNorm1d,
@@ -88,8 +92,42 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Return `act(drop(x * scale + shift))` for `x` of shape [N, C, H, W]."""
         self._check_input_dim(x)  # spelled out: torch.jit.script knows no super().forward
-        x = frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        if torch.jit.is_scripting() or self._fold is None or not self._fold.has(x):
+            if not torch.jit.is_scripting() and not torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+                y = self._with_one_tensor(x)
+                if y is not None:
+                    return y
+            x = frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         return self.act(self.drop(x))  # type: ignore[no-any-return]
+
+    @torch.jit.unused
+    def _with_one_tensor(self, x: Tensor) -> Tensor | None:
+        """Return the layer's output where backward can do with one tensor instead of two, see `act_functional`."""
+        trained = torch.is_grad_enabled() and self.weight is not None and self.weight.requires_grad
+        if not trained or type(self.drop) is not nn.Identity or self.act._forward_hooks or self.act._forward_pre_hooks:
+            return None
+        act, arguments = type(self.act), (self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        if act in (nn.SiLU, nn.Hardswish):
+            return frozen_batch_norm_act(x, *arguments, act.__name__)
+        if act is nn.ReLU and self._relu_tells_input(x):
+            return frozen_batch_norm_relu(x, *arguments)
+        return None
+
+    def _relu_tells_input(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return (
+                False  # there values must not decide; a compiler weighs for itself what to keep and what to recompute
+            )
+        size = None
+        if self.affine_kind == "merged":
+            if not self.has_source_statistics:
+                return False  # how large the input is was lost with the statistics
+            mean, var = self._source[0].get_buffer("running_mean"), self._source[0].get_buffer("running_var")
+            size = (mean.square() + var).sqrt().to(self.weight)
+        try:
+            return relu_tells_input(self.weight, self.bias, size, x.dtype)
+        except RuntimeError:  # tensors without values: on the meta device, or of torch.func
+            return False
 
     def to_batch_norm(self) -> _BatchNorm:
         """Return timm's layer of the same eval-mode function, see `FrozenBatchNorm.to_batch_norm`."""
@@ -101,6 +139,23 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 
     def _new_batch_norm(self) -> _BatchNorm:
         return _new_norm_act(self)
+
+
+class FoldedConv2dSame(FoldedConvNd, nn.Conv2d):
+    """timm's `Conv2dSame`, TensorFlow's padding, with the frozen layer behind it in its weight."""
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        sides: list[int] = []
+        for size, k, s, d in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
+            missing = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
+            sides = [missing // 2, missing - missing // 2, *sides]  # the last dimension comes first
+        return F.pad(x, sides), [0, 0]
+
+
+def is_conv_same(kind: type[nn.Module]) -> bool:
+    """Tell whether the class is timm's `Conv2dSame`."""
+    timm = sys.modules.get("timm.layers.conv2d_same")
+    return timm is not None and kind is timm.Conv2dSame
 
 
 class NoisyFrozenBatchNormAct2d(NoisyFrozenBatchNorm, FrozenBatchNormAct2d):
@@ -183,6 +238,52 @@ class EvalBatchNormAct2d(TrackingBatchNormAct2d, EvalBatchNorm2d):
     """`EvalBatchNorm2d`, then `drop`, then `act`; see `TrackingBatchNormAct2d`."""
 
 
+class GroupNormAct2d(GroupNorm):
+    """`GroupNorm`, then `drop`, then `act`: the modules of timm's `BatchNormAct2d` that it stands for.
+
+    Args:
+        num_groups: number of groups.
+        num_channels: number of channels C.
+        drop: a module applied to the normalized activation; None for none.
+        act: a module applied last; None for none.
+        arguments: what `GroupNorm` takes.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        *,
+        drop: nn.Module | None = None,
+        act: nn.Module | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(num_groups, num_channels, **arguments)
+        self.drop = nn.Identity() if drop is None else drop
+        self.act = nn.Identity() if act is None else act
+
+    @classmethod
+    def from_batch_norm(cls, bn: _BatchNorm, *arguments: Any, **settings: Any) -> Self:
+        """Return the GroupNorm that stands for `bn`, see `GroupNorm.from_batch_norm`."""
+        layer = super().from_batch_norm(bn, *arguments, **settings)
+        # timm's SyncBatchNormAct may carry neither of the two.
+        layer.drop = getattr(bn, "drop", None) or nn.Identity()
+        layer.act = getattr(bn, "act", None) or nn.Identity()
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `act(drop(y))`, y being `input` [N, C, H, W] normalized."""
+        return self.act(self.drop(self._normalize(input)))  # type: ignore[no-any-return]
+
+    def to_batch_norm(self) -> _BatchNorm:
+        """Return timm's layer that this was made from, see `GroupNorm.to_batch_norm`."""
+        bn = super().to_batch_norm()
+        for name in ("drop", "act"):
+            if hasattr(bn, name):
+                setattr(bn, name, getattr(self, name))
+        return bn
+
+
 FROZEN: Family[FrozenBatchNorm] = (
     FrozenBatchNorm,
     FrozenBatchNorm1d,
@@ -219,6 +320,8 @@ EVAL: Family[EvalBatchNorm] = (
     EvalBatchNorm3d,
     EvalBatchNormAct2d,
 )
+# GroupNorm takes inputs of any rank.
+GROUP: Family[GroupNorm] = (GroupNorm, GroupNorm, GroupNorm, GroupNorm, GroupNormAct2d)
 
 
 def is_norm_act(module: nn.Module) -> bool:
@@ -258,14 +361,20 @@ def class_for(bn: _BatchNorm, family: Family[Kind]) -> type[Kind]:
     return family[0]  # SyncBatchNorm and the `_BatchNormXd` that reverting it leaves take any input rank
 
 
+def modules_behind(layer: nn.Module) -> list[nn.Module]:
+    """Return the modules that a norm+act layer, live or frozen, applies behind its norm, in order; none of others."""
+    acting = (FrozenBatchNormAct2d, TrackingBatchNormAct2d, GroupNormAct2d)
+    if not isinstance(layer, acting) and not is_norm_act(layer):
+        return []
+    # timm's SyncBatchNormAct may carry neither of the two.
+    modules = (getattr(layer, name, None) for name in ("drop", "act"))
+    return [module for module in modules if module is not None]
+
+
 def behind_norm(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply what a norm+act layer, live or frozen, does to its normalized activation; `x` itself for other layers."""
-    if not isinstance(layer, (FrozenBatchNormAct2d, TrackingBatchNormAct2d)) and not is_norm_act(layer):
-        return x
-    for name in ("drop", "act"):
-        module = getattr(layer, name, None)  # timm's SyncBatchNormAct may carry neither of the two
-        if module is not None:
-            x = module(x)
+    for module in modules_behind(layer):
+        x = module(x)
     return x
 
 

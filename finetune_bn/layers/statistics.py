@@ -102,18 +102,21 @@ def normalize(layer: nn.Module, x: Tensor, statistics: Statistics) -> Tensor:
     return behind_norm(layer, F.batch_norm(x, mean, var, weight, bias, False, 0.0, statistics.eps))
 
 
-def normalize_by_batch(layer: nn.Module, x: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the layer's output for `x` normalized by its own statistics, with their mean and variance [C].
+def normalize_by_batch(layer: nn.Module, x: Tensor, statistics: Statistics, mean: Tensor, var: Tensor) -> Tensor:
+    """Return the layer's output for `x` normalized by its own statistics, and write those to `mean` and `var` [C].
 
     BatchNorm's kernel for training, which measures what it normalizes by: the moments cost nothing. The variance is
     divided by n - 1, as the kernel stores it, and the one normalized by is not.
+
+    Args:
+        layer: the layer.
+        x: its input, [N, C, ...].
+        statistics: whose gamma and beta it scales with.
+        mean: where the mean goes; finite now, of the dtype in which `x` is summed.
+        var: where the variance goes, likewise.
     """
-    wide = accumulator(x)
-    # Zeros and not empty: momentum 1 multiplies what was there by 0, and 0 * NaN is NaN.
-    mean, var = (torch.zeros_like(t, dtype=wide) for t in (statistics.mean, statistics.var))
-    weight, bias = (None if t is None else t.to(wide) for t in (statistics.weight, statistics.bias))
-    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, statistics.eps)
-    return behind_norm(layer, y), mean, var
+    weight, bias = (None if t is None else t.to(mean.dtype) for t in (statistics.weight, statistics.bias))
+    return behind_norm(layer, F.batch_norm(x, mean, var, weight, bias, True, 1.0, statistics.eps))
 
 
 def store(layer: nn.Module, statistics: Statistics, *, preserve: bool) -> None:

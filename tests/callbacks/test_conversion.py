@@ -27,6 +27,7 @@ import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion, replay
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched
 from finetune_bn.layers import FrozenBatchNorm
+from finetune_bn.layers.frozen import Affine
 
 
 def make_net() -> nn.Module:
@@ -312,6 +313,40 @@ def test_backbone_finetuning_cannot_move_frozen_statistics(first: bool, tmp_path
     assert not any(p.requires_grad for layer in frozen(model) for p in layer.parameters())
     weight = make_net()[0].weight
     assert not torch.equal(model.backbone[0].weight, weight)  # the convolutions were trained after the unfreezing
+
+
+class ThreeStages(BaseFinetuning):
+    """The stages of Lightning's example computer_vision_fine_tuning.py: the head, the last layers too, then all."""
+
+    def __init__(self, train_bn: bool) -> None:
+        super().__init__()
+        self.train_bn = train_bn
+
+    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
+        self.freeze(pl_module.backbone, train_bn=self.train_bn)
+
+    def finetune_function(self, pl_module: pl.LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch in (1, 2):
+            part = pl_module.backbone[-5:] if epoch == 1 else pl_module.backbone[:-5]
+            self.unfreeze_and_add_param_group(part, optimizer, train_bn=self.train_bn)
+
+
+@pytest.mark.parametrize("affine", ["none", "original"])
+@pytest.mark.parametrize("train_bn", [False, True])
+def test_the_three_stages_of_lightnings_fine_tuning_example_move_no_frozen_statistics(
+    train_bn: bool, affine: Affine, tmp_path: Path
+) -> None:
+    model, control = Foreign(), Foreign()
+    before = statistics(model)
+    trainer(tmp_path, ThreeStages(train_bn), epochs=4).fit(control, loader())
+    assert not same(before, statistics(control))  # without the conversion they move, asked to stay or not
+    trainer(tmp_path, BatchNormConversion(fbn.Freeze(affine)), ThreeStages(train_bn), epochs=4).fit(model, loader())
+    assert same(before, statistics(model))
+    x = next(iter(loader()))[0]
+    assert torch.equal(model.train()(x), model.eval()(x))
+    start = make_net()
+    assert not torch.equal(model.backbone[0].weight, start[0].weight)  # trained in the third stage
+    assert not torch.equal(model.backbone[3].weight, start[3].weight)  # and in the second
 
 
 def test_lightning_freeze_without_train_bn_normalizes_by_the_batch_and_the_conversion_ends_that() -> None:

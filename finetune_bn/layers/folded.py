@@ -1,0 +1,114 @@
+"""Convolutions and linear maps that compute the frozen BatchNorm (BN) behind them within their own weight.
+
+`fold_pair` gives a producer one of these classes in place of its own, and `Fold.undo` takes it back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from finetune_bn.fold_functional import folded_convolution, folded_linear
+from finetune_bn.layers.fold import Fold
+
+
+class Folding(nn.Module):
+    """What all folded producers share: a `Fold`, kept outside of the module tree."""
+
+    if TYPE_CHECKING:
+        _fold: Fold
+
+    def _replicate_for_data_parallel(self) -> Self:
+        # The replica's partner is on another device: each does its own part there.
+        replica = cast(Self, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
+        replica.__class__ = self._fold.plain  # type: ignore[assignment]
+        return replica
+
+    def extra_repr(self) -> str:
+        """Describe the module in `print(model)`."""
+        own = super().extra_repr()
+        return f"{own}, computes {self._fold.norm_at[1]!r} within its weight" if self._fold.intact else own
+
+
+class FoldedConvNd(Folding, _ConvNd):
+    """What all folded convolutions share."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Return the convolution of `input`; what the frozen layer behind makes of it, while autograd records."""
+        dims = len(self.kernel_size)
+        affine = self._fold.affine() if input.dim() == dims + 2 else None
+        if affine is None:
+            plain = self._fold.plain.forward
+            return plain(self, input) if output_size is None else plain(self, input, output_size)  # type: ignore[no-any-return]
+        transposed = isinstance(self, _ConvTransposeNd)
+        output_padding = list(self.output_padding)
+        if transposed:
+            output_padding = self._output_padding(  # type: ignore[operator]
+                input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+            )
+        input, padding = self._padded(input)
+        y = folded_convolution(
+            input,
+            self.weight,
+            self.bias,
+            *affine,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            transposed=transposed,
+            output_padding=output_padding,
+            groups=self.groups,
+        )
+        self._fold.send(y)
+        return y
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        """Return `x`, padded where a convolution cannot do it, and how many zeros the convolution is to add."""
+        sides = self._reversed_padding_repeated_twice
+        if self.padding_mode != "zeros":
+            return F.pad(x, sides, mode=self.padding_mode), [0] * len(self.kernel_size)
+        if not isinstance(self.padding, str):
+            return x, list(self.padding)
+        if sides[0::2] == sides[1::2]:
+            return x, sides[0::2][::-1]
+        return F.pad(x, sides), [0] * len(self.kernel_size)
+
+
+class FoldedConv1d(FoldedConvNd, nn.Conv1d):
+    """`Conv1d` with the frozen layer behind it in its weight."""
+
+
+class FoldedConv2d(FoldedConvNd, nn.Conv2d):
+    """`Conv2d` with the frozen layer behind it in its weight."""
+
+
+class FoldedConv3d(FoldedConvNd, nn.Conv3d):
+    """`Conv3d` with the frozen layer behind it in its weight."""
+
+
+class FoldedConvTranspose1d(FoldedConvNd, nn.ConvTranspose1d):
+    """`ConvTranspose1d` with the frozen layer behind it in its weight."""
+
+
+class FoldedConvTranspose2d(FoldedConvNd, nn.ConvTranspose2d):
+    """`ConvTranspose2d` with the frozen layer behind it in its weight."""
+
+
+class FoldedConvTranspose3d(FoldedConvNd, nn.ConvTranspose3d):
+    """`ConvTranspose3d` with the frozen layer behind it in its weight."""
+
+
+class FoldedLinear(Folding, nn.Linear):
+    """`Linear` with the frozen layer behind it in its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the map of `input`; what the frozen layer behind makes of it, while autograd records."""
+        affine = self._fold.affine()
+        if affine is None:
+            return super().forward(input)
+        y = folded_linear(input, self.weight, self.bias, *affine)
+        self._fold.send(y)
+        return y

@@ -1,0 +1,231 @@
+"""GroupNorm made from a BatchNorm, with the pretrained function kept as far as it goes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.functional import frozen_batch_norm, scale_shift
+from finetune_bn.group_functional import closed_form, group_norm
+from finetune_bn.layers.frozen import _store, share_hooks, why_not_frozen
+from finetune_bn.layers.tracking import ASIDE
+
+Init = Literal["reset", "copy", "closed_form", "sequential"]
+INITS: tuple[Init, ...] = get_args(Init)
+_FIVE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+class GroupNorm(nn.GroupNorm):
+    """`torch.nn.GroupNorm` that stands for a BatchNorm: each image is normalized by itself, for inputs [N, C, ...].
+
+    State dict, forward pass and gradients are those of `torch.nn.GroupNorm`; dtype and memory format of activations
+    are kept, also under autocast. Channels have a weight and a bias even where the BatchNorm had none (they are
+    constants then, buffers), because they carry its statistics. The BatchNorm itself is kept aside, outside of the
+    module tree, for `to_batch_norm`; number of groups, `alpha` and the BatchNorm's tensors go into the metadata of the
+    state dict, which torch, Lightning and copies of it carry along.
+
+    Attributes:
+        alpha: share of the BatchNorm's output in this one's, from 1 (the BatchNorm, frozen) to 0 (plain GroupNorm).
+        settings: what `from_batch_norm` was given besides the BatchNorm.
+
+    Args:
+        num_groups: number of groups; 1 is LayerNorm over channels and positions, `num_channels` InstanceNorm.
+        num_channels: number of channels C.
+        eps: added to the variances.
+        device: where the tensors are made.
+        dtype: dtype of the tensors.
+    """
+
+    __jit_unused_properties__ = ["num_features", "settings", "source"]  # noqa: RUF012 (torch.jit looks for a list)
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, True, device, dtype)
+        self._begin((), (num_groups, None, "reset"))
+
+    @classmethod
+    def from_batch_norm(
+        cls,
+        bn: _BatchNorm,
+        groups: int | Literal["auto"] = "auto",
+        channels_per_group: int | None = None,
+        init: Init = "closed_form",
+    ) -> Self:
+        """Return the GroupNorm that stands for `bn`, which is not changed; ask `why_not_group_norm` first.
+
+        See `ToGroupNorm` for the arguments. Hooks and `requires_grad` come along; the Parameters are new ones.
+        """
+        check_grouping(groups, channels_per_group, init)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.num_channels, layer.eps, layer.affine = bn.num_features, bn.eps, True
+        layer.num_groups = number_of_groups(bn.num_features, groups, channels_per_group)
+        for name, value in zip(("weight", "bias"), _initial(bn, layer.num_groups, init), strict=True):
+            own = getattr(bn, name)
+            if own is None:
+                layer.register_buffer(name, value)
+            else:
+                layer.register_parameter(name, nn.Parameter(value, requires_grad=own.requires_grad))
+        layer._begin((bn,), (groups, channels_per_group, init))
+        layer.training = bn.training
+        share_hooks(bn, layer)
+        return layer
+
+    def _begin(self, source: tuple[_BatchNorm, ...], settings: tuple[Any, Any, Any]) -> None:
+        self._source = source
+        self._settings = settings
+        self.alpha = 0.0
+
+    @property
+    def num_features(self) -> int:
+        """Number of channels C, as BatchNorm calls it."""
+        return self.num_channels
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `from_batch_norm` takes besides the BatchNorm."""
+        return dict(zip(("groups", "channels_per_group", "init"), self._settings, strict=True))
+
+    @property
+    def source(self) -> _BatchNorm | None:
+        """The BatchNorm that this layer stands for, with the values it had; None for a GroupNorm made as such."""
+        return self._source[0] if self._source else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `input` [N, C, ...] normalized, in its dtype and memory format."""
+        return self._normalize(input)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        y = group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        if not torch.jit.is_scripting() and self.alpha:
+            y = torch.lerp(y, self._as_batch_norm(x), self.alpha)
+        return y
+
+    def _as_batch_norm(self, x: Tensor) -> Tensor:
+        """Return what the BatchNorm makes of `x` in eval mode."""
+        bn = self._source[0]
+        # It is outside of the module tree, so `to(device)` did not reach it.
+        mean, var, weight, bias = (
+            None if t is None else t.detach().to(x.device)
+            for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        )
+        assert mean is not None
+        assert var is not None
+        return frozen_batch_norm(x, mean, var, weight, bias, bn.eps)
+
+    def to_batch_norm(self) -> _BatchNorm:
+        """Return the BatchNorm that this was made from, as it was: what GroupNorm has learned since is not in it."""
+        bn = self._source[0]
+        if bn.running_mean is not None and not bn.running_mean.is_meta:
+            bn.to(self.weight.device, self.weight.dtype)
+        bn.training = self.training
+        share_hooks(self, bn)
+        return bn
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None and self._source:
+            values = {name: getattr(self._source[0], name) for name in _FIVE}
+            source = {name: value.detach().clone() for name, value in values.items() if value is not None}
+            aside = {"num_groups": self.num_groups, "alpha": self.alpha, "source": source}
+            metadata.setdefault(prefix[:-1], {})[ASIDE] = aside
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if prefix + "running_mean" in state_dict:
+            error_msgs.append(
+                f"{prefix[:-1]}: the state dict holds a BatchNorm's tensors, and this layer was converted to "
+                "GroupNorm. Load the weights before the conversion, or convert back by `revert` first"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        aside = local_metadata.get(ASIDE)
+        if aside and prefix + "weight" in state_dict:
+            self.num_groups, self.alpha = aside["num_groups"], aside["alpha"]
+            with torch.no_grad():
+                for name, value in aside["source"].items() if self._source else ():
+                    _store(self._source[0], name, value)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in `print(model)`."""
+        alpha = f", alpha={self.alpha:g}" if self.alpha else ""
+        return f"{self.num_groups}, {self.num_channels}, eps={self.eps}{alpha}"
+
+
+def _initial(bn: _BatchNorm, groups: int, init: Init) -> tuple[Tensor, Tensor]:
+    """Return weight and bias to begin with, in the dtype of the BatchNorm's."""
+    tensors = [t for t in (bn.weight, bn.running_mean) if t is not None]
+    like = tensors[0].detach() if tensors else torch.empty(bn.num_features)
+    weight, bias = torch.ones_like(like), torch.zeros_like(like)
+    if init == "copy":
+        weight, bias = (new if t is None else t.detach().clone() for t, new in ((bn.weight, weight), (bn.bias, bias)))
+    if init in ("closed_form", "sequential"):
+        mean, var = bn.running_mean, bn.running_var
+        assert mean is not None
+        assert var is not None
+        scale, shift = scale_shift(bn.weight, bn.bias, mean, var, bn.eps)
+        new = closed_form(scale.detach(), shift.detach(), mean, var, groups, bn.eps)
+        weight, bias = new[0].to(like.dtype), new[1].to(like.dtype)
+    return weight, bias
+
+
+def number_of_groups(channels: int, groups: int | Literal["auto"], channels_per_group: int | None) -> int:
+    """Return how many groups a layer gets: as asked, or the greatest common divisor where that does not divide C.
+
+    Without data `auto` is 1, the closest to BatchNorm: a large group's statistics hardly differ between images.
+    """
+    if channels_per_group is not None:
+        return channels // math.gcd(channels_per_group, channels)
+    return 1 if groups == "auto" else math.gcd(groups, channels)
+
+
+def check_grouping(groups: object, channels_per_group: object, init: object) -> None:
+    """Raise unless these are arguments of `ToGroupNorm`."""
+
+    def is_number(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+    if groups != "auto" and not is_number(groups):
+        raise FinetuneBNError(
+            complaint("groups", groups, '"auto", or a whole number from 1 on', "1 is closest to BatchNorm.")
+        )
+    if channels_per_group is not None and not is_number(channels_per_group):
+        raise FinetuneBNError(complaint("channels_per_group", channels_per_group, "a whole number from 1 on, or None"))
+    if channels_per_group is not None and groups != "auto":
+        raise FinetuneBNError(complaint("groups", groups, '"auto" where channels_per_group is given', "Give one."))
+    if init not in INITS:
+        raise FinetuneBNError(complaint("init", init, ", ".join(map(repr, INITS))))
+
+
+def why_not_group_norm(bn: _BatchNorm, init: Init) -> str | None:
+    """Return why no GroupNorm can stand for `bn`, or None where one can."""
+    if init in ("reset", "copy"):
+        return None
+    if bn.running_mean is None or bn.running_var is None:
+        return (
+            f"has no running statistics (track_running_stats=False), which init={init!r} starts from; 'reset' and "
+            "'copy' do without"
+        )
+    return why_not_frozen(bn, "none")

@@ -1,0 +1,43 @@
+"""The BatchNorm network that a GroupNorm network was converted from, beside it."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from finetune_bn.errors import NoBatchNormMatched, complaint
+from finetune_bn.layers.group_norm import GroupNorm
+from finetune_bn.sites import BatchNormSite, find_batch_norms
+
+
+def group_norm_sites(model: nn.Module) -> list[BatchNormSite]:
+    """Return the layers that were converted to GroupNorm.
+
+    Raises:
+        NoBatchNormMatched: there are none.
+    """
+    sites = [site for site in find_batch_norms(model, group_norms=True) if isinstance(site.module, GroupNorm)]
+    if not sites:
+        allowed = "a model with layers that convert(model, ToGroupNorm(...)) made"
+        raise NoBatchNormMatched(complaint("model", type(model).__name__, allowed))
+    return sites
+
+
+def batch_norm_twin(model: nn.Module) -> nn.Module:
+    """Return a copy of the model in which each converted GroupNorm is the BatchNorm that it was; in eval mode.
+
+    All else is as in the model today, its other weights and its hooks too: before any training it is the pretrained
+    network. Nothing in it requires a gradient.
+    """
+    twin = copy.deepcopy(model)
+    layers = {id(site.module): site.module for site in group_norm_sites(twin)}
+    batch_norms = {key: layer.to_batch_norm() for key, layer in layers.items() if isinstance(layer, GroupNorm)}
+    for parent in list(twin.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in batch_norms:
+                parent._modules[name] = batch_norms[id(child)]
+    twin = batch_norms.get(id(twin), twin)
+    for module in twin.modules():  # not by eval(): a model's own train() may do more
+        module.training = False
+    return twin.requires_grad_(False)

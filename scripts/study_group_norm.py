@@ -1,0 +1,385 @@
+"""GroupNorm in place of BatchNorm: how much of a pretrained network is left, and how it fine-tunes.
+
+Three parts, of which a run that is cut off has the first ones:
+
+1. zero_shot: EfficientNet-Lite0, 1 and 2 with ImageNet weights at 128 pixels, converted without training and without
+   labels. Agreement of the ImageNet top-1 with the BatchNorm network, cosine of the features, and Recall@1 of the same
+   emoji in another vendor's drawing, on 600 drawings of emoji that are not calibrated on. Calibration images by seed.
+2. warm_up: the same after distilling the BatchNorm network's features (`distil`), one pass over up to 1,000 images.
+3. fine_tune: the setting of scripts/study_small_batch.py (9 emoji categories, 600 images of 64 pixels, 5 epochs,
+   AdamW), at batch 1, 2, 4 and 16, with its search of a learning rate for each arm; live and frozen BatchNorm at the
+   batch sizes that results/study_small_batch.json has are taken from there. Arms: GroupNorm calibrated on 256 training
+   images without labels; opacus's ModuleValidator.fix, with the layers made plain BatchNorm2d first because it knows
+   no other; GroupNorm without any pretraining.
+
+Needs `pip install "finetune-bn[bench]"`. Hardware: 2 CPU cores, about two hours for the first two parts and batch 2
+and 4. Resumes where it was cut off. Result: results/study_group_norm*.{json,md,png}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import study_small_batch as small
+import torch
+import torch.nn.functional as F
+from store import Store
+from torch import Tensor, nn
+
+import finetune_bn as fbn
+from finetune_bn.files import write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+NETS = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
+SIDE, EVALUATED, IMAGES = 128, 600, 256
+GROUPS = (1, 2, 4, 8, 32, "auto")
+SEEDS = (0, 1, 2)
+BATCHES = (2, 4, 16, 1)
+OWN_ARMS, SHARED_ARMS = ("group_norm", "opacus", "scratch"), ("live", "none")
+LADDER = small.LADDER
+
+_emoji: dict[str, Any] = {}
+_teachers: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+
+
+def emoji(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return images to calibrate on, drawn by seed, and images to evaluate on with their identities, always the same.
+
+    Of the images to evaluate, drawing i is by vendor i % 3.
+    """
+    from finetune_bn.data import EmojiData
+
+    if not _emoji:
+        data = EmojiData(target="identity", image_size=SIDE, augment="none", mean=(0.5,) * 3, std=(0.5,) * 3)
+        data.setup("fit")
+        data.setup("test")
+        _emoji["train"] = torch.cat([x for x, *_ in data.iid_dataloader("train", batch_size=100)])
+        vendors = [list(loader) for loader in data.test_dataloader()]
+        x = torch.stack([torch.cat([x for x, *_ in batches]) for batches in vendors], 1)
+        labels = torch.stack([torch.cat([batch[1] for batch in batches]) for batches in vendors], 1)
+        assert (labels == labels[:, :1]).all(), "the vendors' loaders have different emoji"
+        _emoji["test"] = x.flatten(0, 1)[:EVALUATED], labels.flatten()[:EVALUATED]
+    order = torch.randperm(len(_emoji["train"]), generator=torch.Generator().manual_seed(seed))
+    return (_fast(_emoji["train"][order]), _fast(_emoji["test"][0]), _emoji["test"][1])
+
+
+def _fast(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def teacher(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return the BatchNorm network, with its features and logits of the images that are evaluated."""
+    from finetune_bn.backbones import create_backbone
+
+    if name not in _teachers:
+        net = create_backbone(name, "package", num_classes=1000).eval().to(memory_format=torch.channels_last)
+        _teachers[name] = (net, *predict(net, emoji(0)[1]))
+    return _teachers[name]
+
+
+@torch.inference_mode()
+def predict(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features and logits."""
+    batches = x.split(64)
+    features = torch.cat([net.forward_head(net.forward_features(b), pre_logits=True) for b in batches])  # type: ignore[operator]
+    return features, net.get_classifier()(features)  # type: ignore[operator]
+
+
+def recall(features: Tensor, labels: Tensor) -> float:
+    """Return Recall@1 in per cent: whether the nearest drawing by another vendor is of the same emoji."""
+    unit = F.normalize(features, dim=1)
+    vendor = torch.arange(len(labels)) % 3
+    similarity = (unit @ unit.T).masked_fill(vendor[:, None] == vendor, -2.0)
+    return 100 * (labels[similarity.argmax(1)] == labels).float().mean().item()
+
+
+def figures(net: nn.Module, name: str) -> dict[str, float]:
+    """Return how near a converted network is to the one it was."""
+    _, x, labels = emoji(0)
+    _, features, logits = teacher(name)
+    own, scores = predict(net, x)
+    return {
+        "agreement": 100 * (scores.argmax(1) == logits.argmax(1)).float().mean().item(),
+        "cosine": F.cosine_similarity(own, features).mean().item(),
+        "recall": recall(own, labels),
+        "recall_batch_norm": recall(features, labels),
+    }
+
+
+def plain(net: nn.Module) -> nn.Module:
+    """Replace timm's norm+act layers by plain BatchNorm2d and the activation, which opacus can see."""
+    for parent in list(net.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d) and hasattr(child, "act"):
+                bn = nn.BatchNorm2d(child.num_features, child.eps)
+                bn.load_state_dict(child.state_dict())
+                setattr(parent, name, nn.Sequential(bn, child.drop, child.act))
+    return net
+
+
+def opacus_fix(net: nn.Module) -> nn.Module:
+    """Return what opacus makes of the network."""
+    from opacus.validators import ModuleValidator
+
+    return ModuleValidator.fix(plain(net))
+
+
+def zero_shot(net: str, init: str, groups: int | str, images: int, seed: int) -> dict[str, Any]:
+    """Convert one network and return its figures; `seconds` are those of conversion and calibration."""
+    model = copy.deepcopy(teacher(net)[0])
+    x = emoji(seed)[0][:images]
+    started = time.perf_counter()
+    if init == "opacus":
+        model = opacus_fix(model).eval()
+    else:
+        model = fbn.convert(model, fbn.ToGroupNorm(groups=groups, init=init), verify=False)  # type: ignore[arg-type]
+    record = fbn.calibrate_group_norm(model, [x], max_samples=None) if init == "sequential" else None
+    seconds = time.perf_counter() - started
+    row = figures(model, net) | {"seconds": seconds, "layers": len(fbn.plan(teacher(net)[0], fbn.Keep()).rows)}
+    if record is not None:
+        row |= {"errors": [round(r.error, 4) for r in record.rows], "chosen": [r.groups for r in record.rows]}
+    return row
+
+
+def warm_up(net: str, images: int, seed: int) -> dict[str, Any]:
+    """Calibrate one network, distil, and return its figures."""
+    model = copy.deepcopy(teacher(net)[0])
+    x = emoji(seed)[0]
+    started = time.perf_counter()
+    model = fbn.convert(model, fbn.ToGroupNorm(groups=1, init="sequential"), verify=False)
+    fbn.calibrate_group_norm(model, [x[:IMAGES]], max_samples=None)
+    record = fbn.distil(model, [x[:images]], max_samples=None)
+    seconds = time.perf_counter() - started
+    return figures(model, net) | {"seconds": seconds, "loss": record.loss_after}
+
+
+def fine_tune(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
+    """Train one cell and return its figures."""
+    from finetune_bn.backbones import create_backbone
+
+    if arm in SHARED_ARMS:
+        return small.fine_tune(arm, batch, lr, seed)
+    torch.manual_seed(seed)
+    weights = None if arm == "scratch" else "package"
+    net = create_backbone("tf_efficientnet_lite0", weights, num_classes=9)
+    if arm == "opacus":
+        net = opacus_fix(net)
+    else:
+        init = "sequential" if arm == "group_norm" else "reset"
+        net = fbn.convert(net, fbn.ToGroupNorm(groups=1 if arm == "group_norm" else 32, init=init), verify=False)
+    if arm == "group_norm":
+        fbn.calibrate_group_norm(net, [small.images(seed)["train"][0]], max_samples=IMAGES)
+    torch.manual_seed(seed)
+    return small.train(net, batch, lr, seed)
+
+
+MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
+    "zero_shot": zero_shot,
+    "warm_up": warm_up,
+    "fine_tune": fine_tune,
+}
+
+
+def zero_shot_cells() -> Iterator[dict[str, Any]]:
+    """Yield the cells of the first part, most important first."""
+
+    def cell(init: str, groups: int | str, net: str = NETS[0], images: int = IMAGES, seed: int = 0) -> dict[str, Any]:
+        key = {"part": "zero_shot", "net": net, "init": init, "groups": groups}
+        return {**key, "images": images if init == "sequential" else 0, "seed": seed}
+
+    yield from (cell("sequential", 1, seed=seed) for seed in SEEDS)
+    yield from (cell("closed_form", 1), cell("copy", 1), cell("opacus", 32), cell("reset", 1))
+    yield from (cell("sequential", groups) for groups in GROUPS[1:])
+    yield from (cell("sequential", 1, net) for net in NETS[1:])
+    yield from (cell("closed_form", groups) for groups in GROUPS[1:-1])
+    yield from (cell("sequential", 1, images=images) for images in (32, 64, 128, 512))
+    yield from (cell(init, 1, net) for net in NETS[1:] for init in ("closed_form", "copy"))
+    yield from (cell("sequential", "auto", net) for net in NETS[1:])
+
+
+def warm_up_cells() -> Iterator[dict[str, Any]]:
+    """Yield the cells of the second part."""
+    runs = [(NETS[0], 1000, 0), (NETS[0], 500, 0), (NETS[0], 250, 0), (NETS[0], 1000, 1), (NETS[0], 1000, 2)]
+    runs += [(net, 1000, 0) for net in NETS[1:]]
+    yield from ({"part": "warm_up", "net": net, "images": images, "seed": seed} for net, images, seed in runs)
+
+
+def fine_tune_cells(store: Store) -> Iterator[dict[str, Any]]:
+    """Yield those cells of the third part that can be measured now; more appear as results come in."""
+    for batch in BATCHES:
+        arms = OWN_ARMS if batch in small.BATCHES else (*OWN_ARMS, *SHARED_ARMS)
+        for arm in arms:
+            tried = tried_rates(store, arm, batch)
+            rungs = [lr for lr in small.FIRST_RUNGS if lr not in tried]
+            if not rungs:
+                best = LADDER.index(max(tried, key=lambda lr: tried[lr]))
+                near = [LADDER[i] for i in (best - 1, best + 1) if 0 <= i < len(LADDER)]
+                rungs = [lr for lr in near if lr not in tried]
+            yield from (_fine_tune_cell(arm, batch, lr, 0) for lr in rungs)
+        for arm in arms:
+            lr = chosen_rate(store, arm, batch)
+            if lr is not None:
+                yield from (_fine_tune_cell(arm, batch, lr, seed) for seed in SEEDS[1:])
+
+
+def _fine_tune_cell(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
+    return {"part": "fine_tune", "arm": arm, "batch": batch, "lr": lr, "seed": seed}
+
+
+def fine_tuned(store: Store, arm: str, batch: int) -> list[dict[str, Any]]:
+    """Return the rows of an arm; those of live and frozen BatchNorm come from the study of small batches."""
+    rows = [r for r in store.rows if r["part"] == "fine_tune"]
+    if arm in SHARED_ARMS and batch in small.BATCHES:
+        rows = json.loads((ROOT / "results/study_small_batch.json").read_text(encoding="utf-8"))["rows"]
+    return [r for r in rows if (r["arm"], r["batch"]) == (arm, batch)]
+
+
+def tried_rates(store: Store, arm: str, batch: int) -> dict[float, float]:
+    """Return the validation accuracy at seed 0 by learning rate."""
+    return {row["lr"]: row["val_accuracy"] for row in fine_tuned(store, arm, batch) if row["seed"] == 0}
+
+
+def chosen_rate(store: Store, arm: str, batch: int) -> float | None:
+    """Return the arm's learning rate once the search is over: the best rung and both its neighbors were run."""
+    tried = tried_rates(store, arm, batch)
+    if not all(lr in tried for lr in small.FIRST_RUNGS):
+        return None
+    best = LADDER.index(max(tried, key=lambda lr: tried[lr]))
+    near = [LADDER[i] for i in (best - 1, best + 1) if 0 <= i < len(LADDER)]
+    return LADDER[best] if all(lr in tried for lr in near) else None
+
+
+def next_cell(store: Store, parts: tuple[str, ...]) -> dict[str, Any] | None:
+    """Return the cell to measure next."""
+    sources = {"zero_shot": zero_shot_cells, "warm_up": warm_up_cells, "fine_tune": lambda: fine_tune_cells(store)}
+    return next((key for part in parts for key in sources[part]() if not store.done(key)), None)
+
+
+def summarize(store: Store) -> dict[str, Any]:
+    """Return the figures that the README quotes."""
+    near: list[dict[str, Any]] = []
+    grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in store.rows:
+        if row["part"] != "fine_tune":
+            grouped.setdefault(tuple(row.get(k, "") for k in ("part", "net", "init", "groups", "images")), []).append(
+                row
+            )
+    for (part, net, init, groups, images), rows in grouped.items():
+        line = {"part": part, "net": net, "init": init, "groups": groups, "images": images, "seeds": len(rows)}
+        for key in ("agreement", "cosine", "recall", "recall_batch_norm", "seconds"):
+            line[key] = fmean(row[key] for row in rows)
+        line["agreement sd"] = stdev(row["agreement"] for row in rows) if len(rows) > 1 else None
+        line["layers"] = rows[0].get("layers")
+        near.append(line)
+    tuned = []
+    for batch in sorted(BATCHES):
+        for arm in (*SHARED_ARMS, *OWN_ARMS):
+            lr = chosen_rate(store, arm, batch)
+            rows = [r for r in fine_tuned(store, arm, batch) if r["lr"] == lr]
+            if rows:
+                values = [row["test_accuracy"] for row in rows]
+                spread = stdev(values) if len(values) > 1 else None
+                tuned.append(
+                    {"batch": batch, "arm": arm, "lr": lr, "seeds": len(rows), "accuracy": fmean(values), "sd": spread}
+                )
+    return {"near": near, "fine_tuned": tuned}
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """Return the figures without training as a table."""
+    head = ["network", "how", "groups", "images", "agreement %", "cosine", "Recall@1 % (BatchNorm)", "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    order = {"copy": 0, "reset": 1, "opacus": 2, "closed_form": 3, "sequential": 4, "": 5}
+    for line in sorted(
+        summary["near"],
+        key=lambda r: (r["net"], order[r["init"]], str(r["groups"]).zfill(2), r["images"]),
+    ):
+        spread = "" if line["agreement sd"] is None else f" ± {line['agreement sd']:.1f}"
+        cells = [
+            line["net"].removeprefix("tf_efficientnet_"),
+            line["init"] or "sequential, distilled",
+            str(line["groups"] or 1),
+            str(line["images"] or "none"),
+            f"{line['agreement']:.1f}{spread}",
+            f"{line['cosine']:.3f}",
+            f"{line['recall']:.1f} ({line['recall_batch_norm']:.1f})",
+            f"{line['seconds']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def markdown_tuned(summary: dict[str, Any]) -> str:
+    """Return the accuracies after fine-tuning as a table."""
+    names = {
+        "live": "live BatchNorm",
+        "none": "frozen BatchNorm",
+        "group_norm": "GroupNorm, sequential",
+        "opacus": "opacus",
+        "scratch": "GroupNorm, no pretraining",
+    }
+    head = ["batch", "arm", "learning rate", "seeds", "accuracy"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in summary["fine_tuned"]:
+        spread = "" if line["sd"] is None else f" ± {line['sd']:.1f}"
+        cells = [str(line["batch"]), names[line["arm"]], f"{line['lr']:g}", str(line["seeds"])]
+        lines.append("| " + " | ".join([*cells, f"{line['accuracy']:.1f}{spread}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """Draw agreement against the seconds spent."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    mine = [r for r in summary["near"] if r["net"] == NETS[0] and r["groups"] in (1, 32, "")]
+    for i, init in enumerate(("copy", "opacus", "closed_form", "sequential", "")):
+        rows = sorted(
+            (r for r in mine if r["init"] == init and (r["groups"] != 32) == (init != "opacus")),
+            key=lambda r: r["seconds"],
+        )
+        if rows:
+            label = {"": "sequential, distilled"}.get(init, init)
+            axis.plot([max(r["seconds"], 0.01) for r in rows], [r["agreement"] for r in rows], f"C{i}o-", label=label)
+    axis.set(xscale="log", xlabel="seconds", ylabel="agreement with the BatchNorm network, %", ylim=(0, 100))
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=list(MEASURES), default=list(MEASURES))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many minutes")
+    parser.add_argument("--report-only", action="store_true", help="write tables and plot from the rows there are")
+    arguments = parser.parse_args()
+    store = Store(ROOT / "results/study_group_norm.json", "python scripts/study_group_norm.py", SEEDS, "cpu")
+    began = time.monotonic()
+    while not arguments.report_only and time.monotonic() - began < 60 * arguments.minutes:
+        key = next_cell(store, tuple(arguments.parts))
+        if key is None:
+            break
+        measured = MEASURES[key["part"]](**{name: value for name, value in key.items() if name != "part"})
+        store.add(key | measured)
+        shown = measured.get("agreement", measured.get("test_accuracy", float("nan")))
+        print(" ".join(str(value) for value in key.values()), f"{shown:.1f}", flush=True)
+        store.finish(summarize(store))
+    summary = summarize(store)
+    store.finish(summary)
+    write_atomically(store.path.with_suffix(".md"), markdown(summary))
+    write_atomically(store.path.with_name("study_group_norm_tuned.md"), markdown_tuned(summary))
+    plot(summary, store.path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
