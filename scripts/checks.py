@@ -13,8 +13,8 @@ original), on a batch of two random images:
                  untouched net does not have
     loads        strict loading both ways: vanilla checkpoint into converted net, converted into vanilla; same outputs
     reverts      revert gives back the same modules and, bit for bit, the same state dict; also after loading
-    folded       with every layer folded that has a producer, in float64, outputs and each parameter's gradient are those
-                 of activation space to TOLERANCE, no pair is undone, and revert gives back the same modules
+    folded       with every layer folded that has a producer, in float64, outputs and each parameter's gradient are as
+                 in activation space to TOLERANCE, no pair is undone, and revert gives back the same modules
 All but the last are of layers in activation space (`fold="never"`).
 """
 
