@@ -166,7 +166,7 @@ class Collector:
         self._cut_up = feeder.device.type == "cpu" and not preserve
         self._seen = 0
         self._settings = caller_settings(feeder.device)
-        self._chunk = threading.local()
+        self._at = threading.local()
 
     def forget(self) -> None:
         """Start anew."""
@@ -174,6 +174,12 @@ class Collector:
         self.order.clear()
         for layer in self.layers:
             layer.forget()
+
+    @property
+    def current(self) -> Chunk:
+        """The chunk or piece that is in the model, of those on the calling thread."""
+        chunk: Chunk = self._at.chunk
+        return chunk
 
     def cut(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Return the chunks as pieces of the size in which they go through the model in lock-step."""
@@ -231,7 +237,7 @@ class Collector:
             raise
 
     def _feed(self, chunk: Chunk, looked_at: Sequence[slice]) -> None:
-        self._chunk.batches, self._chunk.looked_at = chunk.batch, looked_at
+        self._at.chunk, self._at.looked_at = chunk, looked_at
         self.feeder(chunk)
 
     def _looked_at(self, chunk: Chunk) -> list[slice]:
@@ -293,7 +299,7 @@ class Collector:
     def _measure(self, number: int, x: Tensor) -> Moments:
         if has_long_rows(x):
             moments, images = measure_images(x)
-            some = [images[part] for part in self._chunk.looked_at]
+            some = [images[part] for part in self._at.looked_at]
         else:
             moments = Moments.of(x)
             some = self._some_images(x, moments.mean)
@@ -302,11 +308,11 @@ class Collector:
 
     def _some_images(self, x: Tensor, pivot: Tensor) -> list[ImageMoments]:
         """Return the moments of the images that tell how images differ."""
-        return [ImageMoments.of(x[part], pivot) for part in self._chunk.looked_at if part.start < len(x)]
+        return [ImageMoments.of(x[part], pivot) for part in self._at.looked_at if part.start < len(x)]
 
     def _not_finite(self, x: Tensor) -> set[int]:
         """Return the batches whose images have NaN or infinite values in `x`."""
-        batches: tuple[int, ...] = self._chunk.batches
+        batches: tuple[int, ...] = self._at.chunk.batch
         if x.shape[0] != len(batches):
             return set(batches)
         finite = x.flatten(1).isfinite().all(1).tolist()

@@ -97,12 +97,22 @@ def frozen_batch_norm(
     (2.14: a `flatten(2).transpose(1, 2)` behind the layer). Reverse mode may be nested as deep as wanted; forward mode
     (`torch.func.jvp`) raises where anything requires grad.
     """
-    if not torch.jit.is_scripting() and not torch.jit.is_tracing() and torch.is_grad_enabled():  # type: ignore[no-untyped-call]
+    if not torch.jit.is_scripting():  # by itself: only so does torch.jit.script leave out what it cannot read
+        return _batch_norm(x, running_mean, running_var, weight, bias, eps)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+
+def _batch_norm(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    # What is captured to be deployed is to hold BatchNorm, which every backend knows.
+    captured = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and not captured:
         # What backward needs is made afresh in each call: in-place writes to the buffers between forward and
         # backward (DDP broadcasts them) cannot invalidate it.
         if weight is not None and weight.requires_grad:
-            running_mean, running_var = running_mean.clone(), running_var.clone()
-            return _LearnableScaleBatchNorm.apply(x, bias, weight, running_mean, running_var, eps)  # type: ignore[no-any-return]
+            mean, var = running_mean.clone(), running_var.clone()
+            return _LearnableScaleBatchNorm.apply(x, bias, weight, mean, var, eps)  # type: ignore[no-any-return]
         if x.requires_grad or (bias is not None and bias.requires_grad):
             scale, _ = scale_shift(weight, None, running_mean, running_var, eps)
             return _ConstantScaleBatchNorm.apply(x, bias, scale, running_mean, running_var, weight, eps)  # type: ignore[no-any-return]

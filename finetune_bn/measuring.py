@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -103,6 +104,7 @@ class Measuring:
         self.pooled: list[tuple[Moments, ImageSpread]] = []
         self._membership = Membership()
         self._waiting: list[Chunk] = []
+        self._groups = 0
         self._per_image = 0.0
         self._budget = self._expected = 0
         self._caller_settings = caller_settings(feeder.device)
@@ -173,7 +175,11 @@ class Measuring:
             as_kernel = self.settings.part == "both" and not self.settings.prior
             done = 0
             for group in grouped(itertools.chain(waiting, chunks), self._chunk_size()):
-                self.collector.one_by_one(group, as_kernel=as_kernel)
+                if self._groups:
+                    self._membership.forget()
+                with contextlib.nullcontext() if self._groups else self._watching():
+                    self.collector.one_by_one(group, as_kernel=as_kernel)
+                self._groups += 1
                 done += sum(map(len, group))
                 report(done, "")
         except BaseException:
@@ -185,17 +191,23 @@ class Measuring:
             self._membership.see(chunk)
             yield chunk
 
+    def _watching(self) -> contextlib.AbstractContextManager[None]:
+        """Compare batches by what the layers see of them in one group, or in lock-step."""
+        return self._membership.watching([layer.module for layer in self.layers], lambda: self.collector.current)
+
     def _in_lockstep(self, report: Report) -> bool:
         """Run what waits; False where the model takes different paths, and one pass is to be tried instead."""
         note = f"of {self.images} images"
         try:
-            self.collector.together(self.collector.cut(self._waiting), lambda done: report(done, note))
+            with self._watching():
+                self.collector.together(self.collector.cut(self._waiting), lambda done: report(done, note))
         except DifferentPaths:
             if self.settings.mode == "exact" or self.ranks.world > 1:
                 raise
             self.warnings.append("the model takes different paths for different batches: mode='one_pass' was used")
             self.exact = False
             self.collector.forget()
+            self._membership.forget()
             return False
         return True
 

@@ -1,93 +1,183 @@
-"""Bytes that a training step of ResNet-50 keeps for backward, by what was done to its BatchNorm layers.
+"""Bytes that a training step keeps for backward, by what was done to the BatchNorm (BN) layers.
 
 Counted at 224 pixels with saved-tensor hooks: each storage once, parameters and buffers left out, float32 and bfloat16
-autocast, beside the peers of `bench_step.py` and the same net without norm layers (the floor). Numbers of bytes do not
-depend on the machine, and are linear in the batch: what two batches keep gives any other. Result:
-results/bench_saved_bytes.{json,md}; minutes on a CPU.
+autocast, beside torchvision's and timm's frozen layers and the same net without norm layers (the floor). ResNet-50 by
+image, as the slope between two batch sizes; other nets and batch sizes in total, with the affine learnable. BN layers
+have random affine values and statistics. Numbers of bytes do not depend on the machine. Result:
+results/bench_saved_bytes.{json,md} and bench_saved_bytes_nets.md; a few minutes on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from rich.progress import track
-from step_variants import EVAL, FLOOR, LIVE, TIMM, TORCHVISION, TUNE, VARIANTS, ours
 from store import Store
+from timm.layers import freeze_batch_norm_2d
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
+import finetune_bn as fbn
 from finetune_bn.files import write_atomically
-from finetune_bn.layers.frozen import AFFINE_KINDS
 from finetune_bn.memory import saved_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = [
-    *(LIVE, EVAL, TUNE, TORCHVISION, TIMM),
-    *(ours(affine, fold) for fold in ("never", "always", "auto") for affine in AFFINE_KINDS),
-    FLOOR,
+
+
+def replace_batch_norms(model: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module]) -> nn.Module:
+    """Replace each BatchNorm2d of `model` by what `make` returns for it."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, make(child))
+    return model
+
+
+def torchvision_frozen(bn: nn.BatchNorm2d) -> nn.Module:
+    """Return torchvision's frozen layer with the values of `bn`."""
+    frozen = FrozenBatchNorm2d(bn.num_features, eps=bn.eps)
+    frozen.load_state_dict(bn.state_dict())
+    return frozen
+
+
+def eval_mode(model: nn.Module) -> nn.Module:
+    """Return the model with its BatchNorm layers in eval mode and their affine constant, as many recipes do."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+    return model
+
+
+def without_norm(bn: nn.BatchNorm2d) -> nn.Module:
+    """Return what is left of a BN layer without its norm: the activation of timm's norm+act layers."""
+    return getattr(bn, "act", None) or nn.Identity()
+
+
+def pretrained_look(model: nn.Module) -> nn.Module:
+    """Give the BN layers of `model` affine values and statistics at random."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.3, 1.7)
+            nn.init.normal_(module.bias, 0.0, 0.5)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model
+
+
+VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "live BatchNorm": lambda m: m,
+    "bn.eval(), affine constant": eval_mode,
+    "torchvision FrozenBatchNorm2d": lambda m: replace_batch_norms(m, torchvision_frozen),
+    "timm freeze_batch_norm_2d": freeze_batch_norm_2d,
+    "ours, affine=none": lambda m: fbn.convert(m, fbn.Freeze("none"), verify=False),
+    "ours, affine=shift": lambda m: fbn.convert(m, fbn.Freeze("shift"), verify=False),
+    "ours, affine=original, fold=never": lambda m: fbn.convert(m, fbn.Freeze("original", fold="never"), verify=False),
+    "ours, affine=original": lambda m: fbn.convert(m, fbn.Freeze("original"), verify=False),
+    "ours, affine=merged": lambda m: fbn.convert(m, fbn.Freeze("merged"), verify=False),
+    "no norm layers (floor)": lambda m: replace_batch_norms(m, without_norm),
+}
+LIVE, NEVER, ORIGINAL, MERGED, FLOOR = (
+    "live BatchNorm",
+    "ours, affine=original, fold=never",
+    "ours, affine=original",
+    "ours, affine=merged",
+    "no norm layers (floor)",
+)
+# Net, precision and batch size of the totals.
+TOTALS = [
+    ("resnet50", "fp32", 8),
+    ("resnet50", "bf16 autocast", 8),
+    ("resnet50", "fp32", 32),
+    ("resnet50", "bf16 autocast", 32),
+    ("resnet18", "fp32", 4),
+    ("densenet121", "fp32", 4),
+    ("densenet121", "bf16 autocast", 4),
+    ("tf_efficientnet_lite0", "fp32", 4),
+    ("mobilenetv3_large_100", "fp32", 4),
 ]
-PRECISIONS = ("fp32", "bf16 autocast")
-TO_FLOOR = (8, 32)
 
 
-def measure(variant: str, precision: str, batch: int) -> dict[str, Any]:
+def measure(net: str, variant: str, precision: str, batch: int) -> dict[str, Any]:
     """Return the saved bytes of one cell."""
     torch.manual_seed(0)
+    model = VARIANTS[variant](pretrained_look(timm.create_model(net).train()))
     x = torch.randn(batch, 3, 224, 224)
-    model = VARIANTS[variant](timm.create_model("resnet50").train(), x)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16 autocast"):
             model(x)
 
-    return {"variant": variant, "precision": precision, "batch": batch, "bytes": saved_bytes(model, step)}
+    total = saved_bytes(model, step)
+    return {"net": net, "variant": variant, "precision": precision, "batch": batch, "bytes": total}
+
+
+def by_image(store: Store, low: int, high: int) -> tuple[dict[str, Any], str]:
+    """Return the figures of ResNet-50 per image, and their table."""
+
+    def per_image(variant: str, precision: str) -> float:
+        rows = [store.find(net="resnet50", variant=variant, precision=precision, batch=b) for b in (low, high)]
+        first, second = (row["bytes"] for row in rows if row)
+        return (second - first) / (high - low) / 2**20
+
+    lines = [
+        "| ResNet-50, 224 px | fp32, MiB per image | of live BN | bf16 autocast | of live BN |",
+        "|---|---|---|---|---|",
+    ]
+    summary: dict[str, Any] = {}
+    for variant in VARIANTS:
+        summary[variant] = {}
+        cells = []
+        for precision in ("fp32", "bf16 autocast"):
+            mib = per_image(variant, precision)
+            ratio = mib / per_image(LIVE, precision)
+            summary[variant][precision] = {"mib_per_image": mib, "of_live": ratio}
+            cells += [f"{mib:.1f}", f"{ratio:.2f}"]
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return summary, "\n".join(lines) + "\n"
+
+
+def in_total(store: Store) -> tuple[list[dict[str, Any]], str]:
+    """Return the totals with the affine learnable, as ratios to the floor and to live BN, and their table."""
+    names = {NEVER: "original, never folded", ORIGINAL: "original", MERGED: "merged"}
+    header = ["net, batch, precision", "floor, MiB", "live BN", *names.values(), "original, of live BN"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    summary = []
+    for net, precision, batch in TOTALS:
+        rows = {v: store.find(net=net, variant=v, precision=precision, batch=batch) for v in (LIVE, FLOOR, *names)}
+        total = {variant: row["bytes"] for variant, row in rows.items() if row}
+        of_floor = {variant: total[variant] / total[FLOOR] for variant in (LIVE, *names)}
+        of_live = total[ORIGINAL] / total[LIVE]
+        cells = [f"{net}, {batch}, {precision}", f"{total[FLOOR] / 2**20:.1f}"]
+        cells += [f"{ratio:.3f}" for ratio in of_floor.values()] + [f"{of_live:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+        entry = {"net": net, "precision": precision, "batch": batch, "of_floor": of_floor}
+        summary.append(entry | {"of_live": {variant: total[variant] / total[LIVE] for variant in names}})
+    return summary, "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Measure what is missing and write the table."""
+    """Measure what is missing and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs=2, default=(2, 4), help="the two batch sizes")
+    parser.add_argument("--batches", type=int, nargs=2, default=(2, 4), help="two batch sizes; the slope is per image")
     low, high = parser.parse_args().batches
     path = ROOT / "results" / "bench_saved_bytes.json"
     store = Store(path, "python scripts/bench_saved_bytes.py", [0], device="cpu")
-    cells = [(v, p, b) for v in SHOWN for p in PRECISIONS for b in (low, high)]
-    for variant, precision, batch in track(cells, description="saved bytes"):
-        if not store.done({"variant": variant, "precision": precision, "batch": batch}):
-            store.add(measure(variant, precision, batch))
-
-    def per_image(variant: str, precision: str) -> float:
-        rows = [store.find(variant=variant, precision=precision, batch=b) for b in (low, high)]
-        first, second = (row["bytes"] for row in rows if row)
-        return float((second - first) / (high - low))
-
-    def at(variant: str, precision: str, batch: int) -> float:
-        row = store.find(variant=variant, precision=precision, batch=low)
-        assert row is not None
-        return float(row["bytes"] + (batch - low) * per_image(variant, precision))
-
-    titles = ["MiB per image", "of live BN", *(f"to the floor, batch {batch}" for batch in TO_FLOOR)]
-    header = [
-        f"{precision}: {titles[0]}" if i == 0 else title for precision in PRECISIONS for i, title in enumerate(titles)
-    ]
-    lines = [f"| ResNet-50, 224 px | {' | '.join(header)} |", "|---" * (1 + len(header)) + "|"]
-    summary: dict[str, Any] = {}
-    for variant in SHOWN:
-        summary[variant] = {}
-        figures = []
-        for precision in PRECISIONS:
-            mib = per_image(variant, precision) / 2**20
-            ratios = [per_image(variant, precision) / per_image(LIVE, precision)]
-            ratios += [at(variant, precision, batch) / at(FLOOR, precision, batch) for batch in TO_FLOOR]
-            names = ["mib_per_image", "of_live", *(f"to_floor_at_batch_{batch}" for batch in TO_FLOOR)]
-            summary[variant][precision] = dict(zip(names, [mib, *ratios], strict=True))
-            figures += [f"{mib:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
-        lines.append(f"| {variant} | " + " | ".join(figures) + " |")
-    store.finish(summary)
-    text = "\n".join(lines) + "\n"
-    write_atomically(path.with_suffix(".md"), text)
-    print(text)
+    cells = [("resnet50", v, p, b) for v in VARIANTS for p in ("fp32", "bf16 autocast") for b in (low, high)]
+    cells += [(net, v, p, b) for net, p, b in TOTALS for v in (LIVE, NEVER, ORIGINAL, MERGED, FLOOR)]
+    for net, variant, precision, batch in track(cells, description="saved bytes"):
+        if not store.done({"net": net, "variant": variant, "precision": precision, "batch": batch}):
+            store.add(measure(net, variant, precision, batch))
+    summary, table = by_image(store, low, high)
+    totals, table_of_totals = in_total(store)
+    store.finish({"resnet50": summary, "totals": totals})
+    write_atomically(path.with_suffix(".md"), table)
+    write_atomically(path.with_name("bench_saved_bytes_nets.md"), table_of_totals)
+    print(table, table_of_totals, sep="\n")
 
 
 if __name__ == "__main__":

@@ -237,8 +237,11 @@ def main() -> None:
         began = time.perf_counter()
         rows = bench.measure(cell, variants, given.rounds or rounds)
         if cell == MAIN["cuda"]:
-            largest = bench.largest(cell, variants, int(given.memory_gib * 2**30))
-            rows = [row | {"largest_batch": largest[row["variant"]], "memory_gib": given.memory_gib} for row in rows]
+            gc.collect()  # the contestants, else they would share the memory
+            running = [row["variant"] for row in rows if row["error"] is None]
+            largest = bench.largest(cell, running, int(given.memory_gib * 2**30))
+            for row in rows:
+                row |= {"largest_batch": largest.get(row["variant"]), "memory_gib": given.memory_gib}
         store.drop(bench.key(cell))
         for row in rows:
             store.add(row | {"load": os.getloadavg()[0]})

@@ -13,6 +13,9 @@ original), on a batch of two random images:
                  untouched net does not have
     loads        strict loading both ways: vanilla checkpoint into converted net, converted into vanilla; same outputs
     reverts      revert gives back the same modules and, bit for bit, the same state dict; also after loading
+    folded       with every layer folded that has a producer, in float64, outputs and each parameter's gradient are those
+                 of activation space to TOLERANCE, no pair is undone, and revert gives back the same modules
+All but the last are of layers in activation space (`fold="never"`).
 """
 
 from __future__ import annotations
@@ -34,10 +37,11 @@ from torch.utils._pytree import tree_leaves
 
 import finetune_bn as fbn
 from finetune_bn.functional import TOLERANCE
+from finetune_bn.layers.folds import folds_in, unfolded
 from finetune_bn.layers.frozen import AFFINE_KINDS, Affine, FrozenBatchNorm
 from finetune_bn.probe import distance
 
-CHECKS = ("found", "converted", "eval_equal", "train_equal", "still", "gradients", "loads", "reverts")
+CHECKS = ("found", "converted", "eval_equal", "train_equal", "still", "gradients", "loads", "reverts", "folded")
 SIZES = (64, 96, 128, 160, 192, 224, 256)
 SEED = 0
 
@@ -80,13 +84,14 @@ class NetCheck:
 
     def run(self) -> None:
         """Run every check for every affine kind; a check holds if it holds for all of them."""
-        difference: dict[str, dict[str, float]] = {"eval": {}, "train": {}, "gradient": {}}
+        difference: dict[str, dict[str, float]] = {"eval": {}, "train": {}, "gradient": {}, "folded": {}}
         self.row["difference"] = difference
         self.row["compared"] = "outputs"
         held: dict[str, list[bool | str]] = {c: [] for c in CHECKS}
         for affine in AFFINE_KINDS:
             for name, result in self.steps(affine, difference):
                 held[name].append(result)
+        held["folded"] = list(self.folded_steps(difference))
         for name, results in held.items():
             named = [r for r in results if isinstance(r, str)]
             self.checks[name] = False if False in results else (named[0] if named else True)
@@ -96,7 +101,7 @@ class NetCheck:
         net, images = self.net, self.images
         names = names_of(net, _BatchNorm)
         description = describe(net)
-        plan = fbn.plan(net, fbn.Freeze(affine=affine), images)
+        plan = fbn.plan(net, fbn.Freeze(affine=affine, fold="never"), images)
         planned = [row for row in plan.rows if row.policy is not None and not row.refused]
         self.row["left_alone"] = sorted(f"{r.names[0]} ({r.kind})" for r in plan.rows if r.policy is None)
         yield "found", len(planned) == len(self.layers) and {n for r in planned for n in r.names} == names
@@ -175,6 +180,30 @@ class NetCheck:
         yield "gradients", gradients.keys() == expected.keys() and off <= exact
         fbn.revert(net, verify=False)
         net.float()
+
+    def folded_steps(self, difference: dict[str, dict[str, float]]) -> Iterator[bool]:
+        """Compare the folded net with itself in activation space, in float64 and eval mode, with gradients."""
+        self.other.load_state_dict(self.state, strict=True)
+        net, images, features = self.other.double(), self.images.double(), bool(self.features)
+        description = describe(net)
+        for affine in AFFINE_KINDS:
+            feeds = fbn.plan(net, fbn.Freeze(affine=affine), images).rows
+            why = Counter(row.not_folded for row in feeds if row.not_folded and "small beside" not in row.not_folded)
+            self.row["pairs"], self.row["not_folded"] = len(self.layers) - sum(why.values()), dict(why.most_common())
+            if not self.row["pairs"]:
+                continue
+            fbn.convert(
+                net, fbn.Freeze(affine=affine, fold="always"), example_input=images, verify=affine == "original"
+            )
+            undone = self.row["pairs"] - len(folds_in(net))
+            outcome, gradients = train_pass(net, images, features, training=False)
+            with unfolded(net):
+                expected_outcome, expected = train_pass(net, images, features, training=False)
+            off = max(distance(outcome, expected_outcome), each_distance(gradients, expected))
+            difference["folded"][affine] = off
+            yield not undone and gradients.keys() == expected.keys() and off <= TOLERANCE[torch.float64]
+            fbn.revert(net, verify=False)
+            yield describe(net) == description
 
     def find_forms(self, in_eval: list[Tensor]) -> None:
         """Find out, once, whether training mode returns what eval mode returns, and the same each time."""
@@ -303,6 +332,16 @@ def gradient_distance(gradients: dict[str, Tensor], expected: dict[str, Tensor])
     pairs = [(gradients[n].double(), expected[n].double()) for n in gradients.keys() & expected.keys()]
     off, norm = (sum(float(t.square().sum()) for t in ts) for ts in ((a - b for a, b in pairs), (b for _, b in pairs)))
     return float((off / norm) ** 0.5)
+
+
+def each_distance(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the largest difference of a gradient, relative to its own largest value and to 1e-6 of the largest of all.
+
+    Some gradients are zero but for rounding, as that of a bias before a softmax.
+    """
+    floor = 1e-6 * max((float(t.abs().max()) for t in expected.values()), default=0.0)
+    pairs = [(gradients[n], expected[n]) for n in gradients.keys() & expected.keys()]
+    return max((float((a - b).abs().max()) / max(float(b.abs().max()), floor) for a, b in pairs), default=0.0)
 
 
 def random_modules(net: nn.Module, images: Tensor, features: bool) -> list[str]:

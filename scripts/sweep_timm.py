@@ -15,6 +15,7 @@ import argparse
 import fnmatch
 import gc
 import itertools
+import re
 import shlex
 import sys
 import warnings
@@ -168,6 +169,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "largest_eval_difference_merged_in_float64": largest("eval", lambda affine: affine == "merged in float64"),
         "largest_train_eval_difference": largest("train", lambda affine: True),
         "largest_gradient_difference": largest("gradient", lambda affine: True),
+        "pairs": sum(row.get("pairs", 0) for row in checked),
+        "largest_folded_difference_in_float64": largest("folded", lambda affine: True),
+        "not_folded": dict(reasons(checked).most_common()),
         "other_randomness": sorted(f"{r['model']}: {', '.join(r['random'])}" for r in checked if r.get("random")),
         "compared_by_features": sorted(r["model"] for r in checked if r.get("compared", "outputs") != "outputs"),
         "left_alone": sorted(f"{r['model']}: {name}" for r in checked for name in r.get("left_alone", [])),
@@ -178,6 +182,15 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def reasons(rows: Sequence[dict[str, Any]]) -> Counter[str]:
+    """Return why layers are not folded, without the names in it."""
+    found: Counter[str] = Counter()
+    for row in rows:
+        for why, n in row.get("not_folded", {}).items():
+            found[re.sub(r"[\w.]+\.[\w.]+", "...", why)] += n
+    return found
+
+
 def module_of(row: dict[str, Any]) -> str:
     return str(row["module"])
 
@@ -185,14 +198,16 @@ def module_of(row: dict[str, Any]) -> str:
 def table(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
     """Return the results as a Markdown page."""
     header = ["module", "net", "million parameters", "BN layers", "kinds"]
-    header += ["none, shift, original", "merged", "merged, float64", "train", "gradient", "result"]
+    header += ["none, shift, original", "merged", "merged, float64", "train", "gradient", "pairs", "folded, float64"]
+    header += ["result"]
     lines = [
         f"# {summary['line']}",
         "",
         "A family is a timm architecture module. The figures are largest differences relative to the largest value: of "
         "eval-mode outputs before and after the conversion, by affine kind; `train`, of training-mode from eval-mode "
-        "outputs of the converted net; `gradient`, of its gradients from those of the untouched net in eval mode. "
-        "`scripts/checks.py` says what else is checked.",
+        "outputs of the converted net; `gradient`, of its gradients from those of the untouched net in eval mode; "
+        "`folded`, of outputs and gradients in float64 with as many layers folded as there are `pairs`, from those in "
+        "activation space. `scripts/checks.py` says what else is checked.",
         "",
         "| " + " | ".join(header) + " |",
         "|---" * len(header) + "|",
@@ -214,7 +229,8 @@ def table(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
 def headline(summary: dict[str, Any]) -> str:
     """Return the figures that the README quotes."""
     kinds = ", ".join(f"{n} {kind}" for kind, n in summary["kinds"].items())
-    return f"**{summary['line']}** ({kinds}). Modules without BN: {summary['families_without_bn']}.\n"
+    folded = f"{summary['pairs']} of these layers can be folded, outputs and gradients the same in float64"
+    return f"**{summary['line']}** ({kinds}); {folded}. Modules without BN: {summary['families_without_bn']}.\n"
 
 
 def table_cells(row: dict[str, Any]) -> list[str]:
@@ -227,16 +243,20 @@ def table_cells(row: dict[str, Any]) -> list[str]:
         [v for k, v in in_eval.items() if k == "merged in float64"],
         list(off.get("train", {}).values()),
         list(off.get("gradient", {}).values()),
+        list(off.get("folded", {}).values()),
     ]
     failed = [name for name, result in row.get("checks", {}).items() if result is False]
     result = "exact" if row["ok"] else f"FAILED: {', '.join(failed) or row['error'][:80]}"
+    *before, folded = (f"{worst(values):.0e}".replace("0e+00", "0") if values else "" for values in figures)
     return [
         row["module"],
         row["model"],
         str(row.get("parameters_million", "")),
         str(row.get("layers", "")),
         ", ".join(f"{n} {kind}" for kind, n in row.get("kinds", {}).items()),
-        *(f"{worst(values):.0e}".replace("0e+00", "0") if values else "" for values in figures),
+        *before,
+        str(row.get("pairs", "")),
+        folded,
         "skipped" if row.get("skipped") else result,
     ]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import finetune_bn as fbn
 from finetune_bn.feeding import Chunk, Feeder
 from finetune_bn.membership import Membership
 from tests.tools import untouched
@@ -107,6 +109,42 @@ def test_the_rest_of_a_batch_that_was_cut_is_not_taken_for_a_batch_of_its_own() 
 def test_batches_of_different_sizes_are_compared_too() -> None:
     batches = [images(4, k)[:, :, : 6 + k % 3, : 6 + k % 3] for k in range(12)]
     assert p_value(see(batches), net()) < 1e-3  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("mode", "batch_size"), [("exact", None), ("one_pass", None), ("one_pass", 32)])
+def test_one_normalization_of_all_images_tells_without_a_further_pass(mode: str, batch_size: int | None) -> None:
+    model = net()
+    x = images(96, torch.arange(12).repeat_interleave(8))
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(2))
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    for batches, alarms in ((x, 1), (x[order], 0)):
+        seen.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            record = fbn.recalibrate(model, batches.split(8), mode=mode, batch_size=batch_size)  # type: ignore[arg-type]
+        assert len(record.warnings) == len(caught) == alarms
+        weighed = 2 if mode == "one_pass" and batch_size is None else 0
+        # 32 normalized together is not one normalization of all: the batches that meet there differ in it.
+        assert sum(seen) == 96 + weighed + (KEPT if batch_size else 0)
+
+
+def test_a_run_that_is_watched_compares_what_a_further_pass_would_and_leaves_no_hook() -> None:
+    model = net()
+    chunks = [Feeder(nn.Identity(), None, None).chunk(part, n) for n, part in enumerate(images(96).split(8))]
+    membership, current = Membership(), chunks[:1]
+    for chunk in chunks:
+        membership.see(chunk)
+    expected = p_value(membership, model)
+    with untouched(model), membership.watching([model.bn], lambda: current[0]), torch.no_grad():
+        for current[0] in chunks:
+            model(current[0].content[0][0])
+    model.seen = 0
+    assert p_value(membership, model) == pytest.approx(expected)
+    assert model.seen == 0
+    membership.forget()
+    assert p_value(membership, model) == pytest.approx(expected)
+    assert model.seen == KEPT
 
 
 def test_channels_that_are_not_finite_are_left_out_and_an_error_leaves_no_hook() -> None:

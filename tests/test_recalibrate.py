@@ -535,56 +535,65 @@ def test_timms_norm_act_layers_measure_in_front_of_their_activation() -> None:
     assert distance(model, expected) < 1e-3
 
 
-def run_rank(rank: int, address: str, sizes: list[list[int]], queue: Any) -> None:
+# Sizes of the batches of each rank: one process alone, two of which one is empty, and three.
+UNEVEN = [[[16, 16, 16]], [[30, 17, 1], []], [[5, 1], [40], [2]]]
+
+
+def run_rank(rank: int, address: str, queue: Any) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=len(sizes))
-    starts = np.cumsum([0, *(sum(part) for part in sizes)])
-    own = images()[starts[rank] : starts[rank + 1]]
-    found = {}
-    for mode in ("exact", "one_pass"):
-        model = net()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            record = fbn.recalibrate(model, own.split(sizes[rank]) if sizes[rank] else [], mode=mode)
-        found[mode] = ({name: value.numpy() for name, value in statistics(model).items()}, record.images)
-    model = net()
-    try:
-        fbn.recalibrate(model, own.split(sizes[rank]) if rank else [torch.full((1, 3, 10, 10), float("nan"))])
-        found["error"] = ""
-    except FinetuneBNError as error:
-        found["error"] = str(error)
-    found["unchanged"] = all(torch.equal(value, statistics(net())[name]) for name, value in statistics(model).items())
-    queue.put((rank, found))
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=3)
+    groups = [torch.distributed.new_group(list(range(len(sizes)))) for sizes in UNEVEN]
+    queue.put((rank, [run_group(rank, *pair) for pair in zip(UNEVEN, groups, strict=True) if rank < len(pair[0])]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "sizes", [[[16, 16, 16]], [[30, 17, 1], []], [[5, 1], [40], [2]]], ids=["1", "2, one of them empty", "3"]
-)
-def test_any_number_of_processes_with_uneven_data_gives_the_same(sizes: list[list[int]]) -> None:
+def run_group(rank: int, sizes: list[list[int]], group: Any) -> dict[str, Any]:
+    starts = np.cumsum([0, *(sum(part) for part in sizes)])
+    own = images()[starts[rank] : starts[rank + 1]]
+    batches = own.split(sizes[rank]) if sizes[rank] else []
+    found: dict[str, Any] = {}
+    for mode in ("exact", "one_pass"):
+        model = net()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            record = fbn.recalibrate(model, batches, mode=mode, group=group)  # type: ignore[arg-type]
+        found[mode] = ({name: value.numpy() for name, value in statistics(model).items()}, record.images)
+    model = net()
+    try:
+        fbn.recalibrate(model, batches if rank else [torch.full((1, 3, 10, 10), float("nan"))], group=group)
+        found["error"] = ""
+    except FinetuneBNError as error:
+        found["error"] = str(error)
+    found["unchanged"] = all(torch.equal(value, statistics(net())[name]) for name, value in statistics(model).items())
+    return found
+
+
+def test_any_number_of_processes_with_uneven_data_gives_the_same() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     context = mp.get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=run_rank, args=(r, address, sizes, queue)) for r in range(len(sizes))]
+    processes = [context.Process(target=run_rank, args=(rank, address, queue)) for rank in range(3)]
     for process in processes:
         process.start()
-    found = dict(queue.get(timeout=100) for _ in processes)
+    found = dict(queue.get(timeout=300) for _ in processes)
     for process in processes:
-        process.join(20)
+        process.join(60)
     expected = layer_by_layer(net(), images())
-    for rank in found.values():
-        exact, count = rank["exact"]
-        assert count == IMAGES
-        for name, (mean, var) in expected.items():
-            np.testing.assert_allclose(exact[f"{name}.running_mean"], mean, atol=1e-5)
-            np.testing.assert_allclose(exact[f"{name}.running_var"], var, rtol=1e-5)
-        for name, value in rank["one_pass"][0].items():
-            np.testing.assert_array_equal(value, found[0]["one_pass"][0][name])
-        assert rank["error"]
-        assert rank["unchanged"]
+    assert [len(found[rank]) for rank in range(3)] == [3, 2, 1]
+    for rank in range(3):
+        for own, first in zip(found[rank], found[0][rank:], strict=True):
+            exact, count = own["exact"]
+            assert count == IMAGES
+            for name, (mean, var) in expected.items():
+                np.testing.assert_allclose(exact[f"{name}.running_mean"], mean, atol=1e-5)
+                np.testing.assert_allclose(exact[f"{name}.running_var"], var, rtol=1e-5)
+            for name, value in own["one_pass"][0].items():
+                np.testing.assert_array_equal(value, first["one_pass"][0][name])
+            assert own["error"]
+            assert own["unchanged"]
 
 
 def test_a_deep_copy_of_a_recalibrated_model_shares_nothing_with_the_run() -> None:

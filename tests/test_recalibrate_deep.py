@@ -66,8 +66,8 @@ def expected(emoji: Tensor) -> dict[str, Tensor]:
 def test_any_cut_and_any_order_is_layer_by_layer_re_estimation(
     emoji: Tensor, expected: dict[str, Tensor], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Small batches are joined before they move in lock-step; here they are not, so that the cut matters.
-    monkeypatch.setattr("finetune_bn.measuring._LOCKSTEP_CHUNK", size)
+    # Batches are joined and cut to pieces before they move in lock-step; here they are not, so that the cut matters.
+    monkeypatch.setattr("finetune_bn.collecting.Collector.cut", lambda self, chunks: list(chunks))
     model = net()
     order = torch.randperm(len(emoji)) if size == 7 else torch.arange(len(emoji))
     fbn.recalibrate(model, emoji[order].split(size), mode="exact")

@@ -1,8 +1,9 @@
 """The tie between a convolution or linear map and the frozen BatchNorm (BN) whose affine it computes in its weight.
 
-While autograd records, the producer returns what the frozen layer would return, and the layer passes that on (and
-applies its activation, where it has one): the scaling costs no activation-sized operation and no memory, see
-`fold_functional`. Without autograd each does its own part, so that evaluation is bit for bit that of BN.
+While autograd records a step, the producer returns what the frozen layer would return, and the layer passes that on
+(and applies its activation, where it has one): the scaling costs no activation-sized operation and no memory, see
+`fold_functional`. Else each does its own part, so that evaluation is bit for bit that of BN, and so is what
+`torch.export` and `torch.jit` capture.
 
 Parameters and state-dict names stay where they are. The pair holds as long as both stand where they stood: where one
 is replaced by something else, the one that is left does its own part again.
@@ -72,15 +73,15 @@ class Fold:
         in_place = holder._modules.get(name) is self.producer
         return in_place and norm_holder._modules.get(norm_name) is self.norm and self.norm._fold is self
 
-    def affine(self) -> tuple[Tensor, Tensor] | None:
-        """Return (gamma', beta') for the producer to fold in; None where it is to compute its own part alone.
+    def affine(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return (gamma', beta') for the producer to fold in; None where it is to compute its own part of `x` alone.
 
         Raises:
             FinetuneBNError: the frozen layer's parameters are sharded, and not gathered while the producer runs.
         """
-        norm = self.norm
+        norm, producer = self.norm, self.producer
         compiling = torch.compiler.is_compiling()
-        if norm is None or not self.intact or not torch.is_grad_enabled():
+        if norm is None or producer is None or not self._records(x, *producer._parameters.values()):
             if not compiling:
                 self._sent = [sent for sent in self._sent if sent.arrived]
             return None
@@ -90,6 +91,14 @@ class Fold:
                 "producer runs. Shard a module that holds both, or convert with Freeze(fold='never')."
             )
         return scale_shift(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+
+    def _records(self, *tensors: Tensor | None) -> bool:
+        """Tell whether the two work together: a step is recorded for backward, and not captured to be deployed."""
+        if not self.intact or not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+            return False
+        assert self.norm is not None
+        # The same at both ends: the result of the one, which the other gets, requires grad if this holds there.
+        return any(t is not None and t.requires_grad for t in (*tensors, self.norm.weight, self.norm.bias))
 
     def send(self, y: Tensor) -> None:
         """Note that `y` holds the affine already. Compiled code needs no note: it was traced through both."""
@@ -121,10 +130,10 @@ class Fold:
             FinetuneBNError: the producer computed the affine into a tensor, and another one arrived.
         """
         if torch.compiler.is_compiling():
-            return self.intact and torch.is_grad_enabled()
+            return self._records(x)
         place = _place(x)
         if place is None:  # inference mode, or a tensor of torch.func: traced through both as well
-            return self.intact and torch.is_grad_enabled()
+            return self._records(x)
         for sent in self._sent:
             if sent.place == place:
                 if sent.version != x._version:

@@ -21,6 +21,12 @@ class Folding(nn.Module):
     if TYPE_CHECKING:
         _fold: Fold
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return what `torch.jit.script` is to see: the producer as it was, on the same tensors."""
+        plain = self._fold.plain.__new__(self._fold.plain)
+        plain.__dict__.update({name: value for name, value in self.__dict__.items() if name != "_fold"})
+        return plain
+
     def _replicate_for_data_parallel(self) -> Self:
         # The replica's partner is on another device: each does its own part there.
         replica = cast(Self, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
@@ -39,7 +45,7 @@ class FoldedConvNd(Folding, _ConvNd):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the convolution of `input`; what the frozen layer behind makes of it, while autograd records."""
         dims = len(self.kernel_size)
-        affine = self._fold.affine() if input.dim() == dims + 2 else None
+        affine = self._fold.affine(input) if input.dim() == dims + 2 else None
         if affine is None:
             plain = self._fold.plain.forward
             return plain(self, input) if output_size is None else plain(self, input, output_size)  # type: ignore[no-any-return]
@@ -106,7 +112,7 @@ class FoldedLinear(Folding, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the map of `input`; what the frozen layer behind makes of it, while autograd records."""
-        affine = self._fold.affine()
+        affine = self._fold.affine(input)
         if affine is None:
             return super().forward(input)
         y = folded_linear(input, self.weight, self.bias, *affine)

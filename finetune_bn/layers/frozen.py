@@ -72,7 +72,6 @@ class FrozenBatchNorm(nn.Module):
 
     _version = 2  # as BatchNorm's: from version 2 on a state dict holds num_batches_tracked
     track_running_stats = True
-    _fold: Any = None  # the tie to the producer that computes the affine in its weight, see folded.py
     __jit_unused_properties__ = ["affine", "has_source_statistics"]  # noqa: RUF012 (torch.jit looks for a list)
     if TYPE_CHECKING:  # torch.jit.script reads a class's annotations, and cannot read them as strings
         weight: Tensor
@@ -80,6 +79,9 @@ class FrozenBatchNorm(nn.Module):
         running_mean: Tensor
         running_var: Tensor
         num_batches_tracked: Tensor
+        _fold: Any
+    else:
+        _fold = None  # the tie to the producer that computes the affine in its weight, see fold.py
 
     def __init__(
         self,
@@ -153,9 +155,16 @@ class FrozenBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return `x * scale + shift` in the dtype and memory format of `x` [N, C, ...]."""
         self._check_input_dim(x)
-        if not torch.jit.is_scripting() and self._fold is not None and self._fold.has(x):
-            return x
+        if not torch.jit.is_scripting():  # by itself: only so does torch.jit.script leave out what it cannot read
+            return x if self._is_applied(x) else self._normalized(x)
+        return self._normalized(x)
+
+    def _normalized(self, x: Tensor) -> Tensor:
         return frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+
+    def _is_applied(self, x: Tensor) -> bool:
+        """Tell whether the producer has applied the affine to `x` already."""
+        return self._fold is not None and self._fold.has(x)
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:

@@ -92,19 +92,24 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Return `act(drop(x * scale + shift))` for `x` of shape [N, C, H, W]."""
         self._check_input_dim(x)  # spelled out: torch.jit.script knows no super().forward
-        if torch.jit.is_scripting() or self._fold is None or not self._fold.has(x):
-            if not torch.jit.is_scripting() and not torch.jit.is_tracing():  # type: ignore[no-untyped-call]
-                y = self._with_one_tensor(x)
-                if y is not None:
-                    return y
-            x = frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        if not torch.jit.is_scripting():
+            y = self._in_one_step(x)
+            if y is not None:
+                return y
+        x = frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         return self.act(self.drop(x))  # type: ignore[no-any-return]
 
-    @torch.jit.unused
-    def _with_one_tensor(self, x: Tensor) -> Tensor | None:
-        """Return the layer's output where backward can do with one tensor instead of two, see `act_functional`."""
+    def _in_one_step(self, x: Tensor) -> Tensor | None:
+        """Return the output where the affine is applied already, or backward can do with one tensor instead of two.
+
+        See `act_functional`; None else.
+        """
+        if self._is_applied(x):
+            return self.act(self.drop(x))  # type: ignore[no-any-return]
         trained = torch.is_grad_enabled() and self.weight is not None and self.weight.requires_grad
-        if not trained or type(self.drop) is not nn.Identity or self.act._forward_hooks or self.act._forward_pre_hooks:
+        if not trained or torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+            return None
+        if type(self.drop) is not nn.Identity or self.act._forward_hooks or self.act._forward_pre_hooks:
             return None
         act, arguments = type(self.act), (self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         if act in (nn.SiLU, nn.Hardswish):
