@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune_bn.collecting import PIECE
+from finetune_bn.collecting import cut
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
-from finetune_bn.feeding import Feeder, Forward, check_batches, recut
+from finetune_bn.feeding import Feeder, Forward, check_batches
 from finetune_bn.group_functional import GroupMoments, ImagePairs
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.norm_act import behind_norm
@@ -148,7 +148,7 @@ def calibrate_group_norm(
         twin = batch_norm_twin(model)
         teacher = Feeder(twin, forward, device)
         stock = Stock(check_batches(batches), student, share)
-        chunks = list(recut(stock.up_to(float("inf")), PIECE))
+        chunks = cut(list(stock.up_to(float("inf"))), student.device)
         counts = [int(row[0]) for row in ranks.agree(stock.images)]
         if sum(counts) < _MIN_IMAGES or not min(counts):
             given = f"{sum(counts)} images" if min(counts) else "no images on one of the processes"

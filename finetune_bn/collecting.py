@@ -42,6 +42,15 @@ _MERGE_AT = 32
 Settle = Callable[[int, Moments], Statistics]
 
 
+def cut(chunks: Sequence[Chunk], device: torch.device) -> list[Chunk]:
+    """Return the chunks as pieces of the size in which they go through a model in lock-step."""
+    size = PIECE
+    if chunks and device.type == "cpu":
+        fit = max(_VALUES_OF_A_PIECE // max(chunks[0].values_of_an_image, 1), 1)
+        size = min(size, 1 << (fit.bit_length() - 1))  # a power of two, as batches are: less to cut and join
+    return list(recut(chunks, size))
+
+
 class Layer:
     """A layer that measures, and what it has measured.
 
@@ -174,11 +183,7 @@ class Collector:
 
     def cut(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Return the chunks as pieces of the size in which they go through the model in lock-step."""
-        size = PIECE
-        if chunks and self.feeder.device.type == "cpu":
-            fit = max(_VALUES_OF_A_PIECE // max(chunks[0].values_of_an_image, 1), 1)
-            size = min(size, 1 << (fit.bit_length() - 1))  # a power of two, as batches are: less to cut and join
-        return list(recut(chunks, size))
+        return cut(chunks, self.feeder.device)
 
     def one_by_one(self, chunks: Sequence[Chunk], *, as_kernel: bool) -> None:
         """Run chunks as one, each layer normalizing by all of them, or by what it had where that is preserved.

@@ -15,6 +15,9 @@ from torch import Tensor
 from finetune_bn.functional import at_least_float32
 from finetune_bn.moments import accumulator
 
+# Values that are worked on together.
+_BLOCK = 1 << 17
+
 
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Return GroupNorm of `x` [N, C, ...] in the dtype and memory format of `x`, also under autocast.
@@ -85,6 +88,15 @@ class ImagePairs:
 
         What lies far off the pivots costs digits: the BN's running mean and bias are good ones.
         """
+        # So few images at a time that what is computed on the way stays in a core's cache.
+        size = max(1, _BLOCK * x.shape[0] // x.numel()) if x.device.type == "cpu" else x.shape[0]
+        parts = [
+            cls._of(*each, x_pivot, y_pivot) for each in zip(torch.split(x, size), torch.split(y, size), strict=True)
+        ]
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("x", "xx", "y", "yy", "xy")))
+
+    @classmethod
+    def _of(cls, x: Tensor, y: Tensor, x_pivot: Tensor, y_pivot: Tensor) -> ImagePairs:
         channels = [1, -1] + [1] * (x.dim() - 2)
         dx, dy = (t.to(accumulator(t)) - p.to(accumulator(t)).view(channels) for t, p in ((x, x_pivot), (y, y_pivot)))
         others = list(range(2, x.dim()))

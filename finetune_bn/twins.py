@@ -8,6 +8,7 @@ from torch import nn
 
 from finetune_bn.errors import NoBatchNormMatched, complaint
 from finetune_bn.layers.group_norm import GroupNorm
+from finetune_bn.proofs import replace_modules
 from finetune_bn.sites import BatchNormSite, find_batch_norms
 
 
@@ -31,13 +32,8 @@ def batch_norm_twin(model: nn.Module) -> nn.Module:
     network. Nothing in it requires a gradient.
     """
     twin = copy.deepcopy(model)
-    layers = {id(site.module): site.module for site in group_norm_sites(twin)}
-    batch_norms = {key: layer.to_batch_norm() for key, layer in layers.items() if isinstance(layer, GroupNorm)}
-    for parent in list(twin.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in batch_norms:
-                parent._modules[name] = batch_norms[id(child)]
-    twin = batch_norms.get(id(twin), twin)
+    layers = [site.module for site in group_norm_sites(twin)]
+    twin = replace_modules(twin, [(layer, layer.to_batch_norm()) for layer in layers if isinstance(layer, GroupNorm)])
     for module in twin.modules():  # not by eval(): a model's own train() may do more
         module.training = False
     return twin.requires_grad_(False)

@@ -71,7 +71,7 @@ LEVELS: dict[str, float] = {
     "recalibrate": 4.2,
     "calibrate": 4.3,
     "distil": 4.3,
-    "twins": 4.0,
+    "twins": 4.1,
     "leakage": 4.2,
     "memory": 4.2,
     "merging": 4.2,
