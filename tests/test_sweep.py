@@ -70,13 +70,14 @@ def replace_forward(patch: pytest.MonkeyPatch, change: Callable[[FrozenBatchNorm
 @fault("found")
 def a_layer_is_overlooked(patch: pytest.MonkeyPatch) -> None:
     find = fbn.plans.find_batch_norms
-    patch.setattr(fbn.plans, "find_batch_norms", lambda model: find(model)[:-1])
+    patch.setattr(fbn.plans, "find_batch_norms", lambda *args, **kwargs: find(*args, **kwargs)[:-1])
 
 
 @fault("converted")
 def a_layer_is_planned_and_not_swapped(patch: pytest.MonkeyPatch) -> None:
     build = fbn.convert.__globals__["_build"]
-    patch.setitem(fbn.convert.__globals__, "_build", lambda model, plan: build(model, plan)[:-1])
+    patch.setitem(fbn.convert.__globals__, "_build", lambda *args: build(*args)[:-1])
+    patch.setitem(fbn.convert.__globals__, "fold_plan", lambda *args: None)  # it would not find the layer to fold
 
 
 @fault("eval_equal")
