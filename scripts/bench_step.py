@@ -110,7 +110,7 @@ def columns(device: str) -> dict[str, list[tuple[str, Cell]]]:
     return {
         "": [(f"{main.net}, {main.size} px", main)]
         + [(f"{cell.net}, {cell.size} px", cell) for cell in cells if cell.net != main.net],
-        "_batches": [(f"batch {cell.batch}", cell) for cell in batches],
+        "_batches": [(f"{cell.net}, {cell.size} px, batch {cell.batch}", cell) for cell in batches],
         "_kinds": [(str(cell), cell) for cell in rest],
     }
 
