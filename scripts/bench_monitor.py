@@ -133,15 +133,15 @@ def main() -> None:
             store.add(measure(**cell, device=device))
     rows = [row for cell in cells if (row := store.find(**cell))]
     lines = [
-        "| network, pixels, batch | BatchNorm | step, ms | kept batch | look | with leakage test | of training time |",
-        "|---|---|---|---|---|---|---|",
+        "| network, pixels, batch | BatchNorm | kept batch | look | with leakage test | of training time |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         times = " | ".join(
             f"{row[name] / row['step_ms']:.2f}" for name in ("keep_ms", "look_ms", "look_with_leakage_ms")
         )
         what = f"{row['net']}, {row['pixels']}, {row['batch']}"
-        lines.append(f"| {what} | {row['policy']} | {row['step_ms']:.0f} | {times} | {100 * row['share']:.2f} % |")
+        lines.append(f"| {what} | {row['policy']} | {times} | {100 * row['share']:.2f} % |")
     store.finish({"largest_share": max(row["share"] for row in rows), "every_n_steps": rows[0]["every_n_steps"]})
     text = "\n".join([*lines, "", "Kept batch and looks in steps, besides the step itself."]) + "\n"
     write_atomically(path.with_suffix(".md"), text)
