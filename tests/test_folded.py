@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -371,6 +373,18 @@ def test_pickled_whole_models_come_back_folded() -> None:
     assert isinstance(loaded.conv1, FoldedConv2d)
     assert_close(step(loaded, x), expected)
     assert type(fbn.revert(loaded).conv1) is nn.Conv2d
+
+
+def test_a_model_without_users_is_freed_at_once() -> None:
+    model = folded(Residual())
+    model(torch.randn(IMAGES)).sum().backward()
+    conv = weakref.ref(model.conv1)
+    gc.disable()  # by counting references alone: no cycle keeps a GPU's memory
+    try:
+        del model
+        assert conv() is None
+    finally:
+        gc.enable()
 
 
 def test_averaged_models_follow() -> None:

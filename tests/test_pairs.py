@@ -321,7 +321,7 @@ def test_a_stored_pair_that_no_longer_fits_is_named_and_left(caplog: pytest.LogC
     with caplog.at_level(logging.WARNING, "finetune_bn"):
         fbn.convert(model, plan, example_input=x)
     assert "bn1 is not folded into conv1: that has hooks" in caplog.text
-    assert [fold.norm_at[1] for fold in folds_in(model)] == ["bn2"]
+    assert [fold.norm_name for fold in folds_in(model)] == ["bn2"]
     assert [r.folded_into for r in as_carried_out(plan, model).rows] == ["", "conv2"]
 
 
@@ -351,7 +351,7 @@ def test_a_pair_that_changes_outputs_or_gradients_is_undone_and_named(
     with caplog.at_level(logging.WARNING, "finetune_bn"):
         fbn.convert(model, plan, example_input=x)
     assert "not folded, as outputs or gradients would change: bn1 into conv1" in caplog.text
-    assert [fold.norm_at[1] for fold in folds_in(model)] == ["bn2"]
+    assert [fold.norm_name for fold in folds_in(model)] == ["bn2"]
     carried_out = as_carried_out(plan, model)
     assert [row.folded_into for row in carried_out.rows] == ["", "conv2"]
     assert "would change with conv1" in carried_out.rows[0].not_folded

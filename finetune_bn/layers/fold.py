@@ -12,6 +12,7 @@ is replaced by something else, the one that is left does its own part again.
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -39,39 +40,59 @@ class _Sent:
     arrived: bool = False
 
 
-@dataclass(eq=False)
 class Fold:
     """The tie between a producer and the frozen layer whose affine it computes.
 
+    The two hold it, and it holds neither them nor what holds them, so that a model without users is freed at once.
+
     Attributes:
-        producer: the convolution or linear map.
-        norm: the frozen layer.
-        producer_at: the module that holds the producer, and under which name.
-        norm_at: the same of the frozen layer.
         plain: class of the producer before.
         folded: its class while they are tied.
+        producer_name: under which name its holder has the producer.
+        norm_name: under which name its holder has the frozen layer.
         active: False lets each do its own part.
     """
 
-    producer: nn.Module | None
-    norm: FrozenBatchNorm | None
-    producer_at: tuple[nn.Module, str]
-    norm_at: tuple[nn.Module, str]
-    plain: type[nn.Module]
-    folded: type[nn.Module]
-    active: bool = True
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        producer: nn.Module,
+        norm: FrozenBatchNorm,
+        producer_at: tuple[nn.Module, str],
+        norm_at: tuple[nn.Module, str],
+        folded: type[nn.Module],
+    ) -> None:
+        self.plain, self.folded, self.active = type(producer), folded, True
+        self.producer_name, self.norm_name = producer_at[1], norm_at[1]
         self._sent: list[_Sent] = []
+        self._refer(producer, norm, producer_at[0], norm_at[0])
+
+    def _refer(self, *modules: nn.Module | None) -> None:
+        refs = [None if module is None else weakref.ref(module) for module in modules]
+        self._producer, self._norm, self._producer_holder, self._norm_holder = refs
+
+    @property
+    def producer(self) -> nn.Module | None:
+        """The convolution or linear map; None where it is gone."""
+        return None if self._producer is None else self._producer()
+
+    @property
+    def norm(self) -> FrozenBatchNorm | None:
+        """The frozen layer; None where it is gone."""
+        return None if self._norm is None else self._norm()  # type: ignore[return-value]
 
     @property
     def intact(self) -> bool:
         """Whether both still stand where they stood, so that what the one computes arrives at the other."""
-        if not self.active or self.producer is None or self.norm is None:
+        producer, norm = self.producer, self.norm
+        if not self.active or producer is None or norm is None:
             return False
-        (holder, name), (norm_holder, norm_name) = self.producer_at, self.norm_at
-        in_place = holder._modules.get(name) is self.producer
-        return in_place and norm_holder._modules.get(norm_name) is self.norm and self.norm._fold is self
+        if self._producer_holder is None or self._norm_holder is None:
+            return False
+        holder, norm_holder = self._producer_holder(), self._norm_holder()
+        if holder is None or norm_holder is None:
+            return False
+        in_place = holder._modules.get(self.producer_name) is producer
+        return in_place and norm_holder._modules.get(self.norm_name) is norm and norm._fold is self
 
     def affine(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return (gamma', beta') for the producer to fold in; None where it is to compute its own part of `x` alone.
@@ -153,36 +174,48 @@ class Fold:
 
     def undo(self) -> None:
         """Give the producer its class back, and untie the two."""
-        if self.producer is not None:
-            self.producer.__class__ = self.plain
-            self.producer.__dict__.pop("_fold", None)
-        if self.norm is not None and self.norm._fold is self:
-            self.norm.__dict__.pop("_fold")
+        producer, norm = self.producer, self.norm
+        if producer is not None:
+            producer.__class__ = self.plain
+            producer.__dict__.pop("_fold", None)
+        if norm is not None and norm._fold is self:
+            norm.__dict__.pop("_fold")
 
     def redo(self) -> None:
         """Tie the two again."""
-        assert self.producer is not None
-        assert self.norm is not None
-        self.producer.__class__ = self.folded
-        self.producer.__dict__["_fold"] = self
-        self.norm._fold = self
+        producer, norm = self.producer, self.norm
+        assert producer is not None
+        assert norm is not None
+        producer.__class__ = self.folded
+        producer.__dict__["_fold"] = self
+        norm._fold = self
 
     def _who(self) -> str:
-        (_, producer), (_, norm) = self.producer_at, self.norm_at
-        return f"the {self.plain.__name__} '...{producer}' and the layer '...{norm}' that is folded into it"
+        return (
+            f"the {self.plain.__name__} '...{self.producer_name}' and the layer '...{self.norm_name}' that is folded "
+            "into it"
+        )
+
+    def _modules(self) -> list[nn.Module | None]:
+        refs = (self._producer, self._norm, self._producer_holder, self._norm_holder)
+        return [None if ref is None else ref() for ref in refs]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_sent": []}
+        kept = {name: getattr(self, name) for name in ("plain", "folded", "active", "producer_name", "norm_name")}
+        return kept | {"modules": self._modules()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        modules = state.pop("modules")
+        self.__dict__.update(state, _sent=[])
+        self._refer(*modules)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = memo[id(self)] = object.__new__(type(self))
-        twin.__dict__.update(self.__getstate__())
-        if not {id(self.producer_at[0]), id(self.norm_at[0])} & memo.keys():
-            # A copy of one of the two alone, without what holds it: it is on its own.
-            twin.__dict__.update(producer=None, norm=None, producer_at=(nn.Module(), ""), norm_at=(nn.Module(), ""))
-            return twin
-        for name in ("producer", "norm", "producer_at", "norm_at"):
-            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        state = self.__getstate__()
+        modules = state["modules"]
+        if not {id(modules[2]), id(modules[3])} & memo.keys():
+            modules = [None] * 4  # a copy of one of the two alone, without what holds it: it is on its own
+        twin.__setstate__(state | {"modules": copy.deepcopy(modules, memo)})
         return twin
 
 

@@ -36,7 +36,7 @@ class Folding(nn.Module):
     def extra_repr(self) -> str:
         """Describe the module in `print(model)`."""
         own = super().extra_repr()
-        return f"{own}, computes {self._fold.norm_at[1]!r} within its weight" if self._fold.intact else own
+        return f"{own}, computes {self._fold.norm_name!r} within its weight" if self._fold.intact else own
 
 
 class FoldedConvNd(Folding, _ConvNd):

@@ -72,10 +72,9 @@ def fold_pair(producer: nn.Module, norm: FrozenBatchNorm, root: nn.Module) -> Fo
         if fold is not None:
             fold.undo()
     holders = {id(child): (parent, name) for parent in root.modules() for name, child in parent._modules.items()}
-    plain = type(producer)
-    folded = _folded_class(plain)
+    folded = _folded_class(type(producer))
     assert folded is not None
-    fold = Fold(producer, norm, holders[id(producer)], holders[id(norm)], plain, folded)
+    fold = Fold(producer, norm, holders[id(producer)], holders[id(norm)], folded)
     fold.redo()
     return fold
 
