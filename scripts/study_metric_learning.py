@@ -78,7 +78,7 @@ MAIN = ("live", "live_recalibrated", "none", "limited")
 # (loss, images of a label in a batch, arms), in the order of importance: a run that is cut off has the first ones.
 BLOCKS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("ntxent", 2, MAIN),
-    ("ntxent", 2, ("renorm_inf", "ghost", "recalibrated", "merged")),
+    ("ntxent", 2, ("renorm_inf", "ghost")),
     ("ntxent", 4, MAIN),
     ("proxy_anchor", 1, MAIN),
     ("proxy_anchor", 2, MAIN),
