@@ -111,12 +111,25 @@ def _by_weight(scale: Tensor, shape: torch.Size, transposed: bool, groups: int) 
     return of_groups.reshape(shape[0], -1, *[1] * (len(shape) - 2))
 
 
-def _by_channel(product: Tensor, transposed: bool, groups: int) -> Tensor:
-    """Return the sums of a tensor like the weight over what belongs to one output channel, [C_out]."""
+def _by_channel(a: Tensor, b: Tensor, transposed: bool, groups: int) -> Tensor:
+    """Return the sums of `a * b`, both like the weight, over what belongs to one output channel, [C_out]."""
     if not transposed:
-        return product.sum(list(range(1, product.dim())))
-    of_pairs = product.flatten(2).sum(2)
+        return torch.linalg.vecdot(a.flatten(1), b.flatten(1))  # type: ignore[no-any-return]
+    of_pairs = (a * b).flatten(2).sum(2)
     return of_pairs.view(groups, -1, of_pairs.shape[1]).sum(1).flatten()
+
+
+def _can_divide(scale: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether a gradient that was multiplied by `scale` in this dtype tells the one that was not.
+
+    Where asking costs little: a GPU would have to be waited for, and a compiler cannot know.
+    """
+    if torch.compiler.is_compiling() or scale.device.type != "cpu" or dtype == torch.float16:
+        return False
+    try:
+        return bool((scale.abs() > 1e-12).all())
+    except RuntimeError:  # under torch.func.vmap a tensor has no one value
+        return False
 
 
 def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -174,18 +187,20 @@ def _backward(
     of_x, of_weight, of_bias, of_scale, of_shift = ctx.needs_input_grad[:5]
     of_result = [-1 if d == dim else 1 for d in range(grad.dim())]
     grad_x = grad_weight = grad_bias = grad_scale = grad_shift = by_weight = None
+    divide = False
     if of_bias or of_shift or (of_scale and bias is not None):
         grad_shift = grad.sum([d for d in range(grad.dim()) if d != dim], dtype=ctx.fold_dtype)
     if of_weight or of_scale:
         by_weight = _by_weight(scale, ctx.weight_shape, transposed, groups) if of_weight else None
     if weight is not None and _result_is_smaller(ctx.weight_shape, grad.numel()):
         scaled = _scaled(grad, scale.view(of_result), ctx.dtype) if of_x else None
-        if of_scale:
+        divide = of_scale and scaled is not None and _can_divide(scale, ctx.dtype)
+        if scaled is not None and (divide or not of_scale):
+            grad_x, grad_weight = map_backward(scaled, weight.to(ctx.dtype), of_x, of_weight or of_scale)
+            by_weight = None  # it is in the gradient already
+        else:
             grad_x = None if scaled is None else map_backward(scaled, weight.to(ctx.dtype), True, False)[0]
             grad_weight = map_backward(grad, None, False, True)[1]
-        elif scaled is not None:
-            grad_x, grad_weight = map_backward(scaled, weight.to(ctx.dtype), of_x, of_weight)
-            by_weight = None
     elif of_x or of_weight or of_scale:
         w = _scaled(weight, _by_weight(scale, ctx.weight_shape, transposed, groups), ctx.dtype) if of_x else None
         grad_x, grad_weight = map_backward(grad, w, of_x, of_weight or of_scale)
@@ -193,7 +208,9 @@ def _backward(
         grad_weight = at_least_float32(grad_weight)
     if of_scale:
         assert grad_weight is not None
-        grad_scale = _by_channel(grad_weight * weight, transposed, groups)
+        grad_scale = _by_channel(grad_weight, weight.to(grad_weight.dtype), transposed, groups)
+        if divide:
+            grad_scale = grad_scale / scale
         if bias is not None:
             assert grad_shift is not None
             grad_scale = grad_scale + grad_shift * bias
