@@ -103,6 +103,7 @@ LEVELS: dict[str, float] = {
     "callbacks.capture": 6.10,
     "callbacks.iid": 6.10,
     "callbacks.statistics": 6.10,
+    "callbacks.strategies": 6.09,
     "callbacks.conversion": 6.11,
     "callbacks.reload": 6.11,
     "callbacks.report": 6.12,

@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,6 +15,7 @@ from typing_extensions import override
 from finetune_bn.calibrate import Calibration, calibrate_group_norm
 from finetune_bn.callbacks.iid import ModuleBatches, training_batches
 from finetune_bn.callbacks.statistics import target_of
+from finetune_bn.callbacks.strategies import check_whole_network
 from finetune_bn.distil import Distillation, check_distillation, distil
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.sites import find_batch_norms, is_converted_group_norm
@@ -40,9 +40,8 @@ class _BeforeTraining(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            allowed = "a strategy in which each process has the whole network, such as ddp"
-            raise FinetuneBNError(complaint("strategy", type(trainer.strategy).__name__, allowed))
+        if stage == "fit":
+            check_whole_network(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
@@ -18,6 +17,7 @@ from finetune_bn.advice import Look, advise, fisher
 from finetune_bn.callbacks.capture import NetworkCall
 from finetune_bn.callbacks.sampling import labels_of
 from finetune_bn.callbacks.statistics import part_of
+from finetune_bn.callbacks.strategies import check_whole_network
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.feeding import Chunk
 from finetune_bn.inspection import Inspector, LayerLook, layer_inputs
@@ -100,9 +100,8 @@ class BatchNormMonitor(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            allowed = "a strategy in which each process has the whole network, such as ddp"
-            raise FinetuneBNError(complaint("strategy", type(trainer.strategy).__name__, allowed))
+        if stage == "fit":
+            check_whole_network(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

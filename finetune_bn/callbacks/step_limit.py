@@ -7,10 +7,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from typing_extensions import override
 
-from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.callbacks.strategies import check_whole_network
+from finetune_bn.errors import FinetuneBNError
 from finetune_bn.step_limit import RATIO, LimitedSteps, check_ratio, limit_steps
 
 
@@ -40,9 +40,8 @@ class StepLimit(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            allowed = "a strategy in which each process has the whole network, such as ddp"
-            raise FinetuneBNError(complaint("strategy", type(trainer.strategy).__name__, allowed))
+        if stage == "fit":
+            check_whole_network(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
