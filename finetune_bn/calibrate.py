@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from finetune_bn.collecting import cut
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.feeding import Feeder, Forward, check_batches
-from finetune_bn.group_functional import GroupMoments, ImagePairs
+from finetune_bn.group_functional import GroupMoments, ImagePairs, group_statistics
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.norm_act import behind_norm
 from finetune_bn.lockstep import FINISHED, DifferentPaths, caller_settings, meet, run_in_lockstep
@@ -24,8 +24,10 @@ from finetune_bn.recalibrate import _undisturbed, _unwrapped
 from finetune_bn.stock import Stock
 from finetune_bn.twins import batch_norm_twin, group_norm_sites
 
-# What "auto" chooses from: those that divide the channels and leave a group more than one value in an image.
+# What "auto" chooses from: numbers of groups that divide the channels and leave a group more than one value in an
+# image, and eps in units of the variance that the running statistics predict for a group; 0 is the layer's own.
 CANDIDATES = (1, 2, 4, 8, 16, 32)
+EPS_CANDIDATES = (0.0, 0.1, 0.3, 1.0, 3.0, 9.0)
 _MIN_IMAGES = 8
 
 
@@ -38,6 +40,8 @@ class LayerFit:
         num_features: number of channels C.
         groups_before: number of groups before.
         groups: number of groups now.
+        eps_before: what was added to variances before.
+        eps: what is added to them now.
         error_before: what the layer's output would be off by without its fit, the layers before it fitted: root mean
             square of the difference to the output of its BatchNorm in the BatchNorm network, relative to the standard
             deviation of that.
@@ -48,6 +52,8 @@ class LayerFit:
     num_features: int
     groups_before: int
     groups: int
+    eps_before: float
+    eps: float
     error_before: float
     error: float
 
@@ -72,12 +78,13 @@ class Calibration:
         return {"images": self.images, "rows": rows, "left_alone": list(self.left_alone)}
 
     def __str__(self) -> str:
-        header = ("layer", "C", "groups", "error before", "error now")
+        header = ("layer", "C", "groups", "eps", "error before", "error now")
         body = [
             (
                 " = ".join(name or "(root)" for name in row.names),
                 str(row.num_features),
                 str(row.groups) if row.groups == row.groups_before else f"{row.groups_before} -> {row.groups}",
+                f"{row.eps:.2g}" if row.eps == row.eps_before else f"{row.eps_before:.2g} -> {row.eps:.2g}",
                 f"{row.error_before:.3f}",
                 f"{row.error:.3f}",
             )
@@ -109,9 +116,9 @@ def calibrate_group_norm(
     The BatchNorm network (frozen) and the model move all images side by side, and no image goes on before a layer is
     fitted: with z the GroupNorm of the layer's input, without weight and bias, in the network as it is fitted so far,
     and y the output of its BatchNorm, weight and bias are those with which the mean of each channel is that of y and
-    the standard deviation nearly so (`GroupMoments.match`). Where groups are "auto", the number in `CANDIDATES` with
-    the smallest error is taken for each layer. One pass; the result does not depend on how the images are cut into
-    batches, or spread over processes, but for rounding.
+    the standard deviation nearly so (`GroupMoments.match`). Where groups or eps are "auto", those of `CANDIDATES` and
+    `EPS_CANDIDATES` with the smallest error are taken for each layer. One pass; the result does not depend on how the
+    images are cut into batches, or spread over processes, but for rounding.
 
     Call it before the training: the BatchNorm network is the model with the BatchNorm layers that it had. Memory is
     that of the activations which all images have at one place of both networks; `max_samples` bounds it.
@@ -163,12 +170,13 @@ def calibrate_group_norm(
             except DifferentPaths as error:
                 allowed = "a model that calls its layers in the same order for every batch"
                 raise FinetuneBNError(complaint("model", type(model).__name__, allowed)) from error
-    for layer, groups in zip(layers, fitting.chosen, strict=True):
-        layer.num_groups = groups  # once more: the block above puts back what it finds changed in a module
-    rows = [
-        LayerFit(sites[n].names, sites[n].num_features, fitting.groups[n], fitting.chosen[n], *errors)
-        for n, errors in fitting.errors.items()
-    ]
+    for layer, chosen in zip(layers, fitting.chosen, strict=True):
+        layer.num_groups, layer.eps = chosen  # once more: the block above puts back what it finds changed in a module
+    rows = []
+    for n, errors in fitting.errors.items():
+        (groups_before, eps_before), (groups, eps) = fitting.before[n], fitting.chosen[n]
+        row = LayerFit(sites[n].names, sites[n].num_features, groups_before, groups, eps_before, eps, *errors)
+        rows.append(row)
     alone = [site.names[0] for n, site in enumerate(sites) if n not in fitting.errors]
     return Calibration(sum(counts), tuple(rows), tuple(alone))
 
@@ -182,15 +190,15 @@ class _Fitting:
         report: moves the progress bar.
 
     Attributes:
-        groups: each layer's number of groups from before.
-        chosen: that of now.
+        before: each layer's number of groups and eps from before.
+        chosen: those of now.
         errors: by number of the layer, in the order of their calls: its error before and now.
     """
 
     def __init__(self, layers: Sequence[GroupNorm], ranks: Ranks, report: Report) -> None:
         self.layers = layers
-        self.groups = [layer.num_groups for layer in layers]
-        self.chosen = list(self.groups)
+        self.before = [(layer.num_groups, layer.eps) for layer in layers]
+        self.chosen = list(self.before)
         self.errors: dict[int, tuple[float, float]] = {}
         self._affine = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in layers]
         self._sums: dict[int, Tensor] = {}
@@ -202,8 +210,8 @@ class _Fitting:
         try:
             yield
         except BaseException as error:
-            for layer, groups, affine in zip(self.layers, self.groups, self._affine, strict=True):
-                layer.num_groups = groups
+            for layer, before, affine in zip(self.layers, self.before, self._affine, strict=True):
+                layer.num_groups, layer.eps = before
                 _write(layer, *affine)
             if not isinstance(error, OtherProcessFailed):
                 self._ranks.fail(1)
@@ -223,7 +231,7 @@ class _Fitting:
         half = len(brought) // 2
         pairs = [ImagePairs.of(x, y, x_pivot, y_pivot) for y, x in zip(brought[:half], brought[half:], strict=True)]
         candidates = self._candidates(place, brought[half])
-        sums = torch.stack([sum(p.sums(x_pivot, c, layer.eps) for p in pairs) for c in candidates])  # type: ignore[misc]
+        sums = torch.stack([sum(p.sums(x_pivot, *each) for p in pairs) for each in candidates])  # type: ignore[misc]
         sums = torch.stack(self._ranks.gather(sums)).sum(0)
         if not torch.isfinite(sums).all():
             given = f"NaN or infinite values at layer number {place + 1} of the converted ones ({layer})"
@@ -234,22 +242,30 @@ class _Fitting:
         moments = [GroupMoments.of_sums(each, y_pivot) for each in sums]
         fits = [each.match(self._affine[place][0]) for each in moments]
         errors = [each.error(*fit) for each, fit in zip(moments, fits, strict=True)]
-        before = moments[candidates.index(self.groups[place])].error(*self._affine[place])
-        best = min(range(len(candidates)), key=lambda i: errors[i]) if layer.settings["groups"] == "auto" else -1
-        layer.num_groups = self.chosen[place] = candidates[best]
+        before = moments[-1].error(*self._affine[place])
+        best = min(range(len(candidates)), key=lambda i: errors[i])
+        layer.num_groups, layer.eps = self.chosen[place] = candidates[best]
         _write(layer, *fits[best])
         self.errors[place] = (before, errors[best])
         self._report(len(self.errors), "")
         return True
 
-    def _candidates(self, place: int, x: Tensor) -> list[int]:
-        """Return the numbers of groups to choose from; the layer's own of before is the last."""
-        layer, own = self.layers[place], self.groups[place]
-        if layer.settings["groups"] != "auto" or layer.settings["channels_per_group"] is not None:
-            return [own]
-        values = x[0].numel()
-        fit = [c for c in CANDIDATES if layer.num_channels % c == 0 and values > c and c != own]
-        return [*fit, own]
+    def _candidates(self, place: int, x: Tensor) -> list[tuple[int, float]]:
+        """Return the numbers of groups and eps to choose from; the layer's own of before are the last."""
+        layer, (own_groups, own_eps) = self.layers[place], self.before[place]
+        values, channels, bn = x[0].numel(), layer.num_channels, layer.source
+        numbers = [own_groups]
+        if layer.settings["groups"] == "auto" and layer.settings["channels_per_group"] is None:
+            numbers = [c for c in CANDIDATES if channels % c == 0 and values > c and c != own_groups] + numbers
+        found = []
+        for number in numbers:
+            sizes = [own_eps]
+            if layer.settings["eps"] == "auto" and bn is not None and bn.running_mean is not None:
+                assert bn.running_var is not None
+                variance = float(group_statistics(bn.running_mean, bn.running_var, number)[1].mean())
+                sizes = [bn.eps + share * variance for share in EPS_CANDIDATES] + sizes
+            found += [(number, size) for size in dict.fromkeys(sizes)]
+        return sorted(found, key=lambda each: each == self.before[place])
 
 
 def _write(layer: GroupNorm, weight: Tensor, bias: Tensor) -> None:

@@ -224,20 +224,25 @@ class ToGroupNorm(Policy):
             before. `sequential`: the same, to be fitted to images, layer by layer, by `calibrate_group_norm` or the
             callback GroupNormCalibration. `copy`: gamma and beta of the BatchNorm, which leaves hardly anything of the
             pretrained function. `reset`: 1 and 0, which leaves nothing.
+        eps: what is added to an image's variance. The larger it is beside the variance, the less the layer follows an
+            image's contrast, and the nearer it is to BatchNorm. `auto`: the BatchNorm's, until `calibrate_group_norm`
+            chooses for each layer.
     """
 
     groups: int | Literal["auto"] = "auto"
     channels_per_group: int | None = None
     init: Init = "closed_form"
+    eps: float | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        check_grouping(self.groups, self.channels_per_group, self.init)
+        check_grouping(self.groups, self.channels_per_group, self.init, self.eps)
 
     def describe(self) -> str:
         """Return the policy in a few words, for tables."""
         per_group = self.channels_per_group
         groups = f"groups={self.groups}" if per_group is None else f"channels_per_group={per_group}"
-        return f"group norm, {groups}, init={self.init}"
+        eps = "" if self.eps == "auto" else f", eps={self.eps:g}"
+        return f"group norm, {groups}, init={self.init}{eps}"
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,15 @@ Three parts, of which a run that is cut off has the first ones:
 
 1. zero_shot: EfficientNet-Lite0, 1 and 2 with ImageNet weights at 128 pixels, converted without training and without
    labels. Agreement of the ImageNet top-1 with the BatchNorm network, cosine of the features, and Recall@1 of the same
-   emoji in another vendor's drawing, on 600 drawings of emoji that are not calibrated on. Calibration images by seed.
+   emoji in another vendor's drawing, on all drawings of emoji that are not calibrated on. Calibration images by seed.
+   The cost of a calibration is told in CPU seconds of one thread, and in passes of the BatchNorm network over the same
+   images: as that number is the same for networks of any depth, the cost grows as theirs does.
 2. warm_up: the same after distilling the BatchNorm network's features (`distil`), one pass over up to 1,000 images.
 3. fine_tune: the setting of scripts/study_small_batch.py (9 emoji categories, 600 images of 64 pixels, 5 epochs,
    AdamW), at batch 1, 2, 4 and 16, with its search of a learning rate for each arm; live and frozen BatchNorm at the
    batch sizes that results/study_small_batch.json has are taken from there. Arms: GroupNorm calibrated on 256 training
-   images without labels; opacus's ModuleValidator.fix, with the layers made plain BatchNorm2d first because it knows
-   no other; GroupNorm without any pretraining.
+   images without labels, which also chooses eps, or at batch 2 with the BatchNorm's eps; opacus's ModuleValidator.fix,
+   with the layers made plain BatchNorm2d first because it knows no other; GroupNorm without any pretraining.
 
 Needs `pip install "finetune-bn[bench]"`. Hardware: 2 CPU cores, about two hours for the first two parts and batch 2
 and 4. Resumes where it was cut off. Result: results/study_group_norm*.{json,md,png}.
@@ -20,12 +22,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import cells
@@ -33,6 +33,19 @@ import study_small_batch as small
 import torch
 import torch.nn.functional as F
 from store import Store
+from study_group_norm_report import (
+    BATCHES,
+    LADDER,
+    OWN_ARMS,
+    OWN_EPS,
+    SHARED_ARMS,
+    chosen_rate,
+    markdown,
+    markdown_tuned,
+    plot,
+    summarize,
+    tried_rates,
+)
 from torch import Tensor, nn
 
 import finetune_bn as fbn
@@ -40,25 +53,21 @@ from finetune_bn.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 NETS = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
-SIDE, EVALUATED, IMAGES = 128, 600, 256
+SIDE, IMAGES = 128, 256
 GROUPS = (1, 2, 4, 8, 32, "auto")
 SEEDS = (0, 1, 2)
-BATCHES = (2, 4, 16, 1)
-OWN_ARMS, SHARED_ARMS = ("group_norm", "opacus", "scratch"), ("live", "none")
-LADDER = small.LADDER
-
 _emoji: dict[str, Any] = {}
 _teachers: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
 
 
 def evaluated() -> tuple[Tensor, Tensor]:
-    """Return images to evaluate on, always the same, with their identities; drawing i is by vendor i % 3."""
+    """Return the test images with their identities; drawing i is by vendor i % 3."""
     if "test" not in _emoji:
-        vendors = [list(itertools.islice(loader, EVALUATED // 3 // 50 + 1)) for loader in _data().test_dataloader()]
+        vendors = [list(loader) for loader in _data().test_dataloader()]
         x = torch.stack([torch.cat([x for x, *_ in batches]) for batches in vendors], 1)
         labels = torch.stack([torch.cat([batch[1] for batch in batches]) for batches in vendors], 1)
         assert (labels == labels[:, :1]).all(), "the vendors' loaders have different emoji"
-        _emoji["test"] = _fast(x.flatten(0, 1)[:EVALUATED]), labels.flatten()[:EVALUATED]
+        _emoji["test"] = _fast(x.flatten(0, 1)), labels.flatten()
     x, labels = _emoji["test"]
     return x, labels
 
@@ -149,20 +158,28 @@ def opacus_fix(net: nn.Module) -> nn.Module:
     return ModuleValidator.fix(plain(net))
 
 
-def zero_shot(net: str, init: str, groups: int | str, images: int, seed: int) -> dict[str, Any]:
-    """Convert one network and return its figures; `seconds` are those of conversion and calibration, one thread."""
+def zero_shot(net: str, init: str, groups: int | str, eps: str, images: int, seed: int) -> dict[str, Any]:
+    """Convert one network and return its figures; `seconds` are those of conversion and calibration, one thread.
+
+    `passes` are those seconds in passes of the BatchNorm network over the same images.
+    """
     model = copy.deepcopy(teacher(net)[0])
     x = calibrating(seed, images) if images else None
     started = time.process_time()
     if init == "opacus":
         model = opacus_fix(model).eval()
     else:
-        model = fbn.convert(model, fbn.ToGroupNorm(groups=groups, init=init), verify=False)  # type: ignore[arg-type]
+        own = teacher(net)[0].bn1.eps if eps == "own" else "auto"  # type: ignore[union-attr]
+        model = fbn.convert(model, fbn.ToGroupNorm(groups=groups, init=init, eps=own), verify=False)  # type: ignore[arg-type]
     record = fbn.calibrate_group_norm(model, [x], max_samples=None) if init == "sequential" else None
     seconds = time.process_time() - started
     row = figures(model, net) | {"seconds": seconds, "layers": len(fbn.plan(teacher(net)[0], fbn.Keep()).rows)}
     if record is not None:
         row |= {"errors": [round(r.error, 4) for r in record.rows], "chosen": [r.groups for r in record.rows]}
+        assert x is not None
+        started = time.process_time()
+        predict(teacher(net)[0], x)
+        row["passes"] = seconds / (time.process_time() - started)
     return row
 
 
@@ -190,9 +207,13 @@ def fine_tune(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
     if arm == "opacus":
         net = opacus_fix(net)
     else:
-        init = "sequential" if arm == "group_norm" else "reset"
-        net = fbn.convert(net, fbn.ToGroupNorm(groups=1 if arm == "group_norm" else 32, init=init), verify=False)
-    if arm == "group_norm":
+        policies = {
+            "group_norm": fbn.ToGroupNorm(groups=1, init="sequential"),
+            OWN_EPS: fbn.ToGroupNorm(groups=1, init="sequential", eps=net.bn1.eps),
+            "scratch": fbn.ToGroupNorm(groups=32, init="reset"),
+        }
+        net = fbn.convert(net, policies[arm], verify=False)
+    if arm in ("group_norm", OWN_EPS):
         fbn.calibrate_group_norm(net, [small.images(seed)["train"][0]], max_samples=IMAGES)
     torch.manual_seed(seed)
     return small.train(net, batch, lr, seed)
@@ -208,12 +229,16 @@ MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
 def zero_shot_cells() -> Iterator[dict[str, Any]]:
     """Yield the cells of the first part, most important first."""
 
-    def cell(init: str, groups: int | str, net: str = NETS[0], images: int = IMAGES, seed: int = 0) -> dict[str, Any]:
-        key = {"part": "zero_shot", "net": net, "init": init, "groups": groups}
-        return {**key, "images": images if init == "sequential" else 0, "seed": seed}
+    def cell(
+        init: str, groups: int | str, net: str = NETS[0], images: int = IMAGES, seed: int = 0, eps: str = "auto"
+    ) -> dict[str, Any]:
+        fitted = init == "sequential"
+        key = {"part": "zero_shot", "net": net, "init": init, "groups": groups, "eps": eps if fitted else "own"}
+        return {**key, "images": images if fitted else 0, "seed": seed}
 
     yield from (cell("sequential", 1), cell("closed_form", 1), cell("copy", 1), cell("opacus", 32), cell("reset", 1))
     yield from (cell("sequential", 1, seed=seed) for seed in SEEDS[1:])
+    yield from (cell("sequential", 1, seed=seed, eps="own") for seed in SEEDS)
     yield from (cell("sequential", groups) for groups in GROUPS[1:])
     yield from (cell("sequential", 1, net) for net in NETS[1:])
     yield from (cell("closed_form", groups) for groups in GROUPS[1:-1])
@@ -233,6 +258,7 @@ def fine_tune_cells(store: Store) -> Iterator[dict[str, Any]]:
     """Yield those cells of the third part that can be measured now; more appear as results come in."""
     for batch in BATCHES:
         arms = OWN_ARMS if batch in small.BATCHES else (*OWN_ARMS, *SHARED_ARMS)
+        arms += (OWN_EPS,) if batch == 2 else ()
         for arm in arms:
             missing = cells.rates_to_try(tried_rates(store, arm, batch), LADDER, small.FIRST_RUNGS)
             yield from (_fine_tune_cell(arm, batch, lr, 0) for lr in missing)
@@ -246,148 +272,34 @@ def _fine_tune_cell(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any
     return {"part": "fine_tune", "arm": arm, "batch": batch, "lr": lr, "seed": seed}
 
 
-def fine_tuned(store: Store, arm: str, batch: int) -> list[dict[str, Any]]:
-    """Return the rows of an arm; those of live and frozen BatchNorm come from the study of small batches."""
-    rows = [r for r in store.rows if r["part"] == "fine_tune"]
-    if arm in SHARED_ARMS and batch in small.BATCHES:
-        rows = json.loads((ROOT / "results/study_small_batch.json").read_text(encoding="utf-8"))["rows"]
-    return [r for r in rows if (r["arm"], r["batch"]) == (arm, batch)]
-
-
-def tried_rates(store: Store, arm: str, batch: int) -> dict[float, float]:
-    """Return the validation accuracy at seed 0 by learning rate."""
-    return {row["lr"]: row["val_accuracy"] for row in fine_tuned(store, arm, batch) if row["seed"] == 0}
-
-
-def chosen_rate(store: Store, arm: str, batch: int) -> float | None:
-    """Return the arm's learning rate once the search is over: the best rung and both its neighbors were run."""
-    return cells.chosen_rate(tried_rates(store, arm, batch), LADDER, small.FIRST_RUNGS)
-
-
-def next_cell(store: Store, parts: tuple[str, ...]) -> dict[str, Any] | None:
-    """Return the cell to measure next."""
+def next_cells(parts: tuple[str, ...], store: Store) -> Iterator[dict[str, Any]]:
+    """Yield the cells of these parts that can be measured now, most important first."""
     sources = {"zero_shot": zero_shot_cells, "warm_up": warm_up_cells, "fine_tune": lambda: fine_tune_cells(store)}
-    return next((key for part in parts for key in sources[part]() if not store.done(key)), None)
+    yield from (key for part in parts for key in sources[part]() if not store.done(key))
 
 
-def summarize(store: Store) -> dict[str, Any]:
-    """Return the figures that the README quotes."""
-    near: list[dict[str, Any]] = []
-    grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in store.rows:
-        if row["part"] != "fine_tune":
-            grouped.setdefault(tuple(row.get(k, "") for k in ("part", "net", "init", "groups", "images")), []).append(
-                row
-            )
-    for (part, net, init, groups, images), rows in grouped.items():
-        line = {"part": part, "net": net, "init": init, "groups": groups, "images": images, "seeds": len(rows)}
-        for key in ("agreement", "cosine", "recall", "recall_batch_norm", "seconds"):
-            line[key] = fmean(row[key] for row in rows)
-        line["agreement sd"] = stdev(row["agreement"] for row in rows) if len(rows) > 1 else None
-        line["layers"] = rows[0].get("layers")
-        near.append(line)
-    tuned = []
-    for batch in sorted(BATCHES):
-        for arm in (*SHARED_ARMS, *OWN_ARMS):
-            lr = chosen_rate(store, arm, batch)
-            rows = [r for r in fine_tuned(store, arm, batch) if r["lr"] == lr]
-            if rows:
-                values = [row["test_accuracy"] for row in rows]
-                spread = stdev(values) if len(values) > 1 else None
-                tuned.append(
-                    {"batch": batch, "arm": arm, "lr": lr, "seeds": len(rows), "accuracy": fmean(values), "sd": spread}
-                )
-    return {"near": near, "fine_tuned": tuned}
-
-
-def markdown(summary: dict[str, Any]) -> str:
-    """Return the figures without training as a table."""
-    head = ["network", "how", "groups", "images", "agreement %", "cosine", "Recall@1 % (BatchNorm)", "CPU seconds"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    order = {"copy": 0, "reset": 1, "opacus": 2, "closed_form": 3, "sequential": 4, "": 5}
-    for line in sorted(
-        summary["near"],
-        key=lambda r: (r["net"], order[r["init"]], str(r["groups"]).zfill(2), r["images"]),
-    ):
-        spread = "" if line["agreement sd"] is None else f" ± {line['agreement sd']:.1f}"
-        cells = [
-            line["net"].removeprefix("tf_efficientnet_"),
-            line["init"] or "sequential, distilled",
-            str(line["groups"] or 1),
-            str(line["images"] or "none"),
-            f"{line['agreement']:.1f}{spread}",
-            f"{line['cosine']:.3f}",
-            f"{line['recall']:.1f} ({line['recall_batch_norm']:.1f})",
-            f"{line['seconds']:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def markdown_tuned(summary: dict[str, Any]) -> str:
-    """Return the accuracies after fine-tuning as a table."""
-    names = {
-        "live": "live BatchNorm",
-        "none": "frozen BatchNorm",
-        "group_norm": "GroupNorm, sequential",
-        "opacus": "opacus",
-        "scratch": "GroupNorm, no pretraining",
-    }
-    head = ["batch", "arm", "learning rate", "seeds", "accuracy"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for line in summary["fine_tuned"]:
-        spread = "" if line["sd"] is None else f" ± {line['sd']:.1f}"
-        cells = [str(line["batch"]), names[line["arm"]], f"{line['lr']:g}", str(line["seeds"])]
-        lines.append("| " + " | ".join([*cells, f"{line['accuracy']:.1f}{spread}"]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(summary: dict[str, Any], path: Path) -> None:
-    """Draw agreement against the seconds spent."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    mine = [r for r in summary["near"] if r["net"] == NETS[0] and r["groups"] in (1, 32, "")]
-    for i, init in enumerate(("copy", "opacus", "closed_form", "sequential", "")):
-        rows = sorted(
-            (r for r in mine if r["init"] == init and (r["groups"] != 32) == (init != "opacus")),
-            key=lambda r: r["seconds"],
-        )
-        if rows:
-            label = {"": "sequential, distilled"}.get(init, init)
-            axis.plot([max(r["seconds"], 0.01) for r in rows], [r["agreement"] for r in rows], f"C{i}o-", label=label)
-    axis.set(xscale="log", xlabel="CPU seconds", ylabel="agreement with the BatchNorm network, %", ylim=(0, 100))
-    axis.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def measure(part: str, **key: Any) -> dict[str, Any]:
+    """Measure one cell."""
+    row = MEASURES[part](**key)
+    return {"score": row.get("agreement", row.get("test_accuracy")), **row}
 
 
 def main() -> None:
+    """Run the study, or only write its tables anew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(MEASURES), default=list(MEASURES))
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many minutes")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--report-only", action="store_true", help="write tables and plot from the rows there are")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     store = Store(ROOT / "results/study_group_norm.json", "python scripts/study_group_norm.py", SEEDS, "cpu")
-    torch.set_num_threads(1)  # so that CPU seconds are seconds of one core
-    began = time.monotonic()
-    while not arguments.report_only and time.monotonic() - began < 60 * arguments.minutes:
-        key = next_cell(store, tuple(arguments.parts))
-        if key is None:
-            break
-        measured = MEASURES[key["part"]](**{name: value for name, value in key.items() if name != "part"})
-        store.add(key | measured)
-        shown = measured.get("agreement", measured.get("test_accuracy", float("nan")))
-        print(" ".join(str(value) for value in key.values()), f"{shown:.1f}", flush=True)
-        store.finish(summarize(store))
+    if not args.report_only:
+        cells.run(store, partial(next_cells, tuple(args.parts)), measure, args.workers, "score")
     summary = summarize(store)
     store.finish(summary)
     write_atomically(store.path.with_suffix(".md"), markdown(summary))
     write_atomically(store.path.with_name("study_group_norm_tuned.md"), markdown_tuned(summary))
     plot(summary, store.path.with_suffix(".png"))
+    print(markdown(summary), markdown_tuned(summary), sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import finetune_bn as fbn
+from finetune_bn.calibrate import EPS_CANDIDATES
 from finetune_bn.errors import BadData, FinetuneBNError, NoBatchNormMatched
+from finetune_bn.group_functional import group_statistics
 from finetune_bn.layers import GroupNorm
 from finetune_bn.twins import batch_norm_twin
 from tests import group_references as reference
@@ -45,11 +47,11 @@ def test_each_layer_gets_the_moment_match_of_numpy_measured_behind_the_layers_fi
     net = settle(two_layers()).double().eval()
     x = images((1, 3, 6, 6), dtype=torch.float64)
     first, second = copy.deepcopy(net[:2]), copy.deepcopy(net)
-    fbn.convert(net, fbn.ToGroupNorm(groups=groups))
+    fbn.convert(net, fbn.ToGroupNorm(groups=groups, eps=1e-3))
     record = fbn.calibrate_group_norm(net, [x])
     with torch.no_grad():
-        for i, part, eps in ((1, first, 1e-5), (4, second, 1e-5)):
-            z = reference.normalized(as_array(net[:i](x)), groups, eps)
+        for i, part in ((1, first), (4, second)):
+            z = reference.normalized(as_array(net[:i](x)), groups, 1e-3)
             y = as_array(part(x))
             weight, bias = reference.moment_match(z, y, as_array(torch.sign(net[i].source.weight)))
             torch.testing.assert_close(net[i].weight.detach(), torch.from_numpy(weight), rtol=1e-6, atol=1e-6)
@@ -106,10 +108,32 @@ def test_auto_takes_the_number_of_groups_with_the_smallest_error_and_a_file_brin
     assert again[1].num_groups == row.groups  # type: ignore[index]
 
 
-def test_a_number_of_groups_asked_for_is_kept() -> None:
-    model, x, _ = converted(groups=2)
+def test_auto_takes_the_eps_with_the_smallest_error_and_a_file_brings_it_back() -> None:
+    """Images of very different contrast, which GroupNorm with a small eps removes and BatchNorm keeps."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8)).eval()
+    x = torch.randn(64, 4, 5, 5) * torch.linspace(0.1, 3, 64)[:, None, None, None]
+    fbn.recalibrate(net, [x])
+    variance = float(group_statistics(net[1].running_mean, net[1].running_var, 2)[1].mean())
+    errors = {}
+    for share in EPS_CANDIDATES:
+        one = fbn.convert(copy.deepcopy(net), fbn.ToGroupNorm(groups=2, eps=1e-5 + share * variance))
+        errors[1e-5 + share * variance] = fbn.calibrate_group_norm(one, [x]).rows[0].error
+    auto = fbn.convert(copy.deepcopy(net), fbn.ToGroupNorm(groups=2))
+    assert auto[1].eps == 1e-5, "until images tell, it is the BatchNorm's"
+    row = fbn.calibrate_group_norm(auto, [x]).rows[0]
+    assert (row.eps_before, row.eps) == pytest.approx((1e-5, min(errors, key=lambda eps: errors[eps])))
+    assert row.error == pytest.approx(min(errors.values()))
+    assert row.error < 0.5 * errors[1e-5]
+    loaded = fbn.convert(copy.deepcopy(net), fbn.ToGroupNorm(groups=2))
+    loaded.load_state_dict(auto.state_dict())
+    assert torch.equal(loaded(x), auto(x))
+
+
+def test_a_number_of_groups_and_an_eps_asked_for_are_kept() -> None:
+    model, x, _ = converted(groups=2, eps=0.5)
     fbn.calibrate_group_norm(model, [x])
-    assert {m.num_groups for m in model.modules() if isinstance(m, GroupNorm)} == {2}
+    assert {(m.num_groups, m.eps) for m in model.modules() if isinstance(m, GroupNorm)} == {(2, 0.5)}
 
 
 def test_modes_hooks_gradients_and_all_other_tensors_are_left_as_they_were() -> None:
@@ -159,6 +183,7 @@ def test_bad_images_are_one_error_and_change_nothing(bad: str) -> None:
     with pytest.raises(BadData, match="NaN or infinite" if bad == "nan" else "at least 8 images"):
         fbn.calibrate_group_norm(model, batches)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(m.source and m.eps == m.source.eps for m in model.modules() if isinstance(m, GroupNorm))
 
 
 def test_a_network_without_converted_layers_and_a_wrong_number_are_named() -> None:

@@ -26,8 +26,8 @@ class GroupNorm(nn.GroupNorm):
     State dict, forward pass and gradients are those of `torch.nn.GroupNorm`; dtype and memory format of activations
     are kept, also under autocast. Channels have a weight and a bias even where the BatchNorm had none (they are
     constants then, buffers), because they carry its statistics. The BatchNorm itself is kept aside, outside of the
-    module tree, for `to_batch_norm`; number of groups, `alpha` and the BatchNorm's tensors go into the metadata of the
-    state dict, which torch, Lightning and copies of it carry along.
+    module tree, for `to_batch_norm`; number of groups, eps, `alpha` and the BatchNorm's tensors go into the metadata of
+    the state dict, which torch, Lightning and copies of it carry along.
 
     Attributes:
         alpha: share of the BatchNorm's output in this one's, from 1 (the BatchNorm, frozen) to 0 (plain GroupNorm).
@@ -52,7 +52,7 @@ class GroupNorm(nn.GroupNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_groups, num_channels, eps, True, device, dtype)
-        self._begin((), (num_groups, None, "reset"))
+        self._begin((), (num_groups, None, "reset", eps))
 
     @classmethod
     def from_batch_norm(
@@ -61,28 +61,29 @@ class GroupNorm(nn.GroupNorm):
         groups: int | Literal["auto"] = "auto",
         channels_per_group: int | None = None,
         init: Init = "closed_form",
+        eps: float | Literal["auto"] = "auto",
     ) -> Self:
         """Return the GroupNorm that stands for `bn`, which is not changed; ask `why_not_group_norm` first.
 
         See `ToGroupNorm` for the arguments. Hooks and `requires_grad` come along; the Parameters are new ones.
         """
-        check_grouping(groups, channels_per_group, init)
+        check_grouping(groups, channels_per_group, init, eps)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.num_channels, layer.eps, layer.affine = bn.num_features, bn.eps, True
+        layer.num_channels, layer.eps, layer.affine = bn.num_features, bn.eps if eps == "auto" else eps, True
         layer.num_groups = number_of_groups(bn.num_features, groups, channels_per_group)
-        for name, value in zip(("weight", "bias"), _initial(bn, layer.num_groups, init), strict=True):
+        for name, value in zip(("weight", "bias"), _initial(bn, layer.num_groups, init, layer.eps), strict=True):
             own = getattr(bn, name)
             if own is None:
                 layer.register_buffer(name, value)
             else:
                 layer.register_parameter(name, nn.Parameter(value, requires_grad=own.requires_grad))
-        layer._begin((bn,), (groups, channels_per_group, init))
+        layer._begin((bn,), (groups, channels_per_group, init, eps))
         layer.training = bn.training
         share_hooks(bn, layer)
         return layer
 
-    def _begin(self, source: tuple[_BatchNorm, ...], settings: tuple[Any, Any, Any]) -> None:
+    def _begin(self, source: tuple[_BatchNorm, ...], settings: tuple[Any, Any, Any, Any]) -> None:
         self._source = source
         self._settings = settings
         self.alpha = 0.0
@@ -95,7 +96,7 @@ class GroupNorm(nn.GroupNorm):
     @property
     def settings(self) -> dict[str, Any]:
         """What `from_batch_norm` takes besides the BatchNorm."""
-        return dict(zip(("groups", "channels_per_group", "init"), self._settings, strict=True))
+        return dict(zip(("groups", "channels_per_group", "init", "eps"), self._settings, strict=True))
 
     @property
     def source(self) -> _BatchNorm | None:
@@ -139,7 +140,7 @@ class GroupNorm(nn.GroupNorm):
         if metadata is not None and self._source:
             values = {name: getattr(self._source[0], name) for name in _FIVE}
             source = {name: value.detach().clone() for name, value in values.items() if value is not None}
-            aside = {"num_groups": self.num_groups, "alpha": self.alpha, "source": source}
+            aside = {"num_groups": self.num_groups, "eps": self.eps, "alpha": self.alpha, "source": source}
             metadata.setdefault(prefix[:-1], {})[ASIDE] = aside
 
     def _load_from_state_dict(
@@ -164,6 +165,7 @@ class GroupNorm(nn.GroupNorm):
         aside = local_metadata.get(ASIDE)
         if aside and prefix + "weight" in state_dict:
             self.num_groups, self.alpha = aside["num_groups"], aside["alpha"]
+            self.eps = aside.get("eps", self.eps)  # files from before it could be chosen have none
             with torch.no_grad():
                 for name, value in aside["source"].items() if self._source else ():
                     _store(self._source[0], name, value)
@@ -174,7 +176,7 @@ class GroupNorm(nn.GroupNorm):
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}{alpha}"
 
 
-def _initial(bn: _BatchNorm, groups: int, init: Init) -> tuple[Tensor, Tensor]:
+def _initial(bn: _BatchNorm, groups: int, init: Init, eps: float) -> tuple[Tensor, Tensor]:
     """Return weight and bias to begin with, in the dtype of the BatchNorm's."""
     tensors = [t for t in (bn.weight, bn.running_mean) if t is not None]
     like = tensors[0].detach() if tensors else torch.empty(bn.num_features)
@@ -186,7 +188,7 @@ def _initial(bn: _BatchNorm, groups: int, init: Init) -> tuple[Tensor, Tensor]:
         assert mean is not None
         assert var is not None
         scale, shift = scale_shift(bn.weight, bn.bias, mean, var, bn.eps)
-        new = closed_form(scale.detach(), shift.detach(), mean, var, groups, bn.eps)
+        new = closed_form(scale.detach(), shift.detach(), mean, var, groups, eps)
         weight, bias = new[0].to(like.dtype), new[1].to(like.dtype)
     return weight, bias
 
@@ -201,7 +203,7 @@ def number_of_groups(channels: int, groups: int | Literal["auto"], channels_per_
     return 1 if groups == "auto" else math.gcd(groups, channels)
 
 
-def check_grouping(groups: object, channels_per_group: object, init: object) -> None:
+def check_grouping(groups: object, channels_per_group: object, init: object, eps: object) -> None:
     """Raise unless these are arguments of `ToGroupNorm`."""
 
     def is_number(value: object) -> bool:
@@ -217,6 +219,8 @@ def check_grouping(groups: object, channels_per_group: object, init: object) -> 
         raise FinetuneBNError(complaint("groups", groups, '"auto" where channels_per_group is given', "Give one."))
     if init not in INITS:
         raise FinetuneBNError(complaint("init", init, ", ".join(map(repr, INITS))))
+    if eps != "auto" and not (isinstance(eps, (int, float)) and not isinstance(eps, bool) and 0 < eps < math.inf):
+        raise FinetuneBNError(complaint("eps", eps, '"auto", or a number above 0', "The BatchNorm's own is usual."))
 
 
 def why_not_group_norm(bn: _BatchNorm, init: Init) -> str | None:

@@ -151,15 +151,15 @@ def test_a_state_dict_goes_to_torchs_group_norm_and_back() -> None:
     assert torch.equal(other(x), layer(x))
 
 
-def test_a_file_carries_the_number_of_groups_and_the_batch_norm() -> None:
-    layer = GroupNorm.from_batch_norm(make(), 4)
+def test_a_file_carries_the_number_of_groups_eps_and_the_batch_norm() -> None:
+    layer = GroupNorm.from_batch_norm(make(), 4, eps=0.5)
     layer.alpha = 0.25
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
     other = GroupNorm.from_batch_norm(nn.BatchNorm2d(8), "auto")
     other.load_state_dict(torch.load(file, weights_only=True), strict=True)
-    assert (other.num_groups, other.alpha) == (4, 0.25)
+    assert (other.num_groups, other.eps, other.alpha) == (4, 0.5, 0.25)
     assert torch.equal(other(images()), layer(images()))
     expected = layer.to_batch_norm().state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in other.to_batch_norm().state_dict().items())
@@ -233,6 +233,9 @@ def test_number_of_groups_is_the_greatest_that_fits(
         ({"channels_per_group": 0}, "channels_per_group: got 0"),
         ({"groups": 2, "channels_per_group": 2}, "Give one"),
         ({"init": "random"}, "'closed_form'"),
+        ({"eps": 0}, "eps: got 0"),
+        ({"eps": True}, "eps: got True"),
+        ({"eps": "small"}, "eps: got 'small'"),
     ],
 )
 def test_a_wrong_argument_is_one_clear_error(arguments: dict[str, Any], message: str) -> None:

@@ -1,0 +1,138 @@
+"""Tables and plot of scripts/study_group_norm.py, from the rows that it measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import cells
+import study_small_batch as small
+from store import Store
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCHES = (2, 4, 16, 1)
+OWN_ARMS, SHARED_ARMS = ("group_norm", "opacus", "scratch"), ("live", "none")
+OWN_EPS = "group_norm_own_eps"
+LADDER = small.LADDER
+MAIN_NET = "tf_efficientnet_lite0"
+
+
+def fine_tuned(store: Store, arm: str, batch: int) -> list[dict[str, Any]]:
+    """Return the rows of an arm; those of live and frozen BatchNorm come from the study of small batches."""
+    rows = [r for r in store.rows if r["part"] == "fine_tune"]
+    if arm in SHARED_ARMS and batch in small.BATCHES:
+        rows = json.loads((ROOT / "results/study_small_batch.json").read_text(encoding="utf-8"))["rows"]
+    return [r for r in rows if (r["arm"], r["batch"]) == (arm, batch)]
+
+
+def tried_rates(store: Store, arm: str, batch: int) -> dict[float, float]:
+    """Return the validation accuracy at seed 0 by learning rate."""
+    return {row["lr"]: row["val_accuracy"] for row in fine_tuned(store, arm, batch) if row["seed"] == 0}
+
+
+def chosen_rate(store: Store, arm: str, batch: int) -> float | None:
+    """Return the arm's learning rate once the search is over: the best rung and both its neighbors were run."""
+    return cells.chosen_rate(tried_rates(store, arm, batch), LADDER, small.FIRST_RUNGS)
+
+
+def summarize(store: Store) -> dict[str, Any]:
+    """Return the figures that the README quotes."""
+    near: list[dict[str, Any]] = []
+    grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    names = ("part", "net", "init", "groups", "eps", "images")
+    for row in (row for row in store.rows if row["part"] != "fine_tune"):
+        grouped.setdefault(tuple(row.get(name, "") for name in names), []).append(row)
+    for (part, net, init, groups, eps, images), rows in grouped.items():
+        line = {"part": part, "net": net, "init": init, "groups": groups, "eps": eps, "images": images}
+        line["seeds"] = len(rows)
+        for key in ("agreement", "cosine", "recall", "recall_batch_norm", "seconds"):
+            line[key] = fmean(row[key] for row in rows)
+        line["agreement sd"] = stdev(row["agreement"] for row in rows) if len(rows) > 1 else None
+        line["layers"] = rows[0].get("layers")
+        line["passes"] = fmean(row["passes"] for row in rows) if "passes" in rows[0] else None
+        near.append(line)
+    tuned = []
+    for batch in sorted(BATCHES):
+        for arm in (*SHARED_ARMS, *OWN_ARMS, OWN_EPS):
+            lr = chosen_rate(store, arm, batch)
+            rows = [r for r in fine_tuned(store, arm, batch) if r["lr"] == lr]
+            if rows:
+                values = [row["test_accuracy"] for row in rows]
+                spread = stdev(values) if len(values) > 1 else None
+                tuned.append(
+                    {"batch": batch, "arm": arm, "lr": lr, "seeds": len(rows), "accuracy": fmean(values), "sd": spread}
+                )
+    return {"near": near, "fine_tuned": tuned}
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """Return the figures without training as a table."""
+    head = ["network (layers)", "how", "groups", "eps", "images", "agreement %", "cosine", "Recall@1 % (BatchNorm)"]
+    head += ["CPU seconds", "in passes"]
+    layers = {line["net"]: line["layers"] for line in summary["near"] if line["layers"]}
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    order = {"copy": 0, "reset": 1, "opacus": 2, "closed_form": 3, "sequential": 4, "": 5}
+    for line in sorted(
+        summary["near"],
+        key=lambda r: (r["net"], order[r["init"]], r["eps"] == "auto", str(r["groups"]).zfill(2), r["images"]),
+    ):
+        spread = "" if line["agreement sd"] is None else f" ± {line['agreement sd']:.1f}"
+        cells = [
+            f"{line['net'].removeprefix('tf_efficientnet_')} ({layers.get(line['net'], '?')})",
+            line["init"] or "sequential, distilled",
+            str(line["groups"] or 1),
+            {"own": "BatchNorm's"}.get(line["eps"], "auto"),
+            str(line["images"] or "none"),
+            f"{line['agreement']:.1f}{spread}",
+            f"{line['cosine']:.3f}",
+            f"{line['recall']:.1f} ({line['recall_batch_norm']:.1f})",
+            f"{line['seconds']:.0f}",
+            "" if line["passes"] is None else f"{line['passes']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def markdown_tuned(summary: dict[str, Any]) -> str:
+    """Return the accuracies after fine-tuning as a table."""
+    names = {
+        "live": "live BatchNorm",
+        "none": "frozen BatchNorm",
+        "group_norm": "GroupNorm, sequential",
+        OWN_EPS: "GroupNorm, sequential, BatchNorm's eps",
+        "opacus": "opacus",
+        "scratch": "GroupNorm, no pretraining",
+    }
+    head = ["batch", "arm", "learning rate", "seeds", "accuracy"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in summary["fine_tuned"]:
+        spread = "" if line["sd"] is None else f" ± {line['sd']:.1f}"
+        cells = [str(line["batch"]), names[line["arm"]], f"{line['lr']:g}", str(line["seeds"])]
+        lines.append("| " + " | ".join([*cells, f"{line['accuracy']:.1f}{spread}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """Draw agreement against the seconds spent."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    mine = [r for r in summary["near"] if r["net"] == MAIN_NET and r["groups"] in (1, 32, "")]
+    mine = [r for r in mine if r["init"] != "sequential" or r["eps"] == "auto"]
+    for i, init in enumerate(("copy", "opacus", "closed_form", "sequential", "")):
+        rows = sorted(
+            (r for r in mine if r["init"] == init and (r["groups"] != 32) == (init != "opacus")),
+            key=lambda r: r["seconds"],
+        )
+        if rows:
+            label = {"": "sequential, distilled"}.get(init, init)
+            axis.plot([max(r["seconds"], 0.01) for r in rows], [r["agreement"] for r in rows], f"C{i}o-", label=label)
+    axis.set(xscale="log", xlabel="CPU seconds", ylabel="agreement with the BatchNorm network, %", ylim=(0, 100))
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
