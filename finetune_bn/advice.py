@@ -32,6 +32,8 @@ SHARE_OF_LAYERS = 0.25
 # From this design effect on, labels and not the size of the batch are worth a word.
 _DEFF = 1.1
 
+# Frozen layers take no step back from weights that grew too far: clipped gradients did not save them, this did.
+_LIMIT = "bound what a step does to a convolution (add StepLimit)"
 _INSTEAD = "Freeze the statistics (BatchNormConversion with policy Freeze), or normalize by batch renorm (Renorm)"
 _FREEZE = f"{_INSTEAD}."
 _GHOST = f"{_INSTEAD} or in ghost groups with one image of each label (Ghost)."
@@ -115,7 +117,7 @@ def advise(look: Look, before: Look | None = None) -> Iterator[tuple[str, str]]:
             "not finite",
             f"NaN or infinite values reach {len(broken)} of {len(look.layers)} layers, as "
             f"{broken[0].name or '(root)'}: the training has diverged. "
-            "Take a smaller learning rate, or clip gradients.",
+            f"Take a smaller learning rate, or {_LIMIT}.",
         )
     for layer in look.layers:
         if layer.died >= max(1.0, DIED * layer.channels):
@@ -123,7 +125,8 @@ def advise(look: Look, before: Look | None = None) -> Iterator[tuple[str, str]]:
                 "died",
                 f"{layer.died} of {layer.channels} channels of {layer.name or 'the network'} have lost their variance "
                 "since training began: the layer before returns a constant, and no gradient passes. The learning rate "
-                "is too high for it: start again from the pretrained weights with a third of it, or a longer warm-up.",
+                "is too high for it: start again from the pretrained weights with a third of it, or "
+                f"{_LIMIT}.",
             )
             break
     if look.single_value_batches:

@@ -36,7 +36,7 @@ from finetune_bn.step_limit import limit_steps
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, STEPS, DIMENSION = 32, 300, 128
 SEEDS = (0, 1, 2)
-LADDER = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 FIRST_RUNGS = (1e-4, 3e-4, 1e-3)
 RECALIBRATE_ON = 512  # images
 
