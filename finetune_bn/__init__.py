@@ -6,7 +6,8 @@ weights in `finetune_bn.backbones`.
 """
 
 from finetune_bn.banks import StatisticsBank
-from finetune_bn.calibrate import Calibration, LayerFit, calibrate_group_norm
+from finetune_bn.calibrate import calibrate_group_norm
+from finetune_bn.calibration_record import Calibration, LayerFit
 from finetune_bn.convert import convert, revert
 from finetune_bn.distil import Distillation, distil
 from finetune_bn.errors import FinetuneBNError

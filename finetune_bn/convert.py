@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
+from finetune_bn.balancing import balanced_map, unbalance
 from finetune_bn.errors import (
     ConversionMismatch,
     NoBatchNormMatched,
@@ -266,6 +267,9 @@ def _releaser(module: nn.Module) -> Callable[[], None]:
 def _swap(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_input: Any, verify: bool) -> nn.Module:
     """Put the new layers in place; where outputs must stay the same and do not, put the old ones back and raise."""
     swaps = build(model)
+    left = [(swap.name, swap.old) for swap in swaps if isinstance(swap.old, GroupNorm) and swap.new is not swap.old]
+    for name, layer in left:
+        balanced_map(model, name, layer)  # raises where what was done to it cannot be undone
     same = [swap for swap in swaps if not swap.changes_function]
     with contextlib.ExitStack() as stack:
         for swap in swaps:
@@ -277,6 +281,8 @@ def _swap(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_i
     except BaseException:
         replace_modules(converted, [(swap.new, swap.old) for swap in same])
         raise
+    for name, layer in left:
+        unbalance(converted, name, layer)
     for swap in swaps:
         if swap.then is not None:
             swap.then()

@@ -89,8 +89,12 @@ def merged_weight(
 ) -> tuple[Tensor, Tensor]:
     """Return weight and bias of the map that computes `map(x, weight, bias) * scale + shift`, in the weight's dtype."""
     shift = shift if bias is None else bias * scale + shift
-    merged = at_least_float32(weight) * _by_weight(scale, weight.shape, transposed, groups)
-    return merged.to(weight.dtype), shift.to(weight.dtype)
+    return scaled_weight(weight, scale, transposed=transposed, groups=groups), shift.to(weight.dtype)
+
+
+def scaled_weight(weight: Tensor, scale: Tensor, *, transposed: bool = False, groups: int = 1) -> Tensor:
+    """Return the weight of a map whose output channels are multiplied by `scale` [C_out], in the weight's dtype."""
+    return (at_least_float32(weight) * _by_weight(scale, weight.shape, transposed, groups)).to(weight.dtype)
 
 
 def _for_compute(x: Tensor, weight: Tensor) -> tuple[Tensor, torch.dtype]:

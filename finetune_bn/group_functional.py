@@ -106,6 +106,11 @@ class ImagePairs:
 
         return cls(means(dx), means(dx * dx), means(dy), means(dy * dy), means(dx * dy))
 
+    def scaled(self, factors: Tensor) -> ImagePairs:
+        """Return the means with the channels of `x` multiplied by factors [C]; its pivot is to be, too."""
+        f = factors.double()
+        return ImagePairs(self.x * f, self.xx * f.square(), self.y, self.yy, self.xy * f)
+
     def sums(self, x_pivot: Tensor, groups: int, eps: float) -> Tensor:
         """Return what `GroupMoments.of_sums` needs, summed over the images: [6, C], float64; sums of parts add up.
 

@@ -6,6 +6,7 @@ import copy
 
 from torch import nn
 
+from finetune_bn.balancing import unbalance
 from finetune_bn.errors import NoBatchNormMatched, complaint
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.proofs import replace_modules
@@ -28,12 +29,16 @@ def group_norm_sites(model: nn.Module) -> list[BatchNormSite]:
 def batch_norm_twin(model: nn.Module) -> nn.Module:
     """Return a copy of the model in which each converted GroupNorm is the BatchNorm that it was; in eval mode.
 
+    Maps whose channels were balanced for a GroupNorm are as they were before that.
+
     All else is as in the model today, its other weights and its hooks too: before any training it is the pretrained
     network. Nothing in it requires a gradient.
     """
     twin = copy.deepcopy(model)
-    layers = [site.module for site in group_norm_sites(twin)]
-    twin = replace_modules(twin, [(layer, layer.to_batch_norm()) for layer in layers if isinstance(layer, GroupNorm)])
+    layers = [(site.names[0], site.module) for site in group_norm_sites(twin) if isinstance(site.module, GroupNorm)]
+    for name, layer in layers:
+        unbalance(twin, name, layer)
+    twin = replace_modules(twin, [(layer, layer.to_batch_norm()) for _, layer in layers])
     for module in twin.modules():  # not by eval(): a model's own train() may do more
         module.training = False
     return twin.requires_grad_(False)

@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import finetune_bn as fbn
-from finetune_bn.calibrate import EPS_CANDIDATES
 from finetune_bn.errors import BadData, FinetuneBNError, NoBatchNormMatched
+from finetune_bn.fitting import EPS_CANDIDATES
 from finetune_bn.group_functional import group_statistics
 from finetune_bn.layers import GroupNorm
 from finetune_bn.twins import batch_norm_twin
@@ -48,7 +48,7 @@ def test_each_layer_gets_the_moment_match_of_numpy_measured_behind_the_layers_fi
     x = images((1, 3, 6, 6), dtype=torch.float64)
     first, second = copy.deepcopy(net[:2]), copy.deepcopy(net)
     fbn.convert(net, fbn.ToGroupNorm(groups=groups, eps=1e-3))
-    record = fbn.calibrate_group_norm(net, [x])
+    record = fbn.calibrate_group_norm(net, [x], balance=False)
     with torch.no_grad():
         for i, part in ((1, first), (4, second)):
             z = reference.normalized(as_array(net[:i](x)), groups, 1e-3)
@@ -118,10 +118,10 @@ def test_auto_takes_the_eps_with_the_smallest_error_and_a_file_brings_it_back() 
     errors = {}
     for share in EPS_CANDIDATES:
         one = fbn.convert(copy.deepcopy(net), fbn.ToGroupNorm(groups=2, eps=1e-5 + share * variance))
-        errors[1e-5 + share * variance] = fbn.calibrate_group_norm(one, [x]).rows[0].error
+        errors[1e-5 + share * variance] = fbn.calibrate_group_norm(one, [x], balance=False).rows[0].error
     auto = fbn.convert(copy.deepcopy(net), fbn.ToGroupNorm(groups=2))
     assert auto[1].eps == 1e-5, "until images tell, it is the BatchNorm's"
-    row = fbn.calibrate_group_norm(auto, [x]).rows[0]
+    row = fbn.calibrate_group_norm(auto, [x], balance=False).rows[0]
     assert (row.eps_before, row.eps) == pytest.approx((1e-5, min(errors, key=lambda eps: errors[eps])))
     assert row.error == pytest.approx(min(errors.values()))
     assert row.error < 0.5 * errors[1e-5]
@@ -144,7 +144,7 @@ def test_modes_hooks_gradients_and_all_other_tensors_are_left_as_they_were() -> 
     layer.register_forward_hook(lambda *_: calls.append(1))
     others = {n: p.clone() for n, p in model.named_parameters() if "conv" in n}
     state = torch.get_rng_state()
-    fbn.calibrate_group_norm(model, [x])
+    fbn.calibrate_group_norm(model, [x], balance=False)
     assert all(m.training for m in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in others.items())

@@ -33,6 +33,7 @@ LEVELS: dict[str, float] = {
     "act_functional": 1.1,
     "design_effect": 1.1,
     "group_functional": 1.1,
+    "balance_functional": 1.1,
     "sampling_error": 1.1,
     "ranks": 1.1,
     # 2: layers
@@ -69,6 +70,9 @@ LEVELS: dict[str, float] = {
     "measuring": 4.1,
     "recalibration_record": 4.0,
     "recalibrate": 4.2,
+    "balancing": 4.0,
+    "calibration_record": 4.0,
+    "fitting": 4.2,
     "calibrate": 4.3,
     "distil": 4.3,
     "twins": 4.1,

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from finetune_bn.calibrate import Calibration, calibrate_group_norm
+from finetune_bn.calibrate import calibrate_group_norm
+from finetune_bn.calibration_record import Calibration
 from finetune_bn.callbacks.iid import ModuleBatches, training_batches
 from finetune_bn.callbacks.statistics import target_of
 from finetune_bn.callbacks.strategies import check_whole_network
@@ -78,6 +79,8 @@ class GroupNormCalibration(_BeforeTraining):
             order, without augmentation where the data module is one of finetune_bn.
         module: Attribute path of the part that takes the images, such as `net`. By default the whole LightningModule.
         max_samples: How many images are taken at most, over all processes; null takes all.
+        balance: Also multiply the channels of the convolution in front of each layer by powers of two, with which the
+            layer loses least of its BatchNorm; `revert` takes that back.
         seed: Decides which images are taken.
     """
 
@@ -86,14 +89,19 @@ class GroupNormCalibration(_BeforeTraining):
         data: DataLoader[Any] | pl.LightningDataModule | None = None,
         module: str | None = None,
         max_samples: int | None = 256,
+        balance: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__(data, module, max_samples, seed)
+        if not isinstance(balance, bool):
+            raise FinetuneBNError(complaint("balance", balance, "true or false"))
+        self.balance = balance
         self.record: Calibration | None = None
 
     @override
     def _work(self, target: nn.Module, batches: ModuleBatches, max_samples: int | None) -> Calibration:
-        self.record = calibrate_group_norm(target, batches, max_samples=max_samples, progress=False)
+        more: dict[str, Any] = {"max_samples": max_samples, "balance": self.balance}
+        self.record = calibrate_group_norm(target, batches, progress=False, **more)
         return self.record
 
 

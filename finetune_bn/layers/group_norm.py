@@ -26,11 +26,13 @@ class GroupNorm(nn.GroupNorm):
     State dict, forward pass and gradients are those of `torch.nn.GroupNorm`; dtype and memory format of activations
     are kept, also under autocast. Channels have a weight and a bias even where the BatchNorm had none (they are
     constants then, buffers), because they carry its statistics. The BatchNorm itself is kept aside, outside of the
-    module tree, for `to_batch_norm`; number of groups, eps, `alpha` and the BatchNorm's tensors go into the metadata of
-    the state dict, which torch, Lightning and copies of it carry along.
+    module tree, for `to_batch_norm`; number of groups, eps, `alpha`, `balance` and the BatchNorm's tensors go into the
+    metadata of the state dict, which torch, Lightning and copies of it carry along.
 
     Attributes:
         alpha: share of the BatchNorm's output in this one's, from 1 (the BatchNorm, frozen) to 0 (plain GroupNorm).
+        balance: what the channels of the map in front were multiplied by, [C], and where that map is, see
+            `finetune_bn.balancing`; None: by nothing. What the BatchNorm stands for is the map without that.
         settings: what `from_batch_norm` was given besides the BatchNorm.
 
     Args:
@@ -86,6 +88,7 @@ class GroupNorm(nn.GroupNorm):
     def _begin(self, source: tuple[_BatchNorm, ...], settings: tuple[Any, Any, Any, Any]) -> None:
         self._source = source
         self._settings = settings
+        self.balance: tuple[str, Tensor] | None = None
         self.alpha = 0.0
 
     @property
@@ -115,18 +118,13 @@ class GroupNorm(nn.GroupNorm):
 
     def _as_batch_norm(self, x: Tensor) -> Tensor:
         """Return what the BatchNorm makes of `x` in eval mode."""
-        bn = self._source[0]
-        # It is outside of the module tree, so `to(device)` did not reach it.
-        mean, var, weight, bias = (
-            None if t is None else t.detach().to(x.device)
-            for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias)
-        )
-        assert mean is not None
-        assert var is not None
-        return frozen_batch_norm(x, mean, var, weight, bias, bn.eps)
+        return eval_batch_norm(self._source[0], x, None if self.balance is None else self.balance[1])
 
     def to_batch_norm(self) -> _BatchNorm:
-        """Return the BatchNorm that this was made from, as it was: what GroupNorm has learned since is not in it."""
+        """Return the BatchNorm that this was made from, as it was: what GroupNorm has learned since is not in it.
+
+        It belongs behind a map without the factors of `balance`: `finetune_bn.balancing.unbalance` takes them out.
+        """
         bn = self._source[0]
         if bn.running_mean is not None and not bn.running_mean.is_meta:
             bn.to(self.weight.device, self.weight.dtype)
@@ -141,6 +139,7 @@ class GroupNorm(nn.GroupNorm):
             values = {name: getattr(self._source[0], name) for name in _FIVE}
             source = {name: value.detach().clone() for name, value in values.items() if value is not None}
             aside = {"num_groups": self.num_groups, "eps": self.eps, "alpha": self.alpha, "source": source}
+            aside["balance"] = self.balance
             metadata.setdefault(prefix[:-1], {})[ASIDE] = aside
 
     def _load_from_state_dict(
@@ -166,6 +165,7 @@ class GroupNorm(nn.GroupNorm):
         if aside and prefix + "weight" in state_dict:
             self.num_groups, self.alpha = aside["num_groups"], aside["alpha"]
             self.eps = aside.get("eps", self.eps)  # files from before it could be chosen have none
+            self.balance = aside.get("balance")
             with torch.no_grad():
                 for name, value in aside["source"].items() if self._source else ():
                     _store(self._source[0], name, value)
@@ -174,6 +174,25 @@ class GroupNorm(nn.GroupNorm):
         """Describe the layer in `print(model)`."""
         alpha = f", alpha={self.alpha:g}" if self.alpha else ""
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}{alpha}"
+
+
+def eval_batch_norm(bn: _BatchNorm, x: Tensor, factors: Tensor | None = None) -> Tensor:
+    """Return what a BatchNorm, on whatever device, makes of `x` in eval mode; of `x / factors` where there are some.
+
+    Args:
+        bn: the BatchNorm.
+        x: its input, [N, C, ...].
+        factors: powers of two by which the channels of `x` are multiplied, [C]: it is undone exactly.
+    """
+    mean, var, weight, bias = (
+        None if t is None else t.detach().to(x.device) for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    )
+    assert mean is not None
+    assert var is not None
+    if factors is not None:
+        factors = factors.to(mean)
+        mean, weight = mean * factors, (1 if weight is None else weight) / factors
+    return frozen_batch_norm(x, mean, var, weight, bias, bn.eps)
 
 
 def _initial(bn: _BatchNorm, groups: int, init: Init, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,83 @@
+"""What fitting GroupNorm layers to images did, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """One layer before and after.
+
+    Attributes:
+        names: all names of the layer in the model.
+        num_features: number of channels C.
+        groups_before: number of groups before.
+        groups: number of groups now.
+        eps_before: what was added to variances before.
+        eps: what is added to them now.
+        error_before: what the layer's output would be off by without its fit, the layers before it fitted: root mean
+            square of the difference to the output of its BatchNorm in the BatchNorm network, relative to the standard
+            deviation of that.
+        error: the same now.
+        not_balanced: why the channels of the map in front were not balanced for it; "" where they were.
+    """
+
+    names: tuple[str, ...]
+    num_features: int
+    groups_before: int
+    groups: int
+    eps_before: float
+    eps: float
+    error_before: float
+    error: float
+    not_balanced: str
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate_group_norm` did; `print` it for a table.
+
+    Attributes:
+        images: images of all processes that were used.
+        rows: one a layer, in the order in which the images reach them.
+        left_alone: names of converted layers that no image reached.
+    """
+
+    images: int
+    rows: tuple[LayerFit, ...]
+    left_alone: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain data, for JSON."""
+        rows = [{**vars(row), "names": list(row.names)} for row in self.rows]
+        return {"images": self.images, "rows": rows, "left_alone": list(self.left_alone)}
+
+    def __str__(self) -> str:
+        header = ("layer", "C", "groups", "eps", "error before", "error now")
+        body = [
+            (
+                " = ".join(name or "(root)" for name in row.names),
+                str(row.num_features),
+                str(row.groups) if row.groups == row.groups_before else f"{row.groups_before} -> {row.groups}",
+                f"{row.eps:.2g}" if row.eps == row.eps_before else f"{row.eps_before:.2g} -> {row.eps:.2g}",
+                f"{row.error_before:.3f}",
+                f"{row.error:.3f}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [header, *body]]
+        last = f"; behind the last, {self.rows[-1].error:.3f}" if self.rows else ""
+        title = (
+            f"{len(self.rows)} GroupNorm layers fitted to {self.images} images: errors in standard deviations of the "
+            f"BatchNorm's output{last}"
+        )
+        reasons: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.not_balanced:
+                reasons.setdefault(row.not_balanced, []).append(row.names[0] or "(root)")
+        unbalanced = [f"not balanced: {', '.join(names)}: {why}" for why, names in reasons.items()]
+        alone = [f"left alone: {name or '(root)'} was not reached by the images" for name in self.left_alone]
+        return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:], *unbalanced, *alone])
