@@ -28,7 +28,8 @@ def balancing_factors(covariance: Tensor, variance: Tensor, importance: Tensor, 
     What is minimized is the sum over groups of Var(m) times the sum of importance / size^2 of the group's channels,
     m the mean of the group's scaled channels in an image and size a factor relative to one over the channel's standard
     deviation: that of the error of the channels of GN's output, to first order, where GN's own variance is constant.
-    One move at a time, the best one of all: a channel's factor becomes one of ten.
+    One move at a time, the best one of all: a channel's factor becomes one of ten. From two starts, of which the
+    better end is taken: equal signs, and signs that oppose each other.
 
     Args:
         covariance: covariance over images of the channels' means in an image, [C, C].
@@ -43,22 +44,32 @@ def balancing_factors(covariance: Tensor, variance: Tensor, importance: Tensor, 
     covariance = covariance.double() * sizes * sizes[:, None]
     weights = importance.double().clamp_min(1e-6 * float(importance.double().max().clamp_min(1e-30)))
     count = len(variance) // groups
-    parts = [
-        _search(covariance[begin : begin + count, begin : begin + count], weights[begin : begin + count])
-        for begin in range(0, len(variance), count)
-    ]
+    parts = []
+    for begin in range(0, len(variance), count):
+        part = slice(begin, begin + count)
+        starts = torch.ones_like(weights[part]), _opposing(covariance[part, part])
+        found = [_search(covariance[part, part], weights[part], start) for start in starts]
+        parts.append(min(found, key=lambda each: each[0])[1])
     return torch.cat(parts) * sizes
 
 
-def _search(covariance: Tensor, weights: Tensor) -> Tensor:
-    """Return the relative factors of the channels of one group."""
+def _opposing(covariance: Tensor) -> Tensor:
+    """Return signs, each against the sum of the channels before it, those that vary most first."""
+    signs, along = torch.zeros_like(covariance[0]), torch.zeros_like(covariance[0])
+    for channel in covariance.diagonal().argsort(descending=True, stable=True).tolist():
+        signs[channel] = -1.0 if along[channel] > _TIE * covariance[channel, channel] else 1.0
+        along = along + signs[channel] * covariance[channel]
+    return signs
+
+
+def _search(covariance: Tensor, weights: Tensor, factors: Tensor) -> tuple[float, Tensor]:
+    """Return what is minimized and the relative factors of the channels of one group, from those given on."""
     levels = torch.tensor([sign * size for sign in (-1, 1) for size in _LEVELS], dtype=torch.float64)[:, None]
     levels = levels.to(covariance.device)
     weights = weights / weights.sum()
     penalties = weights / levels.square()
-    factors = torch.ones_like(weights)
-    along, diagonal = covariance.sum(1), covariance.diagonal()
-    spread, penalty = along.sum().clamp_min(0), weights.sum()
+    along, diagonal = covariance @ factors, covariance.diagonal()
+    spread, penalty = (along @ factors).clamp_min(0), weights.sum()
     for _ in range(_MOVES * len(weights)):
         step = levels - factors
         spreads = (spread + step * (2 * along + step * diagonal)).clamp_min(0)
@@ -73,4 +84,4 @@ def _search(covariance: Tensor, weights: Tensor) -> Tensor:
         penalty = penalty - weights[channel] / factors[channel].square()
         along = along + step[level, channel] * covariance[:, channel]
         factors[channel] = levels[level, 0]
-    return factors
+    return float(spread * penalty), factors
