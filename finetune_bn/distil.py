@@ -55,7 +55,7 @@ def distil(
     *,
     epochs: int = 1,
     batch_size: int = 2,
-    lr: float = 1e-4,
+    lr: float = 1e-5,
     affine_only: float = 0.1,
     blend: float = 0.0,
     max_samples: int | None = 1000,
@@ -79,7 +79,7 @@ def distil(
         batches: as in `calibrate_group_norm`; they are held in memory, and cut and shuffled anew.
         epochs: how often each image is used.
         batch_size: images in a step. GroupNorm needs no large batches, and many steps go further.
-        lr: highest learning rate.
+        lr: highest learning rate. A network that was calibrated is near already, and a large one leads it away again.
         affine_only: share of the steps in which only weight and bias of the converted layers are trained.
         blend: share of the steps over which the network is handed over: converted layers return alpha BN +
             (1 - alpha) GN, alpha falling from 1 to 0. 0: GroupNorm from the first step.

@@ -134,7 +134,7 @@ class GroupNormDistillation(_BeforeTraining):
         max_samples: int | None = 1000,
         epochs: int = 1,
         batch_size: int = 2,
-        lr: float = 1e-4,
+        lr: float = 1e-5,
         affine_only: float = 0.1,
         blend: float = 0.0,
         seed: int = 0,

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion, GroupNormCalibration, GroupNormDistillation, replay
 from finetune_bn.errors import FinetuneBNError
+from finetune_bn.export import export
 from finetune_bn.layers import GroupNorm
 from tests.models import settle
 
@@ -163,3 +164,21 @@ def test_without_converted_layers_it_says_so_and_trains() -> None:
 def test_a_wrong_argument_is_one_clear_error(make: Any, message: str) -> None:
     with pytest.raises(FinetuneBNError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", [".onnx", ".pt2"])
+def test_what_a_callback_alone_has_trained_is_exported(tmp_path: Path, kind: str) -> None:
+    if kind == ".onnx":
+        pytest.importorskip("onnxruntime")
+    module = Foreign()
+    fit(module, [conversion(), GroupNormCalibration()])
+    path, x = tmp_path / f"net{kind}", torch.randn(5, 3, 6, 6)
+    export(module, path, x[:2])
+    if kind == ".pt2":
+        y = torch.export.load(path).module()(x)
+    else:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        y = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    torch.testing.assert_close(y, module.eval()(x), rtol=1e-4, atol=1e-5)
