@@ -197,9 +197,9 @@ class _LearnableScaleBatchNorm(torch.autograd.Function):
             grad = torch.empty_like(x).copy_(grad)
         needed = ctx.needs_input_grad
         mask = [needed[0], needed[2], needed[1]]
-        of_batch = mean, torch.rsqrt(var + ctx.eps)  # not used in eval mode, but torch.func.vmap asks for them
-        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, *of_batch, False, ctx.eps, mask
+        # Statistics of a batch are not used in eval mode, but torch.func.vmap asks for them: any will do.
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward.default(
+            grad, x, weight, mean, var, mean, var, False, ctx.eps, mask
         )
         return of_x, of_bias if needed[1] else None, of_weight, None, None, None
 

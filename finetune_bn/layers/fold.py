@@ -124,10 +124,11 @@ class Fold:
         norm, producer = self.norm, self.producer
         if self.always or norm is None or producer is None:
             return True
-        weight: Any = producer.weight
-        if norm.weight is None or not norm.weight.requires_grad:
+        weight, gamma = producer._parameters["weight"], norm.weight
+        assert weight is not None
+        if gamma is None or not gamma.requires_grad:
             return size >= _FEWEST_CONSTANT and size >= _LARGER_THAN_WEIGHT * weight.numel()
-        return size >= _FEWEST_LEARNABLE and size >= _OF_WEIGHT * weight.numel() and bool(weight.requires_grad)
+        return size >= _FEWEST_LEARNABLE and size >= _OF_WEIGHT * weight.numel() and weight.requires_grad
 
     def norm_for(self, x: Tensor, size: int) -> FixedNorm | None:
         """Return what the producer is to fold in; None where it is to compute its own part of `x` alone.
@@ -142,31 +143,32 @@ class Fold:
         norm, producer = self.norm, self.producer
         compiling = torch.compiler.is_compiling()
         if norm is None or producer is None or not self._records(size, x, *producer._parameters.values()):
-            if not compiling:
+            if self._sent and not compiling:
                 self._sent = [sent for sent in self._sent if sent.arrived]
             return None
-        if not compiling and type(norm.weight).__name__ == "DTensor":
+        gamma, beta, mean, var = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        if not compiling and type(gamma).__name__ == "DTensor":
             raise FinetuneBNError(
                 f"fold: {self._who()} are in different FSDP units, so the layer's parameters are not at hand when the "
                 "producer runs. Shard a module that holds both, or convert with Freeze(fold='never')."
             )
-        gamma, beta = norm.weight, norm.bias
-        with torch.no_grad():
-            # New tensors: in-place writes to the buffers before backward (DDP broadcasts them) do no harm then.
-            mean = norm.running_mean.clone() if norm.running_mean.dtype.itemsize >= 4 else norm.running_mean.float()
-            rsigma = torch.rsqrt(at_least_float32(norm.running_var) + norm.eps)
-            if gamma is not None and not gamma.requires_grad:
-                gamma, rsigma = None, at_least_float32(gamma) * rsigma
+        # New tensors: in-place writes to the buffers before backward (DDP broadcasts them) do no harm then.
+        mean = mean.clone() if mean.dtype.itemsize >= 4 else mean.float()
+        rsigma = torch.rsqrt(at_least_float32(var) + norm.eps)
+        if gamma is not None and not gamma.requires_grad:
+            gamma, rsigma = None, at_least_float32(gamma) * rsigma
         return FixedNorm(gamma, beta, mean, rsigma)
 
     def _records(self, size: int, *tensors: Tensor | None) -> bool:
         """Tell whether the two work together: a step is recorded for backward, and not captured to be deployed."""
-        if not self.intact or not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        if not torch.is_grad_enabled() or not self.pays(size) or not self.intact:
             return False
-        assert self.norm is not None
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+            return False
+        norm = self.norm
+        assert norm is not None
         # The same at both ends: the result of the one, which the other gets, requires grad if this holds there.
-        recorded = any(t is not None and t.requires_grad for t in (*tensors, self.norm.weight, self.norm.bias))
-        return recorded and self.pays(size)
+        return any(t is not None and t.requires_grad for t in (*tensors, norm.weight, norm.bias))
 
     def announce(self) -> _Sent | None:
         """Return the note of a result that is to be sent. Compiled code needs none: it was traced through both."""
