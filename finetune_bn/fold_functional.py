@@ -187,12 +187,12 @@ class _FoldedConvolution(torch.autograd.Function):
         x, *saved = ctx.saved_tensors  # asked for once: gradient checkpointing forgets what it gave
         geometry = ctx.geometry
 
-        def of_map(grad: Tensor, w: Tensor | None, of_x: bool, of_w: bool) -> tuple[Tensor | None, Tensor | None]:
+        def of_map(grad: Tensor, w: Tensor | None, *of: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
             # Where a tensor is only asked for its shape, one without memory will do.
             wide = constant_zeros(grad, ctx.x_shape) if x is None else x
             w = constant_zeros(grad, ctx.weight_shape) if w is None else w
-            both = torch.ops.aten.convolution_backward.default(grad, wide, w, None, *geometry, [of_x, of_w, False])
-            return both[0], both[1]
+            channels = [grad.shape[1]] if of[2] else None
+            return torch.ops.aten.convolution_backward.default(grad, wide, w, channels, *geometry, of)  # type: ignore[no-any-return]
 
         return *gradients(ctx, Saved(*saved), grad, 1, of_map, geometry[3], geometry[5]), *[None] * 11
 
@@ -228,8 +228,9 @@ class _FoldedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors  # asked for once: gradient checkpointing forgets what it gave
 
-        def of_map(grad: Tensor, w: Tensor | None, of_x: bool, of_w: bool) -> tuple[Tensor | None, Tensor | None]:
-            grad_x = grad @ w if of_x and w is not None else None
-            return grad_x, grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]) if of_w else None
+        def of_map(grad: Tensor, w: Tensor | None, *of: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            rows = grad.reshape(-1, grad.shape[-1])
+            grad_x = grad @ w if of[0] and w is not None else None
+            return grad_x, rows.T @ x.reshape(-1, x.shape[-1]) if of[1] else None, rows.sum(0) if of[2] else None
 
         return *gradients(ctx, Saved(*saved), grad, grad.dim() - 1, of_map), *[None] * 5

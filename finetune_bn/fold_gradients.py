@@ -21,8 +21,10 @@ from torch import Tensor
 from finetune_bn.functional import at_least_float32
 
 # From the gradient of a map's result, a weight or None where only its shape is asked for, and whether the gradients of
-# input and weight are wanted, those two.
-MapBackward = Callable[[Tensor, Tensor | None, bool, bool], tuple[Tensor | None, Tensor | None]]
+# input, weight and bias are wanted, those three.
+MapBackward = Callable[
+    [Tensor, Tensor | None, bool, bool, bool], tuple[Tensor | None, Tensor | None, Tensor | None]
+]
 
 
 class Saved(NamedTuple):
@@ -88,8 +90,8 @@ def gradients(
     scale = None if rsigma is None else scale_of(gamma, rsigma)
     grad_x = grad_weight = grad_shift = grad_scale = factor = None
     divide = False
-    if of_bias or of_gamma or of_beta:
-        grad_shift = grad.sum([d for d in range(grad.dim()) if d != dim], dtype=dtype)
+    of_shift = of_bias or of_gamma or of_beta
+    along = of_shift and ctx.dtype == dtype  # it comes along with the other two, for less than a pass of its own
     if of_x or of_weight or of_gamma:
         assert scale is not None
         if ctx.by_result and weight is not None:
@@ -97,15 +99,20 @@ def gradients(
             multiplied = scaled(grad, scale.view(of_result), ctx.dtype) if of_x else None
             divide = of_gamma and multiplied is not None and can_divide(scale, ctx.dtype)
             if multiplied is not None and (divide or not of_gamma):
-                grad_x, grad_weight = of_map(multiplied, weight.to(ctx.dtype), of_x, of_weight or of_gamma)
+                w = weight.to(ctx.dtype)
+                grad_x, grad_weight, grad_shift = of_map(multiplied, w, of_x, of_weight or of_gamma, along and divide)
+                grad_shift = grad_shift / scale if along and divide and grad_shift is not None else None
             else:
-                grad_x = None if multiplied is None else of_map(multiplied, weight.to(ctx.dtype), True, False)[0]
-                grad_weight = of_map(grad, None, False, True)[1]
+                if multiplied is not None:
+                    grad_x = of_map(multiplied, weight.to(ctx.dtype), True, False, False)[0]
+                _, grad_weight, grad_shift = of_map(grad, None, False, True, along)
                 factor = by_weight(scale, ctx.weight_shape, transposed, groups)
         else:
             factor = by_weight(scale, ctx.weight_shape, transposed, groups)
             w = scaled(weight, factor, ctx.dtype) if of_x else None
-            grad_x, grad_weight = of_map(grad, w, of_x, of_weight or of_gamma)
+            grad_x, grad_weight, grad_shift = of_map(grad, w, of_x, of_weight or of_gamma, along)
+    if of_shift and (grad_shift is None or not along):
+        grad_shift = grad.sum([d for d in range(grad.dim()) if d != dim], dtype=dtype)
     if grad_weight is not None:
         grad_weight = at_least_float32(grad_weight)
     if of_gamma:

@@ -27,7 +27,7 @@ from finetune_bn.layers.frozen import FrozenBatchNorm
 
 # What `pays` weighs, in elements: scaling and recomputing take time in proportion to the weight, and each fold some more
 # whatever its size; activation space takes time, and for a learnable scale memory, in proportion to the result.
-_FEWEST_CONSTANT, _FEWEST_LEARNABLE = 1 << 18, 1 << 16
+_FEWEST_CONSTANT, _FEWEST_LEARNABLE = 1 << 18, 1 << 17
 _LARGER_THAN_WEIGHT, _OF_WEIGHT = 4, 1 / 8
 
 
