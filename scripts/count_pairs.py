@@ -1,8 +1,8 @@
-"""How many BatchNorm (BN) layers can be computed within the weight in front of them: as found by this package, and by fx.
+"""How many BatchNorm (BN) layers can go into the weight in front of them: as found by this package, and by fx.
 
 This package runs a probe input through the network (`finetune_bn.pairs`). mmengine's Tune mode
 (`turn_on_efficient_conv_bn_eval`) traces it with torch.fx and looks for a convolution module whose only user is a BN
-module; what it cannot trace is a row that says why. Without weights, eval mode, a minute on a CPU. Needs
+module; where that fails the row says why. Without weights, eval mode, a minute on a CPU. Needs
 `pip install "finetune-bn[bench]"`. Result: results/count_pairs.{json,md}.
 """
 
@@ -86,9 +86,12 @@ def measure(net: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
-    lines = ["| net | BN layers | this package | mmengine Tune mode (fx) | left by this package |", "|---|---|---|---|---|"]
+    lines = [
+        "| net | BN layers | this package | mmengine Tune mode (fx) | left by this package |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
-        found = "cannot be traced" if row["fx"] is None else row["fx"]
+        found = "fails" if row["fx"] is None else row["fx"]
         left = "; ".join(f"{n} x {why}" for why, n in row["not_folded"].items())
         lines.append(f"| {row['net']} | {row['layers']} | {row['ours']} | {found} | {left} |")
     return "\n".join(lines) + "\n"
