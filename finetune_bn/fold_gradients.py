@@ -22,9 +22,7 @@ from finetune_bn.functional import at_least_float32
 
 # From the gradient of a map's result, a weight or None where only its shape is asked for, and whether the gradients of
 # input, weight and bias are wanted, those three.
-MapBackward = Callable[
-    [Tensor, Tensor | None, bool, bool, bool], tuple[Tensor | None, Tensor | None, Tensor | None]
-]
+MapBackward = Callable[[Tensor, Tensor | None, bool, bool, bool], tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
 class Saved(NamedTuple):
@@ -116,6 +114,7 @@ def gradients(
     if grad_weight is not None:
         grad_weight = at_least_float32(grad_weight)
     if of_gamma:
+        assert scale is not None
         assert grad_weight is not None
         assert grad_shift is not None
         grad_scale = by_channel(grad_weight, weight.to(grad_weight.dtype), transposed, groups)
@@ -132,7 +131,7 @@ def gradients(
     return (
         grad_x if of_x else None,
         grad_weight if of_weight else None,
-        (grad_shift * scale).to(bias_dtype) if of_bias and grad_shift is not None else None,
+        (grad_shift * scale).to(bias_dtype) if of_bias and grad_shift is not None and scale is not None else None,
         grad_scale,
         grad_shift.to(beta_dtype) if of_beta and grad_shift is not None else None,
     )

@@ -25,8 +25,8 @@ from finetune_bn.fold_functional import FixedNorm
 from finetune_bn.functional import at_least_float32
 from finetune_bn.layers.frozen import FrozenBatchNorm
 
-# What `pays` weighs, in elements: scaling and recomputing take time in proportion to the weight, and each fold some more
-# whatever its size; activation space takes time, and for a learnable scale memory, in proportion to the result.
+# What `pays` weighs, in elements. Scaling and recomputing take time in proportion to the weight, and each fold some
+# more whatever its size; activation space takes time, and for a learnable scale memory, in proportion to the result.
 _FEWEST_CONSTANT, _FEWEST_LEARNABLE = 1 << 18, 1 << 17
 _LARGER_THAN_WEIGHT, _OF_WEIGHT = 4, 1 / 8
 
@@ -124,8 +124,9 @@ class Fold:
         norm, producer = self.norm, self.producer
         if self.always or norm is None or producer is None:
             return True
-        weight, gamma = producer._parameters["weight"], norm.weight
-        assert weight is not None
+        weight, gamma = producer._parameters.get("weight"), norm.weight
+        if weight is None:
+            return True  # it was parametrized since, and asking for it would compute it
         if gamma is None or not gamma.requires_grad:
             return size >= _FEWEST_CONSTANT and size >= _LARGER_THAN_WEIGHT * weight.numel()
         return size >= _FEWEST_LEARNABLE and size >= _OF_WEIGHT * weight.numel() and weight.requires_grad
@@ -146,7 +147,8 @@ class Fold:
             if self._sent and not compiling:
                 self._sent = [sent for sent in self._sent if sent.arrived]
             return None
-        gamma, beta, mean, var = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        mean, var = norm.running_mean, norm.running_var
+        gamma: Tensor | None = norm.weight
         if not compiling and type(gamma).__name__ == "DTensor":
             raise FinetuneBNError(
                 f"fold: {self._who()} are in different FSDP units, so the layer's parameters are not at hand when the "
@@ -156,8 +158,8 @@ class Fold:
         mean = mean.clone() if mean.dtype.itemsize >= 4 else mean.float()
         rsigma = torch.rsqrt(at_least_float32(var) + norm.eps)
         if gamma is not None and not gamma.requires_grad:
-            gamma, rsigma = None, at_least_float32(gamma) * rsigma
-        return FixedNorm(gamma, beta, mean, rsigma)
+            gamma, rsigma = None, at_least_float32(norm.weight) * rsigma
+        return FixedNorm(gamma, norm.bias, mean, rsigma)
 
     def _records(self, size: int, *tensors: Tensor | None) -> bool:
         """Tell whether the two work together: a step is recorded for backward, and not captured to be deployed."""
@@ -242,7 +244,9 @@ class Fold:
         return [None if ref is None else ref() for ref in refs]
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("plain", "folded", "active", "always", "producer_name", "norm_name")}
+        kept = {
+            name: getattr(self, name) for name in ("plain", "folded", "active", "always", "producer_name", "norm_name")
+        }
         return kept | {"modules": self._modules()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

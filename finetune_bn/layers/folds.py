@@ -65,7 +65,8 @@ def why_not_folded(producer: nn.Module) -> str | None:
 def fold_pair(producer: nn.Module, norm: FrozenBatchNorm, root: nn.Module, always: bool = True) -> Fold:
     """Let `producer` compute the affine of `norm` from now on; both are modules of `root`. Ask `why_not_folded` first.
 
-    With `always=False` only in steps in which that pays, see `Fold.pays`. A producer or layer that was tied to another is untied from that.
+    With `always=False` only in steps in which that pays, see `Fold.pays`. A producer or layer that was tied to another
+    is untied from that.
     """
     for module in (producer, norm):
         fold = getattr(module, "_fold", None)

@@ -6,7 +6,6 @@ import sys
 from typing import Any, Self, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
