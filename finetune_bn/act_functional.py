@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune_bn.functional import at_least_float32
+from finetune_bn.functional import at_least_float32, quickly_bound
 
 # By how much the bias may exceed what the weight makes of the input: it multiplies the rounding error of xhat. A number
 # of half precision is rounded to three digits, but each of many independently.
@@ -95,6 +95,7 @@ def frozen_batch_norm_act(
     return _Recomputed.apply(x, weight, bias, mean, var, eps, act)  # type: ignore[no-any-return]
 
 
+@quickly_bound
 class _ReLU(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -126,6 +127,7 @@ class _ReLU(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
+@quickly_bound
 class _Recomputed(torch.autograd.Function):
     generate_vmap_rule = True
 

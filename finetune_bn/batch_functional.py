@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune_bn.functional import at_least_float32, frozen_batch_norm
+from finetune_bn.functional import at_least_float32, frozen_batch_norm, quickly_bound
 
 Normalized = tuple[Tensor, Tensor, Tensor]
 
@@ -126,6 +126,7 @@ def batch_renorm(
     return y, mean, var * (n / (n - 1))
 
 
+@quickly_bound
 class _ProjectedBatchNorm(torch.autograd.Function):
     """Forward: BN in eval mode by any statistics. Backward: as if they were r, d away from those of the batch."""
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from finetune_bn.functional import TOLERANCE
 from finetune_bn.layers.fold import Fold
-from finetune_bn.layers.folds import fold_pair, folds_in, is_producer, unfolded, why_not_folded
+from finetune_bn.layers.folds import always_folded, fold_pair, folds_in, is_producer, unfolded, why_not_folded
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.plans import Plan
 from finetune_bn.probe import Probe, can_run, find_probes, quietly, tensors_in
@@ -54,11 +54,13 @@ def fold_plan(model: nn.Module, plan: Plan, example_input: Any, verify: bool) ->
             log.warning("%s is not folded into %s: that %s", row.names[0], row.folded_into, problem)
             continue
         assert isinstance(norm, FrozenBatchNorm)
-        folds.append(fold_pair(model.get_submodule(row.folded_into), norm, model))
+        always = getattr(row.policy, "fold", "") == "always"
+        folds.append(fold_pair(model.get_submodule(row.folded_into), norm, model, always))
         names[id(folds[-1])] = f"{row.names[0]} into {row.folded_into}"
     if not folds or not verify or not can_run(model):
         return
-    wrong = _wrong_folds(model, folds, example_input)
+    with always_folded(model):  # a probe input may be smaller than what the model is trained on
+        wrong = _wrong_folds(model, folds, example_input)
     for fold in wrong:
         fold.undo()
     if wrong:

@@ -11,11 +11,15 @@ A missing `weight` counts as ones, a missing `bias` as zeros, as in `torch.nn.fu
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_Function = TypeVar("_Function", bound=type[torch.autograd.Function])
+_ANY_ARGUMENTS = inspect.Signature([inspect.Parameter("arguments", inspect.Parameter.VAR_POSITIONAL)])
 
 # Largest |a - b| / max|b| between the outputs of two networks that compute the same function in another order.
 # The one place for it: conversions, tests and scripts all compare by this table.
@@ -34,14 +38,16 @@ def scale_shift(
 
     Differentiable in `weight` and `bias`.
     """
-    mean, var = at_least_float32(running_mean), at_least_float32(running_var)
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        scale = at_least_float32(weight) * scale
-    shift = -mean * scale
+    scale = _scale(weight, running_var, eps)
+    shift = -at_least_float32(running_mean) * scale
     if bias is not None:
         shift = at_least_float32(bias) + shift
     return scale, shift
+
+
+def _scale(weight: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
+    scale = torch.rsqrt(at_least_float32(running_var) + eps)
+    return scale if weight is None else at_least_float32(weight) * scale
 
 
 def solve_affine(
@@ -114,11 +120,22 @@ def _batch_norm(
             mean, var = running_mean.clone(), running_var.clone()
             return _LearnableScaleBatchNorm.apply(x, bias, weight, mean, var, eps)  # type: ignore[no-any-return]
         if x.requires_grad or (bias is not None and bias.requires_grad):
-            scale, _ = scale_shift(weight, None, running_mean, running_var, eps)
+            scale = _scale(weight, running_var, eps)
             return _ConstantScaleBatchNorm.apply(x, bias, scale, running_mean, running_var, weight, eps)  # type: ignore[no-any-return]
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 
+def quickly_bound(function: _Function) -> _Function:
+    """Let `apply` of an autograd function take its arguments as they come.
+
+    PyTorch else reads the signature of `forward` in each call, to fill in defaults, for longer than a small
+    convolution takes. For functions with `setup_context` and without defaults.
+    """
+    function.forward.__signature__ = _ANY_ARGUMENTS  # type: ignore[attr-defined]
+    return function
+
+
+@quickly_bound
 class _ConstantScaleBatchNorm(torch.autograd.Function):
     """Eval-mode BN whose scale is not trained: backward keeps the scale, not the activation."""
 
@@ -156,6 +173,7 @@ class _ConstantScaleBatchNorm(torch.autograd.Function):
         return grad_x, grad_bias, None, None, None, None, None
 
 
+@quickly_bound
 class _LearnableScaleBatchNorm(torch.autograd.Function):
     """Eval-mode BN whose scale is trained: backward is PyTorch's kernel, given the gradient in the strides of `x`."""
 
@@ -179,9 +197,9 @@ class _LearnableScaleBatchNorm(torch.autograd.Function):
             grad = torch.empty_like(x).copy_(grad)
         needed = ctx.needs_input_grad
         mask = [needed[0], needed[2], needed[1]]
-        of_batch = mean, torch.rsqrt(var + ctx.eps)  # not used in eval mode, but torch.func.vmap asks for them
-        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, *of_batch, False, ctx.eps, mask
+        # Statistics of a batch are not used in eval mode, but torch.func.vmap asks for them: any will do.
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward.default(
+            grad, x, weight, mean, var, mean, var, False, ctx.eps, mask
         )
         return of_x, of_bias if needed[1] else None, of_weight, None, None, None
 

@@ -37,13 +37,26 @@ from torch.utils._pytree import tree_leaves
 
 import finetune_bn as fbn
 from finetune_bn.functional import TOLERANCE
+from finetune_bn.layers.fold import Fold
 from finetune_bn.layers.folds import folds_in, unfolded
 from finetune_bn.layers.frozen import AFFINE_KINDS, Affine, FrozenBatchNorm
 from finetune_bn.probe import distance
 
-CHECKS = ("found", "converted", "eval_equal", "train_equal", "still", "gradients", "loads", "reverts", "folded")
+CHECKS = (
+    "found",
+    "converted",
+    "eval_equal",
+    "train_equal",
+    "still",
+    "gradients",
+    "loads",
+    "reverts",
+    "folded",
+    "folded32",
+)
 SIZES = (64, 96, 128, 160, 192, 224, 256)
 SEED = 0
+FLOAT32 = 1e-5  # what a folded layer may differ by in float32, relative to the largest value
 
 
 def check(name: str) -> dict[str, Any]:
@@ -84,7 +97,13 @@ class NetCheck:
 
     def run(self) -> None:
         """Run every check for every affine kind; a check holds if it holds for all of them."""
-        difference: dict[str, dict[str, float]] = {"eval": {}, "train": {}, "gradient": {}, "folded": {}}
+        difference: dict[str, dict[str, float]] = {
+            "eval": {},
+            "train": {},
+            "gradient": {},
+            "folded": {},
+            "folded32": {},
+        }
         self.row["difference"] = difference
         self.row["compared"] = "outputs"
         held: dict[str, list[bool | str]] = {c: [] for c in CHECKS}
@@ -92,6 +111,7 @@ class NetCheck:
             for name, result in self.steps(affine, difference):
                 held[name].append(result)
         held["folded"] = list(self.folded_steps(difference))
+        held["folded32"] = [self.folded_in_float32(difference)]
         for name, results in held.items():
             named = [r for r in results if isinstance(r, str)]
             self.checks[name] = False if False in results else (named[0] if named else True)
@@ -204,6 +224,34 @@ class NetCheck:
             yield not undone and gradients.keys() == expected.keys() and off <= TOLERANCE[torch.float64]
             fbn.revert(net, verify=False)
             yield describe(net) == description
+
+    def folded_in_float32(self, difference: dict[str, dict[str, float]]) -> bool:
+        """Compare each folded layer with itself in activation space, in float32."""
+        net = self.other.float()
+        net.load_state_dict(self.state, strict=True)
+        if not self.row["pairs"]:
+            return True
+        fbn.convert(net, fbn.Freeze(affine="original", fold="always"), example_input=self.images, verify=False)
+        inputs: dict[nn.Module, Tensor] = {}
+        folds = folds_in(net)
+        with unfolded(net), torch.no_grad():
+            handles = [
+                fold.producer.register_forward_hook(remember(inputs)) for fold in folds if fold.producer is not None
+            ]
+            forward(net.eval(), self.images, bool(self.features))
+            for handle in handles:
+                handle.remove()
+        off = 0.0
+        for fold in folds:
+            if fold.producer in inputs:
+                outcome, gradients = pair_pass(fold, inputs[fold.producer])
+                fold.active = False
+                expected_outcome, expected = pair_pass(fold, inputs[fold.producer])
+                fold.active = True
+                off = max(off, distance([outcome], [expected_outcome]), each_distance(gradients, expected))
+        difference["folded32"]["original"] = off
+        fbn.revert(net, verify=False)
+        return off <= FLOAT32
 
     def find_forms(self, in_eval: list[Tensor]) -> None:
         """Find out, once, whether training mode returns what eval mode returns, and the same each time."""
@@ -325,6 +373,36 @@ def train_pass(
     gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     net.zero_grad(set_to_none=True)
     return [t.detach() for t in result], gradients
+
+
+def remember(inputs: dict[nn.Module, Tensor]) -> Callable[..., None]:
+    """Return a forward hook that keeps a module's first input."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        inputs.setdefault(module, args[0])
+
+    return hook
+
+
+def pair_pass(fold: Fold, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the output of a producer and the affine behind it, without what a norm+act layer does then, and gradients.
+
+    The gradients are those of a fixed random function of the output, for the input and both modules' parameters.
+    """
+    producer, norm, x = fold.producer, fold.norm, x.detach().clone().requires_grad_()
+    assert producer is not None
+    assert norm is not None
+    y = producer(x)
+    y = FrozenBatchNorm.forward(norm, y.flatten(0, -2) if isinstance(producer, nn.Linear) else y)
+    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(SEED))).sum().backward()
+    named = {
+        "x": x,
+        **{f"{i}.{n}": p for i, m in enumerate((producer, norm)) for n, p in m.named_parameters(recurse=False)},
+    }
+    gradients = {name: t.grad for name, t in named.items() if t.grad is not None}
+    for tensor in named.values():
+        tensor.grad = None
+    return y.detach(), gradients
 
 
 def gradient_distance(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

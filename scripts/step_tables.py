@@ -82,6 +82,9 @@ def _notes(measured: Sequence[tuple[str, Mapping[str, Row]]], device: str) -> st
     sizes = sorted({row["batch"] for row in rows})
     text = f"\nStep time / bytes kept for backward{peak}, to the floor's{batch}; medians. {device}{threads}, "
     text += f"batch {', '.join(map(str, sizes))}.\n"
+    if any(row.get("allocator") for row in rows):
+        text = text.rstrip() + " The allocator keeps its memory between steps. The floor trains a bias for each "
+        text += "channel, so that what trains none can take less time.\n"
     failed = {row["variant"]: [] for row in rows if row["error"]}
     for row in rows:
         if row["error"]:

@@ -171,6 +171,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "largest_gradient_difference": largest("gradient", lambda affine: True),
         "pairs": sum(row.get("pairs", 0) for row in checked),
         "largest_folded_difference_in_float64": largest("folded", lambda affine: True),
+        "largest_folded_difference_of_a_layer_in_float32": largest("folded32", lambda affine: True),
         "not_folded": dict(reasons(checked).most_common()),
         "other_randomness": sorted(f"{r['model']}: {', '.join(r['random'])}" for r in checked if r.get("random")),
         "compared_by_features": sorted(r["model"] for r in checked if r.get("compared", "outputs") != "outputs"),
@@ -199,7 +200,7 @@ def table(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
     """Return the results as a Markdown page."""
     header = ["module", "net", "million parameters", "BN layers", "kinds"]
     header += ["none, shift, original", "merged", "merged, float64", "train", "gradient", "pairs", "folded, float64"]
-    header += ["result"]
+    header += ["folded layer, float32", "result"]
     lines = [
         f"# {summary['line']}",
         "",
@@ -207,7 +208,8 @@ def table(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
         "eval-mode outputs before and after the conversion, by affine kind; `train`, of training-mode from eval-mode "
         "outputs of the converted net; `gradient`, of its gradients from those of the untouched net in eval mode; "
         "`folded`, of outputs and gradients in float64 with as many layers folded as there are `pairs`, from those in "
-        "activation space. `scripts/checks.py` says what else is checked.",
+        "activation space; the next column the same of the worst single layer, in float32. "
+        "`scripts/checks.py` says what else is checked.",
         "",
         "| " + " | ".join(header) + " |",
         "|---" * len(header) + "|",
@@ -229,7 +231,11 @@ def table(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
 def headline(summary: dict[str, Any]) -> str:
     """Return the figures that the README quotes."""
     kinds = ", ".join(f"{n} {kind}" for kind, n in summary["kinds"].items())
-    folded = f"{summary['pairs']} of these layers can be folded, outputs and gradients the same in float64"
+    folded = f"{summary['pairs']} of these layers can be folded, outputs and gradients the same"
+    folded += (
+        f" (largest relative difference {summary['largest_folded_difference_in_float64']:.0e} in float64; layer by "
+    )
+    folded += f"layer {summary['largest_folded_difference_of_a_layer_in_float32']:.0e} in float32)"
     return f"**{summary['line']}** ({kinds}); {folded}. Modules without BN: {summary['families_without_bn']}.\n"
 
 
@@ -244,10 +250,11 @@ def table_cells(row: dict[str, Any]) -> list[str]:
         list(off.get("train", {}).values()),
         list(off.get("gradient", {}).values()),
         list(off.get("folded", {}).values()),
+        list(off.get("folded32", {}).values()),
     ]
     failed = [name for name, result in row.get("checks", {}).items() if result is False]
     result = "exact" if row["ok"] else f"FAILED: {', '.join(failed) or row['error'][:80]}"
-    *before, folded = (f"{worst(values):.0e}".replace("0e+00", "0") if values else "" for values in figures)
+    *before, folded, folded32 = (f"{worst(values):.0e}".replace("0e+00", "0") if values else "" for values in figures)
     return [
         row["module"],
         row["model"],
@@ -257,6 +264,7 @@ def table_cells(row: dict[str, Any]) -> list[str]:
         *before,
         str(row.get("pairs", "")),
         folded,
+        folded32,
         "skipped" if row.get("skipped") else result,
     ]
 

@@ -21,8 +21,14 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from finetune_bn.errors import FinetuneBNError
-from finetune_bn.functional import scale_shift
+from finetune_bn.fold_functional import FixedNorm
+from finetune_bn.functional import at_least_float32
 from finetune_bn.layers.frozen import FrozenBatchNorm
+
+# What `pays` weighs, in elements. Scaling and recomputing take time in proportion to the weight, and each fold some
+# more whatever its size; activation space takes time, and for a learnable scale memory, in proportion to the result.
+_FEWEST_CONSTANT, _FEWEST_LEARNABLE = 1 << 18, 1 << 17
+_LARGER_THAN_WEIGHT, _OF_WEIGHT = 4, 1 / 8
 
 
 @dataclass
@@ -30,14 +36,25 @@ class _Sent:
     """A folded result on its way.
 
     Attributes:
+        who: producer and frozen layer, in words.
         place: where its numbers lie; it does not keep them alive.
         version: how often they had been written to.
         arrived: whether the frozen layer has seen it.
     """
 
-    place: StorageWeakRef
-    version: int
+    who: str
+    place: StorageWeakRef | None = None
+    version: int = 0
     arrived: bool = False
+
+    def check(self) -> None:
+        """Raise if backward comes to a result that the frozen layer has not seen."""
+        if not self.arrived:
+            raise FinetuneBNError(
+                f"fold: backward came to the result of the first of {self.who}, which never went through the second (a "
+                "reentrant checkpoint between the two, or a call of the first alone), so that its affine would be "
+                "applied twice. Convert with Freeze(fold='never')."
+            )
 
 
 class Fold:
@@ -51,6 +68,7 @@ class Fold:
         producer_name: under which name its holder has the producer.
         norm_name: under which name its holder has the frozen layer.
         active: False lets each do its own part.
+        always: whether they work together also where it does not pay, see `pays`.
     """
 
     def __init__(
@@ -60,8 +78,9 @@ class Fold:
         producer_at: tuple[nn.Module, str],
         norm_at: tuple[nn.Module, str],
         folded: type[nn.Module],
+        always: bool = True,
     ) -> None:
-        self.plain, self.folded, self.active = type(producer), folded, True
+        self.plain, self.folded, self.active, self.always = type(producer), folded, True, always
         self.producer_name, self.norm_name = producer_at[1], norm_at[1]
         self._sent: list[_Sent] = []
         self._refer(producer, norm, producer_at[0], norm_at[0])
@@ -94,55 +113,79 @@ class Fold:
         in_place = holder._modules.get(self.producer_name) is producer
         return in_place and norm_holder._modules.get(self.norm_name) is norm and norm._fold is self
 
-    def affine(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return (gamma', beta') for the producer to fold in; None where it is to compute its own part of `x` alone.
+    def pays(self, size: int) -> bool:
+        """Tell whether folding is worth its while for a result of `size` elements.
+
+        A constant scale keeps nothing in activation space: there it is time alone. A learnable one would have to keep
+        the result there; that is given up for time where it is next to nothing, beside the weight (by which the memory
+        of a step stays in all within an eighth of the weights') or by itself, and where the weight is not trained, as
+        folding would then keep as much and compute the weight's gradient for the scale alone.
+        """
+        norm, producer = self.norm, self.producer
+        if self.always or norm is None or producer is None:
+            return True
+        weight, gamma = producer._parameters.get("weight"), norm.weight
+        if weight is None:
+            return True  # it was parametrized since, and asking for it would compute it
+        if gamma is None or not gamma.requires_grad:
+            return size >= _FEWEST_CONSTANT and size >= _LARGER_THAN_WEIGHT * weight.numel()
+        return size >= _FEWEST_LEARNABLE and size >= _OF_WEIGHT * weight.numel() and weight.requires_grad
+
+    def norm_for(self, x: Tensor, size: int) -> FixedNorm | None:
+        """Return what the producer is to fold in; None where it is to compute its own part of `x` alone.
+
+        Args:
+            x: its input.
+            size: how many elements it returns.
 
         Raises:
             FinetuneBNError: the frozen layer's parameters are sharded, and not gathered while the producer runs.
         """
         norm, producer = self.norm, self.producer
         compiling = torch.compiler.is_compiling()
-        if norm is None or producer is None or not self._records(x, *producer._parameters.values()):
-            if not compiling:
+        if norm is None or producer is None or not self._records(size, x, *producer._parameters.values()):
+            if self._sent and not compiling:
                 self._sent = [sent for sent in self._sent if sent.arrived]
             return None
-        if not compiling and type(norm.weight).__name__ == "DTensor":
+        mean, var = norm.running_mean, norm.running_var
+        gamma: Tensor | None = norm.weight
+        if not compiling and type(gamma).__name__ == "DTensor":
             raise FinetuneBNError(
                 f"fold: {self._who()} are in different FSDP units, so the layer's parameters are not at hand when the "
                 "producer runs. Shard a module that holds both, or convert with Freeze(fold='never')."
             )
-        return scale_shift(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+        # New tensors: in-place writes to the buffers before backward (DDP broadcasts them) do no harm then.
+        mean = mean.clone() if mean.dtype.itemsize >= 4 else mean.float()
+        rsigma = torch.rsqrt(at_least_float32(var) + norm.eps)
+        if gamma is not None and not gamma.requires_grad:
+            gamma, rsigma = None, at_least_float32(norm.weight) * rsigma
+        return FixedNorm(gamma, norm.bias, mean, rsigma)
 
-    def _records(self, *tensors: Tensor | None) -> bool:
+    def _records(self, size: int, *tensors: Tensor | None) -> bool:
         """Tell whether the two work together: a step is recorded for backward, and not captured to be deployed."""
-        if not self.intact or not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        if not torch.is_grad_enabled() or not self.pays(size) or not self.intact:
             return False
-        assert self.norm is not None
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+            return False
+        norm = self.norm
+        assert norm is not None
         # The same at both ends: the result of the one, which the other gets, requires grad if this holds there.
-        return any(t is not None and t.requires_grad for t in (*tensors, self.norm.weight, self.norm.bias))
+        return any(t is not None and t.requires_grad for t in (*tensors, norm.weight, norm.bias))
 
-    def send(self, y: Tensor) -> None:
-        """Note that `y` holds the affine already. Compiled code needs no note: it was traced through both."""
-        if torch.compiler.is_compiling():
-            return
-        place = _place(y)
-        self._sent = [sent for sent in self._sent if sent.arrived and not sent.place.expired()]  # type: ignore[no-untyped-call]
-        if place is None:
-            return
-        sent = _Sent(place, y._version)
-        self._sent.append(sent)
-        who = self._who()
+    def announce(self) -> _Sent | None:
+        """Return the note of a result that is to be sent. Compiled code needs none: it was traced through both."""
+        return None if torch.compiler.is_compiling() else _Sent(self._who())
 
-        def check(grad: Tensor) -> None:
-            if not sent.arrived:
-                raise FinetuneBNError(
-                    f"fold: backward came to the result of the first of {who}, which never went through the second (a "
-                    "reentrant checkpoint between the two, or a call of the first alone), so that its affine would be "
-                    "applied twice. Convert with Freeze(fold='never')."
-                )
-
-        if y.requires_grad:
-            y.register_hook(check)  # type: ignore[no-untyped-call]
+    def send(self, y: Tensor, sent: _Sent | None) -> Tensor:
+        """Note that `y`, which is returned, holds the affine already."""
+        if sent is not None:
+            self._sent = [old for old in self._sent if old.arrived and old.place and not old.place.expired()]  # type: ignore[no-untyped-call]
+            sent.place, sent.version = _place(y), y._version
+            if sent.place is None:
+                sent.arrived = True  # where it arrives it is not known by its place
+            else:
+                self._sent.append(sent)
+        return y
 
     def has(self, x: Tensor) -> bool:
         """Tell whether `x`, which arrived at the frozen layer, holds the affine already.
@@ -151,10 +194,10 @@ class Fold:
             FinetuneBNError: the producer computed the affine into a tensor, and another one arrived.
         """
         if torch.compiler.is_compiling():
-            return self._records(x)
+            return self._records(x.numel(), x)
         place = _place(x)
         if place is None:  # inference mode, or a tensor of torch.func: traced through both as well
-            return self._records(x)
+            return self._records(x.numel(), x)
         for sent in self._sent:
             if sent.place == place:
                 if sent.version != x._version:
@@ -201,7 +244,9 @@ class Fold:
         return [None if ref is None else ref() for ref in refs]
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("plain", "folded", "active", "producer_name", "norm_name")}
+        kept = {
+            name: getattr(self, name) for name in ("plain", "folded", "active", "always", "producer_name", "norm_name")
+        }
         return kept | {"modules": self._modules()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Self, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
-from finetune_bn.fold_functional import folded_convolution, folded_linear
+from finetune_bn.fold_functional import folded_convolution, folded_linear, result_size
 from finetune_bn.layers.fold import Fold
 
 
@@ -44,43 +44,35 @@ class FoldedConvNd(Folding, _ConvNd):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the convolution of `input`; what the frozen layer behind makes of it, while autograd records."""
-        dims = len(self.kernel_size)
-        affine = self._fold.affine(input) if input.dim() == dims + 2 else None
-        if affine is None:
-            plain = self._fold.plain.forward
+        fold, dims, weight, norm = self._fold, len(self.kernel_size), self.weight, None
+        if input.dim() == dims + 2:
+            sides, padding = self._sides(input)
+            transposed, output_padding = self.transposed, list(self.output_padding)
+            if transposed:
+                output_padding = self._output_padding(  # type: ignore[operator]
+                    input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+                )
+            geometry = (self.stride, padding, self.dilation, transposed, output_padding, self.groups)
+            size = result_size(input.shape, weight.shape, sides, *geometry)
+            norm = fold.norm_for(input, size)
+        if norm is None:
+            plain = fold.plain.forward
             return plain(self, input) if output_size is None else plain(self, input, output_size)  # type: ignore[no-any-return]
-        transposed = isinstance(self, _ConvTransposeNd)
-        output_padding = list(self.output_padding)
-        if transposed:
-            output_padding = self._output_padding(  # type: ignore[operator]
-                input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
-            )
-        input, padding = self._padded(input)
-        y = folded_convolution(
-            input,
-            self.weight,
-            self.bias,
-            *affine,
-            stride=self.stride,
-            padding=padding,
-            dilation=self.dilation,
-            transposed=transposed,
-            output_padding=output_padding,
-            groups=self.groups,
-        )
-        self._fold.send(y)
-        return y
+        if sides:
+            input = F.pad(input, sides, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        sent = fold.announce()
+        check = None if sent is None else sent.check
+        y = folded_convolution(input, weight, self.bias, norm, size < weight.numel(), geometry, check)
+        return fold.send(y, sent)
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        """Return `x`, padded where a convolution cannot do it, and how many zeros the convolution is to add."""
-        sides = self._reversed_padding_repeated_twice
-        if self.padding_mode != "zeros":
-            return F.pad(x, sides, mode=self.padding_mode), [0] * len(self.kernel_size)
-        if not isinstance(self.padding, str):
-            return x, list(self.padding)
-        if sides[0::2] == sides[1::2]:
-            return x, sides[0::2][::-1]
-        return F.pad(x, sides), [0] * len(self.kernel_size)
+    def _sides(self, x: Tensor) -> tuple[list[int], list[int]]:
+        """Return how `x` is to be padded where a convolution cannot do it, and how many zeros the convolution adds."""
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            return [], list(self.padding)
+        sides = list(self._reversed_padding_repeated_twice)
+        if self.padding_mode == "zeros" and sides[0::2] == sides[1::2]:
+            return [], sides[0::2][::-1]
+        return sides, [0] * len(self.kernel_size)
 
 
 class FoldedConv1d(FoldedConvNd, nn.Conv1d):
@@ -112,9 +104,11 @@ class FoldedLinear(Folding, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the map of `input`; what the frozen layer behind makes of it, while autograd records."""
-        affine = self._fold.affine(input)
-        if affine is None:
+        fold, weight = self._fold, self.weight
+        size = input.numel() // self.in_features * self.out_features
+        norm = fold.norm_for(input, size)
+        if norm is None:
             return super().forward(input)
-        y = folded_linear(input, self.weight, self.bias, *affine)
-        self._fold.send(y)
-        return y
+        sent = fold.announce()
+        check = None if sent is None else sent.check
+        return fold.send(folded_linear(input, weight, self.bias, norm, size < weight.numel(), check), sent)

@@ -62,10 +62,11 @@ def why_not_folded(producer: nn.Module) -> str | None:
     return None
 
 
-def fold_pair(producer: nn.Module, norm: FrozenBatchNorm, root: nn.Module) -> Fold:
+def fold_pair(producer: nn.Module, norm: FrozenBatchNorm, root: nn.Module, always: bool = True) -> Fold:
     """Let `producer` compute the affine of `norm` from now on; both are modules of `root`. Ask `why_not_folded` first.
 
-    A producer or layer that was tied to another is untied from that.
+    With `always=False` only in steps in which that pays, see `Fold.pays`. A producer or layer that was tied to another
+    is untied from that.
     """
     for module in (producer, norm):
         fold = getattr(module, "_fold", None)
@@ -74,7 +75,7 @@ def fold_pair(producer: nn.Module, norm: FrozenBatchNorm, root: nn.Module) -> Fo
     holders = {id(child): (parent, name) for parent in root.modules() for name, child in parent._modules.items()}
     folded = _folded_class(type(producer))
     assert folded is not None
-    fold = Fold(producer, norm, holders[id(producer)], holders[id(norm)], folded)
+    fold = Fold(producer, norm, holders[id(producer)], holders[id(norm)], folded, always)
     fold.redo()
     return fold
 
@@ -96,6 +97,19 @@ def unfolded(model: nn.Module) -> Iterator[None]:
     finally:
         for fold in folds:
             fold.active = True
+
+
+@contextlib.contextmanager
+def always_folded(model: nn.Module) -> Iterator[None]:
+    """Let each pair work together for the time of the block, whatever the size of the result."""
+    folds = [fold for fold in folds_in(model) if not fold.always]
+    for fold in folds:
+        fold.always = True
+    try:
+        yield
+    finally:
+        for fold in folds:
+            fold.always = False
 
 
 def _plain_class(producer: nn.Module) -> type[nn.Module]:

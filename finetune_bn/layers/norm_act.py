@@ -6,7 +6,6 @@ import sys
 from typing import Any, Self, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -149,12 +148,12 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 class FoldedConv2dSame(FoldedConvNd, nn.Conv2d):
     """timm's `Conv2dSame`, TensorFlow's padding, with the frozen layer behind it in its weight."""
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
+    def _sides(self, x: Tensor) -> tuple[list[int], list[int]]:
         sides: list[int] = []
         for size, k, s, d in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
             missing = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
             sides = [missing // 2, missing - missing // 2, *sides]  # the last dimension comes first
-        return F.pad(x, sides), [0, 0]
+        return sides if any(sides) else [], [0, 0]
 
 
 def is_conv_same(kind: type[nn.Module]) -> bool:
