@@ -15,7 +15,7 @@ from torch import Tensor
 _LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)
 # A channel that hardly varies is not blown up to the size of the others.
 _SMALLEST = 1e-3
-_LARGEST_POWER = 16
+_LARGEST_POWER = 8
 # What a move has to gain, and below what two are as good, relative to what is minimized.
 _GAIN, _TIE = 1e-3, 1e-6
 # Moves in a search, by channel; it ends far earlier.
@@ -37,12 +37,16 @@ def balancing_factors(covariance: Tensor, variance: Tensor, importance: Tensor, 
         importance: how much an error in each channel of GN's output matters, relative to its standard deviation, [C].
         groups: number of groups, a divisor of C.
     """
-    variance = variance.double()
+    device = covariance.device
+    # Many small steps that depend on each other: no work for a GPU.
+    covariance, variance, importance = (t.double().cpu() for t in (covariance, variance, importance))
     sizes = torch.exp2(-(variance + _SMALLEST * variance.max()).clamp_min(1e-30).log2().div(2).round())
     sizes = sizes / torch.exp2(sizes.median().log2())
     sizes = sizes.clamp(2.0**-_LARGEST_POWER, 2.0**_LARGEST_POWER)
-    covariance = covariance.double() * sizes * sizes[:, None]
-    weights = importance.double().clamp_min(1e-6 * float(importance.double().max().clamp_min(1e-30)))
+    if groups == len(variance):
+        return sizes.to(device)  # a channel alone in its group has no other to be balanced with
+    covariance = covariance * sizes * sizes[:, None]
+    weights = importance.clamp_min(1e-6 * float(importance.max().clamp_min(1e-30)))
     count = len(variance) // groups
     parts = []
     for begin in range(0, len(variance), count):
@@ -50,7 +54,7 @@ def balancing_factors(covariance: Tensor, variance: Tensor, importance: Tensor, 
         starts = torch.ones_like(weights[part]), _opposing(covariance[part, part])
         found = [_search(covariance[part, part], weights[part], start) for start in starts]
         parts.append(min(found, key=lambda each: each[0])[1])
-    return torch.cat(parts) * sizes
+    return (torch.cat(parts) * sizes).to(device)
 
 
 def _opposing(covariance: Tensor) -> Tensor:
@@ -65,7 +69,6 @@ def _opposing(covariance: Tensor) -> Tensor:
 def _search(covariance: Tensor, weights: Tensor, factors: Tensor) -> tuple[float, Tensor]:
     """Return what is minimized and the relative factors of the channels of one group, from those given on."""
     levels = torch.tensor([sign * size for sign in (-1, 1) for size in _LEVELS], dtype=torch.float64)[:, None]
-    levels = levels.to(covariance.device)
     weights = weights / weights.sum()
     penalties = weights / levels.square()
     along, diagonal = covariance @ factors, covariance.diagonal()

@@ -150,6 +150,8 @@ def _why_not_balanced(
         why = "what is in front of it is not known" if feed is None else feed.why_not
         if not why and site.module.source.running_var is None:  # type: ignore[union-attr]
             why = "its BatchNorm had no running statistics"
+        if not why and feed is not None and model.get_parameter(f"{feed.producer}.weight").dtype == torch.float16:
+            why = f"the weight of {feed.producer} is in float16, which is too narrow to scale it and take that back"
         found[n] = ("" if why or feed is None else feed.producer, why)
     return found
 

@@ -229,6 +229,14 @@ def test_layers_that_cannot_be_balanced_are_named_with_the_reason() -> None:
         assert f": {why}" in str(record)
 
 
+def test_a_map_in_float16_is_left_alone_as_small_values_would_lose_digits() -> None:
+    model = fbn.convert(network(), fbn.ToGroupNorm(groups=1), example_input=images(2)).half()
+    before = model[0][0].weight.clone()  # type: ignore[index]
+    record = fbn.calibrate_group_norm(model, [images().half()])
+    assert all("float16" in row.not_balanced for row in record.rows)
+    assert torch.equal(model[0][0].weight, before)  # type: ignore[index]
+
+
 def test_a_wrong_argument_is_one_clear_error() -> None:
     model = fbn.convert(network(), fbn.ToGroupNorm(groups=1), example_input=images(2))
     with pytest.raises(FinetuneBNError, match="balance: got 'yes'"):
