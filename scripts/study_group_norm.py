@@ -249,7 +249,7 @@ def zero_shot_cells() -> Iterator[dict[str, Any]]:
 
 def warm_up_cells() -> Iterator[dict[str, Any]]:
     """Yield the cells of the second part."""
-    runs = [(NETS[0], 1000, 0), (NETS[0], 500, 0), (NETS[0], 250, 0), (NETS[0], 1000, 1), (NETS[0], 1000, 2)]
+    runs = [(NETS[0], 1000, 0), (NETS[0], 1000, 1), (NETS[0], 1000, 2), (NETS[0], 250, 0), (NETS[0], 500, 0)]
     runs += [(net, 1000, 0) for net in NETS[1:]]
     yield from ({"part": "warm_up", "net": net, "images": images, "seed": seed} for net, images, seed in runs)
 
@@ -262,7 +262,6 @@ def fine_tune_cells(store: Store) -> Iterator[dict[str, Any]]:
         for arm in arms:
             missing = cells.rates_to_try(tried_rates(store, arm, batch), LADDER, small.FIRST_RUNGS)
             yield from (_fine_tune_cell(arm, batch, lr, 0) for lr in missing)
-        for arm in arms:
             lr = chosen_rate(store, arm, batch)
             if lr is not None:
                 yield from (_fine_tune_cell(arm, batch, lr, seed) for seed in SEEDS[1:])
