@@ -82,9 +82,11 @@ def _notes(measured: Sequence[tuple[str, Mapping[str, Row]]], device: str) -> st
     sizes = sorted({row["batch"] for row in rows})
     text = f"\nStep time / bytes kept for backward{peak}, to the floor's{batch}; medians. {device}{threads}, "
     text += f"batch {', '.join(map(str, sizes))}.\n"
-    if any(row.get("allocator") for row in rows):
-        text = text.rstrip() + " The allocator keeps its memory between steps. The floor trains a bias for each "
-        text += "channel, so that what trains none can take less time.\n"
+    text = text.rstrip() + " The floor trains a bias for each channel, so that what trains none can take less time.\n"
+    as_it_comes = sorted({row["batch"] for row in rows if "cores" in device and not row.get("allocator")})
+    if as_it_comes:
+        text = text.rstrip() + " Measured without the allocator's settings, so that page faults count: batch "
+        text += f"{', '.join(map(str, as_it_comes))}.\n"
     failed = {row["variant"]: [] for row in rows if row["error"]}
     for row in rows:
         if row["error"]:
