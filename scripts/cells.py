@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -82,7 +85,7 @@ def run(
     pending: dict[str, Any] = {}
     last = TextColumn("{task.fields[last]}")
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), last)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool, Progress(*columns) as progress:
+    with multiprocessing.get_context("spawn").Pool(workers, _end_with_parent) as pool, Progress(*columns) as progress:
         bar = progress.add_task("cells", total=None, last="")
         while True:
             for name in [name for name, job in pending.items() if job.ready()]:
@@ -99,6 +102,18 @@ def run(
             if not pending:
                 return
             next(iter(pending.values())).wait(1.0)
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when the study is killed; it would go on computing for nobody."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _work(measure: Callable[..., Cell], key: Cell) -> Cell:
