@@ -258,7 +258,7 @@ def fine_tune_cells(store: Store) -> Iterator[dict[str, Any]]:
     """Yield those cells of the third part that can be measured now; more appear as results come in."""
     for batch in BATCHES:
         arms = OWN_ARMS if batch in small.BATCHES else (*OWN_ARMS, *SHARED_ARMS)
-        arms += (OWN_EPS,) if batch == 2 else ()
+        arms = (*arms[:2], OWN_EPS, *arms[2:]) if batch == 2 else arms
         for arm in arms:
             missing = cells.rates_to_try(tried_rates(store, arm, batch), LADDER, small.FIRST_RUNGS)
             yield from (_fine_tune_cell(arm, batch, lr, 0) for lr in missing)
