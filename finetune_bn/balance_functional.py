@@ -52,8 +52,9 @@ def balancing_factors(covariance: Tensor, variance: Tensor, importance: Tensor, 
     for begin in range(0, len(variance), count):
         part = slice(begin, begin + count)
         starts = torch.ones_like(weights[part]), _opposing(covariance[part, part])
-        found = [_search(covariance[part, part], weights[part], start) for start in starts]
-        parts.append(min(found, key=lambda each: each[0])[1])
+        (value, first), (other, second) = (_search(covariance[part, part], weights[part], start) for start in starts)
+        best = second if other < (1 - _TIE) * value else first
+        parts.append(best * best[0].sign())  # all signs the other way round are as good: the first is to be positive
     return (torch.cat(parts) * sizes).to(device)
 
 
