@@ -348,7 +348,7 @@ def plot(store: Store, path: Path) -> None:
 
     rows = [(loss, k) for loss, k in ROWS if any((r["loss"], r["k"]) == (loss, k) for r in store.rows)]
     figure, panels = plt.subplots(
-        1, len(rows), figsize=(1 + 4.2 * len(rows), 4.2), sharey=True, layout="constrained", squeeze=False
+        1, len(rows), figsize=(1 + 4.2 * len(rows), 5.0), sharey=True, layout="constrained", squeeze=False
     )
     for panel, (loss, k) in zip(panels[0], rows, strict=True):
         for i, (arm, about) in enumerate(ARMS.items()):
@@ -364,7 +364,7 @@ def plot(store: Store, path: Path) -> None:
         panel.set(xscale="log", xlabel="learning rate (AdamW)", title=title_of(loss, k))
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("Recall@1 across vendors, unseen emoji, seed 0, %")
-    panels[0][0].legend(fontsize="small")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
