@@ -120,7 +120,7 @@ class Fitting:
         layer, half = self.layers[place], len(brought) // 2
         x_pivot, y_pivot = self._pivots(place)
         pairs = [ImagePairs.of(x, y, x_pivot, y_pivot) for y, x in zip(brought[:half], brought[half:], strict=True)]
-        options = self._options(place, brought[half], pairs, x_pivot)
+        options = self._options(place, brought[half], pairs)
         sums = torch.stack([_sums(pairs, x_pivot, option) for option in options])
         sums = torch.stack(self._ranks.gather(sums)).sum(0)
         if not torch.isfinite(sums).all():
@@ -136,11 +136,12 @@ class Fitting:
         errors = [each.error(*fit) for each, fit in zip(moments, fits, strict=True)]
         # The last option is what the layer was set to before. It is there for comparison where channels are balanced.
         choice = range(len(options) - 1 if place in self.producers else len(options))
-        best = options[min(choice, key=lambda i: errors[i])]
-        self.errors[place] = (moments[-1].error(weight, bias), min(errors[i] for i in choice))
+        index = min(choice, key=lambda i: errors[i])
+        best = options[index]
+        self.errors[place] = (moments[-1].error(weight, bias), errors[index])
         self.chosen[place] = best.settings
         best.settings.give(layer)
-        _write(layer, *fits[options.index(best)])
+        _write(layer, *fits[index])
         self._report(len(self.errors), "")
         if best.factors is None:
             return True
@@ -157,7 +158,7 @@ class Fitting:
         mean, bias = (zeros if t is None else t.detach().to(zeros.device) for t in (bn.running_mean, bn.bias))
         return mean * self.before[place].factors(mean), bias
 
-    def _options(self, place: int, x: Tensor, pairs: Sequence[ImagePairs], x_pivot: Tensor) -> list[_Option]:
+    def _options(self, place: int, x: Tensor, pairs: Sequence[ImagePairs]) -> list[_Option]:
         """Return what the layer may be set to; the last is what it is set to."""
         layer, before, bn = self.layers[place], self.before[place], self.layers[place].source
         assert bn is not None
@@ -171,11 +172,12 @@ class Fitting:
             balance, factors = before.balance, None
             if covariance is not None:
                 assert bn.running_var is not None
-                old = before.factors(bn.running_var.double())
-                variance = bn.running_var.double() * old.square()
-                importance = torch.ones_like(variance) if bn.weight is None else bn.weight.detach().double().square()
-                factors = balancing_factors(covariance, variance, importance.to(variance), number)
-                balance = (self.producers[place][0], old * factors)
+                # The BatchNorm is outside of the module tree: it may be on another device than the model.
+                variance = bn.running_var.to(covariance)
+                old = before.factors(variance)
+                importance = torch.ones_like(old) if bn.weight is None else bn.weight.detach().to(old).square()
+                factors = balancing_factors(covariance, variance * old.square(), importance, number)
+                balance = (self.producers[place][0], (old * factors).cpu())
             sizes = [before.eps]
             if automatic["eps"] == "auto" and bn.running_mean is not None and bn.running_var is not None:
                 scale = Settings(number, before.eps, balance).factors(bn.running_mean)

@@ -129,7 +129,7 @@ def merged_weight(
 
 def scaled_weight(weight: Tensor, scale: Tensor, *, transposed: bool = False, groups: int = 1) -> Tensor:
     """Return the weight of a map whose output channels are multiplied by `scale` [C_out], in the weight's dtype."""
-    return (at_least_float32(weight) * by_weight(scale, weight.shape, transposed, groups)).to(weight.dtype)
+    return scaled(weight, by_weight(scale, weight.shape, transposed, groups), weight.dtype)
 
 
 def _for_compute(x: Tensor, weight: Tensor) -> tuple[Tensor, torch.dtype]:
