@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import finetune_bn as fbn
 from finetune_bn.callbacks.conversion import BatchNormConversion
 from finetune_bn.callbacks.monitor import BatchNormMonitor
-from finetune_bn.files import write_atomically
+from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICIES: dict[str, fbn.Policy] = {"live": fbn.Keep(), "frozen": fbn.Freeze()}

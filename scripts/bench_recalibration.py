@@ -34,7 +34,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 import finetune_bn as fbn
-from finetune_bn.files import write_atomically
+from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES, LABELS, OF_A_LABEL, SEED = 512, 8, 4, 0
@@ -248,7 +248,7 @@ def main() -> None:
         import fvcore.nn.precise_bn  # noqa: F401
     except ImportError:
         sys.exit("fvcore is missing: pip install 'finetune-bn[bench]'")
-    from finetune_bn.backbones import create_backbone
+    from finetune_bn.backbones.create import create_backbone
 
     path = ROOT / "results" / "bench_recalibration.json"
     store = Store(path, "python scripts/bench_recalibration.py", [SEED], device="cpu")

@@ -23,8 +23,8 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import finetune_bn as fbn
-from finetune_bn.files import write_atomically
-from finetune_bn.memory import saved_bytes
+from finetune_bn.diagnosis.memory import saved_bytes
+from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 

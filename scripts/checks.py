@@ -36,11 +36,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 import finetune_bn as fbn
-from finetune_bn.functional import TOLERANCE
-from finetune_bn.layers.fold import Fold
+from finetune_bn.functional.frozen import TOLERANCE
+from finetune_bn.layers.fold_tie import Fold
 from finetune_bn.layers.folds import folds_in, unfolded
 from finetune_bn.layers.frozen import AFFINE_KINDS, Affine, FrozenBatchNorm
-from finetune_bn.probe import distance
+from finetune_bn.utilities.probe import distance
 
 CHECKS = (
     "found",

@@ -1,6 +1,6 @@
 """How many BatchNorm (BN) layers can go into the weight in front of them: as found by this package, and by fx.
 
-This package runs a probe input through the network (`finetune_bn.pairs`). mmengine's Tune mode
+This package runs a probe input through the network (`finetune_bn.conversion.producers`). mmengine's Tune mode
 (`turn_on_efficient_conv_bn_eval`) traces it with torch.fx and looks for a convolution module whose only user is a BN
 module; where that fails the row says why. Without weights, eval mode, a minute on a CPU. Needs
 `pip install "finetune-bn[bench]"`. Result: results/count_pairs.{json,md}.
@@ -22,7 +22,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import finetune_bn as fbn
-from finetune_bn.files import write_atomically
+from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 NETS = (

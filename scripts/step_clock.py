@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune_bn.memory import saved_bytes
+from finetune_bn.diagnosis.memory import saved_bytes
 
 
 @dataclass

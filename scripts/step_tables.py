@@ -7,7 +7,7 @@ from typing import Any
 
 from store import Store
 
-from finetune_bn.files import write_atomically
+from finetune_bn.utilities.files import write_atomically
 
 Row = Mapping[str, Any]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import finetune_bn as fbn
-from finetune_bn.functional import scale_shift
+from finetune_bn.functional.frozen import scale_shift
 from finetune_bn.layers.folds import FoldMode
 from finetune_bn.layers.frozen import AFFINE_KINDS, Affine
 

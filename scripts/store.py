@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from finetune_bn.files import write_atomically
+from finetune_bn.utilities.files import write_atomically
 
 PACKAGES = {
     "torch": "torch",

@@ -49,7 +49,7 @@ from study_group_norm_report import (
 from torch import Tensor, nn
 
 import finetune_bn as fbn
-from finetune_bn.files import write_atomically
+from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 NETS = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
@@ -103,7 +103,7 @@ def _fast(x: Tensor) -> Tensor:
 
 def teacher(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     """Return the BatchNorm network, with its features and logits of the images that are evaluated."""
-    from finetune_bn.backbones import create_backbone
+    from finetune_bn.backbones.create import create_backbone
 
     if name not in _teachers:
         net = create_backbone(name, "package", num_classes=1000).eval().to(memory_format=torch.channels_last)
@@ -197,7 +197,7 @@ def warm_up(net: str, images: int, seed: int) -> dict[str, Any]:
 
 def fine_tune(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
     """Train one cell and return its figures."""
-    from finetune_bn.backbones import create_backbone
+    from finetune_bn.backbones.create import create_backbone
 
     if arm in SHARED_ARMS:
         return small.fine_tune(arm, batch, lr, seed)

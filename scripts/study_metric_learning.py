@@ -30,8 +30,8 @@ from store import Store
 from torch import Tensor, nn
 
 import finetune_bn as fbn
-from finetune_bn.files import write_atomically
-from finetune_bn.step_limit import limit_steps
+from finetune_bn.optim.step_limit import limit_steps
+from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, STEPS, DIMENSION = 32, 300, 128
@@ -109,7 +109,7 @@ def images(seed: int, k: int) -> Any:
 
 def network(arm: Arm, k: int, data: Any) -> nn.Module:
     """Return the pretrained network with an embedding head, its BatchNorm layers treated as the arm says."""
-    from finetune_bn.backbones import create_backbone
+    from finetune_bn.backbones.create import create_backbone
 
     net = create_backbone("tf_efficientnet_lite0", "package", num_classes=DIMENSION)
     net = net.to(memory_format=torch.channels_last)
@@ -181,7 +181,7 @@ def batches(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
 @torch.inference_mode()
 def scores(net: nn.Module, data: Any, parts: tuple[str, ...] = ("val", "test")) -> dict[str, float]:
     """Return Recall@1 across vendors and MAP@R among all, in percent; of test images also each pair of vendors."""
-    from finetune_bn.retrieval import retrieval_report
+    from finetune_bn.metric_learning.retrieval import retrieval_report
 
     net.eval()
     found = {}
@@ -202,7 +202,7 @@ def scores(net: nn.Module, data: Any, parts: tuple[str, ...] = ("val", "test")) 
 
 def untrained(seed: int) -> dict[str, Any]:
     """Return the scores of the pretrained network's own features."""
-    from finetune_bn.backbones import create_backbone
+    from finetune_bn.backbones.create import create_backbone
 
     started = time.perf_counter()
     net = create_backbone("tf_efficientnet_lite0", "package", num_classes=0).to(memory_format=torch.channels_last)

@@ -26,10 +26,10 @@ from store import Store
 from torch import Tensor, nn
 
 import finetune_bn as fbn
-from finetune_bn.files import write_atomically
 from finetune_bn.layers import FrozenBatchNorm
-from finetune_bn.sites import find_batch_norms
-from finetune_bn.step_limit import limit_steps
+from finetune_bn.layers.sites import find_batch_norms
+from finetune_bn.optim.step_limit import limit_steps
+from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = (1e-3, 2e-4)
@@ -134,7 +134,7 @@ WAYS = {
 
 def fine_tune(way: str, lr: float) -> dict[str, Any]:
     """Train one cell and return its figures."""
-    from finetune_bn.backbones import create_backbone
+    from finetune_bn.backbones.create import create_backbone
 
     about, splits = WAYS[way], small.images(SEED)
     torch.manual_seed(SEED)

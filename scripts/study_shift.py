@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import finetune_bn as fbn
-from finetune_bn.banks import StatisticsBank
+from finetune_bn.recalibration.bank import StatisticsBank
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "runs" / "study_shift"
@@ -125,7 +125,7 @@ def fit(net: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, seed: int)
 
 
 def build() -> nn.Module:
-    from finetune_bn.backbones import create_backbone
+    from finetune_bn.backbones.create import create_backbone
 
     net = create_backbone(str(TRAINING["network"]), "package", num_classes=9)
     return net.to(memory_format=torch.channels_last).eval()

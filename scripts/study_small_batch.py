@@ -27,9 +27,9 @@ from store import Store
 from torch import Tensor, nn
 
 import finetune_bn as fbn
-from finetune_bn.files import write_atomically
-from finetune_bn.functional import between_image_spread
-from finetune_bn.step_limit import limit_steps
+from finetune_bn.functional.frozen import between_image_spread
+from finetune_bn.optim.step_limit import limit_steps
+from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS: dict[str, fbn.Policy] = {
@@ -77,7 +77,7 @@ def images(seed: int) -> dict[str, tuple[Tensor, Tensor]]:
 
 def fine_tune(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
     """Train one cell and return its figures."""
-    from finetune_bn.backbones import create_backbone
+    from finetune_bn.backbones.create import create_backbone
 
     torch.manual_seed(seed)
     net = create_backbone("tf_efficientnet_lite0", "package", num_classes=9)

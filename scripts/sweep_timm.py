@@ -29,7 +29,7 @@ from checks import SEED, check
 from store import Store
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from finetune_bn.files import write_atomically
+from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 

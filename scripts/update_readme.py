@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from finetune_bn.files import write_atomically
+from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w/]+) -->\n).*?(<!-- end -->)", re.DOTALL)

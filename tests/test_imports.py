@@ -1,4 +1,4 @@
-"""A file imports from lower levels only, and the core needs torch alone: the package's `import` lines, read as text."""
+"""A folder imports from lower floors only, and the core needs torch alone: the `import` lines, read as text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,126 +14,33 @@ import pytest
 PACKAGE = "finetune_bn"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
-# The order in which the files build on each other: a file may import what stands on a lower level than itself, so the
-# files of one level do not know each other. The whole numbers are the floors of the house, the decimals say who may
-# look down on whom on one floor. "" is the package's own face, finetune_bn/__init__.py.
-LEVELS: dict[str, float] = {
-    # 0: the standard library
+# The floors of the house: a folder (or a file at the top) imports from lower floors only, and within a folder there is
+# no circle. "" is the package's own face, finetune_bn/__init__.py.
+FLOORS: dict[str, int] = {
     "errors": 0,
-    "files": 0,
-    # 1: pure tensor maths
     "functional": 1,
-    "moments": 1,
-    "lockstep": 1,
-    "live_memory": 1,
-    "progress": 1,
-    "samplers": 1,
-    "neighbors": 1,
-    "batch_functional": 1.1,
-    "fold_functional": 1.2,
-    "fold_gradients": 1.1,
-    "act_functional": 1.1,
-    "design_effect": 1.1,
-    "group_functional": 1.1,
-    "balance_functional": 1.1,
-    "sampling_error": 1.1,
-    "ranks": 1.1,
-    # 2: layers
-    "layers.frozen": 2.0,
-    "layers.fold": 2.1,
-    "layers.folded": 2.2,
-    "layers.live": 2.1,
-    "layers.tracking": 2.1,
-    "layers.ghost": 2.2,
-    "layers.group_norm": 2.2,
-    "layers.noise": 2.2,
-    "layers.renorm": 2.2,
-    "layers.stochastic": 2.2,
-    "layers.norm_act": 2.3,
-    "layers.folds": 2.4,
-    "layers.statistics": 2.8,
-    "layers": 2.9,
-    # 3: what is in the model, and what may happen to it
-    "probe": 3.0,
-    "sites": 3.1,
-    "pairs": 3.2,
-    "policies": 3.2,
-    "inspection": 3.3,
-    "refusals": 3.3,
-    "feeding": 3.0,
-    "stock": 3.1,
-    "membership": 3.1,
-    # 4: what will happen, and the doing of it
-    "plans": 4.0,
-    "folding": 4.05,
-    "proofs": 4.0,
-    "convert": 4.1,
-    "collecting": 4.0,
-    "measuring": 4.1,
-    "recalibration_record": 4.0,
-    "recalibrate": 4.2,
-    "balancing": 4.0,
-    "calibration_record": 4.0,
-    "fitting": 4.2,
-    "calibrate": 4.3,
-    "distil": 4.3,
-    "twins": 4.1,
-    "leakage": 4.2,
-    "memory": 4.2,
-    "merging": 4.2,
-    "banks": 4.1,
-    "": 4.9,
-    # 5: what stands around a converted model
-    "report": 5.0,
-    "export": 5.0,
-    "training_report": 5.1,
-    "optim": 5.0,
-    "step_limit": 5.0,
-    "retrieval": 5.0,
-    "advice": 5.0,
-    "weights": 5.0,
-    "backbones": 5.1,
-    # 6: Lightning
-    "data.checks": 6.00,
-    "data.splits": 6.00,
-    "data.transforms": 6.00,
-    "data.order": 6.01,
-    "data.label_batches": 6.02,
-    "data.images": 6.02,
-    "data.base": 6.03,
-    "data.emoji": 6.04,
-    "data.image_folder": 6.04,
-    "data.torchvision_data": 6.04,
-    "data": 6.09,
-    "callbacks.collapse": 6.10,
-    "callbacks.capture": 6.10,
-    "callbacks.iid": 6.10,
-    "callbacks.statistics": 6.10,
-    "callbacks.strategies": 6.09,
-    "callbacks.conversion": 6.11,
-    "callbacks.reload": 6.11,
-    "callbacks.report": 6.12,
-    "callbacks.group_norm": 6.12,
-    "callbacks.recalibration": 6.12,
-    "callbacks.schedule": 6.13,
-    "callbacks.checkpoint": 6.13,
-    "callbacks.monitor": 6.13,
-    "callbacks.sampling": 6.10,
-    "callbacks.step_limit": 6.10,
-    "callbacks": 6.19,
-    "tasks.checks": 6.20,
-    "tasks.collected": 6.20,
-    "tasks.losses": 6.20,
-    "tasks.base": 6.21,
-    "tasks.classification": 6.22,
-    "tasks.metric_learning": 6.22,
-    "tasks": 6.29,
-    # 7: the command
-    "cli": 7,
+    "utilities": 2,
+    "layers": 3,
+    "metric_learning": 4,
+    "optim": 4,
+    "conversion": 5,
+    "recalibration": 6,
+    "data": 6,
+    "group_norm": 7,
+    "diagnosis": 7,
+    "backbones": 8,
+    "": 9,
+    "callbacks": 10,
+    "tasks": 11,
+    "cli": 12,
 }
-TORCH_ALONE_BELOW = 5  # below this level torch is the only package from outside
-LAZY_BELOW = 6  # below this level everything but torch is imported inside functions
-KNOWS = {"timm": {"layers.norm_act", "sites"}, "rich": {"progress"}}  # the exceptions to TORCH_ALONE_BELOW
+WITH_EXTRAS = {"data", "callbacks", "tasks", "cli"}  # other packages may be imported at the top here; elsewhere lazily
+TORCH_ALONE = {"errors", "functional", "utilities", "layers", "conversion", "recalibration"}
+KNOWS = {
+    "timm": {"layers.norm_act", "layers.sites"},
+    "rich": {"utilities.progress"},
+    "onnxruntime": {"conversion.export"},
+}  # the exceptions to TORCH_ALONE
 
 
 @dataclass(frozen=True)
@@ -151,12 +59,16 @@ class Import:
     def package(self) -> str:
         return self.name.partition(".")[0]
 
-    def target(self, levels: dict[str, float]) -> str:
-        """Return the module of this package that the name lies in: the longest prefix that the table lists."""
-        inner = self.name.removeprefix(PACKAGE).removeprefix(".")
-        while inner and inner not in levels:
-            inner = inner.rpartition(".")[0]
-        return inner
+    @property
+    def inner(self) -> str:
+        """The name without the package: `layers.frozen.FrozenBatchNorm`."""
+        return self.name.removeprefix(PACKAGE).removeprefix(".")
+
+
+def floor_of(dotted: str) -> str:
+    """Return the row of FLOORS that a dotted name without the package lies in: its first part, or the face."""
+    first = dotted.partition(".")[0]
+    return first if first in FLOORS else ""
 
 
 def module_of(path: Path, root: Path) -> str:
@@ -195,14 +107,32 @@ def all_imports(root: Path) -> list[Import]:
     return [found for path in sorted(root.rglob("*.py")) for found in imports_of(path, root)]
 
 
-def upward(root: Path, levels: dict[str, float]) -> list[str]:
-    """Return, in words, every import of this package that does not point to a lower level."""
+def upward(root: Path) -> list[str]:
+    """Return, in words, every import that points to a folder on the own floor or a higher one, or to the own face."""
     return [
-        f"{found} is on level {levels[found.target(levels)]}, not below {levels[found.module]}"
+        f"{found} is on floor {FLOORS[floor_of(found.inner)]}, not below {FLOORS[floor_of(found.module)]}"
         for found in all_imports(root)
-        if found.package == PACKAGE and found.module in levels
-        if levels[found.target(levels)] >= levels[found.module]
+        if found.package == PACKAGE
+        if floor_of(found.inner) != floor_of(found.module)
+        and FLOORS[floor_of(found.inner)] >= FLOORS[floor_of(found.module)]
     ]
+
+
+def circles(root: Path) -> list[str]:
+    """Return files of one folder that import each other in a circle; none where there is no circle."""
+    files = {module_of(path, root) for path in root.rglob("*.py")}
+    needs: dict[str, set[str]] = {file: set() for file in files}
+    for found in all_imports(root):
+        target = found.inner
+        while target and target not in files:
+            target = target.rpartition(".")[0]
+        if found.package == PACKAGE and target and floor_of(target) == floor_of(found.module):
+            needs[found.module].add(target)
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def plant(root: Path, file: str, text: str) -> Path:
@@ -213,39 +143,48 @@ def plant(root: Path, file: str, text: str) -> Path:
     return root / PACKAGE
 
 
-def test_every_file_has_a_level_and_every_level_a_file() -> None:
-    files = {module_of(path, ROOT) for path in ROOT.rglob("*.py")}
-    unknown, gone = sorted(files - LEVELS.keys()), sorted(LEVELS.keys() - files)
-    assert not unknown, f"give {unknown} a level in LEVELS ({__file__}): above all it imports, below all that import it"
-    assert not gone, f"take {gone} out of LEVELS ({__file__}): there is no such file"
+def test_every_folder_has_a_floor_and_every_floor_a_folder() -> None:
+    rooms = {module_of(path, ROOT).partition(".")[0] for path in ROOT.rglob("*.py")}
+    unknown, gone = sorted(rooms - FLOORS.keys()), sorted(FLOORS.keys() - rooms)
+    assert not unknown, f"give {unknown} a floor in FLOORS ({__file__}): above all it imports, below all that import it"
+    assert not gone, f"take {gone} out of FLOORS ({__file__}): there is no such folder"
 
 
-def test_a_file_imports_from_lower_levels_only() -> None:
-    assert upward(ROOT, LEVELS) == []
+def test_a_folder_imports_from_lower_floors_only() -> None:
+    assert upward(ROOT) == []
+
+
+def test_within_a_folder_files_do_not_import_each_other_in_a_circle() -> None:
+    assert circles(ROOT) == []
+
+
+def test_a_planted_circle_is_caught_also_through_the_face_of_the_folder(tmp_path: Path) -> None:
+    root = plant(tmp_path, "layers/frozen.py", "from finetune_bn.layers import Ghost\n")
+    (root / "layers" / "__init__.py").write_text("from .ghost import Ghost\n", encoding="utf-8")
+    (root / "layers" / "ghost.py").write_text("def late():\n    from .frozen import f\n", encoding="utf-8")
+    assert set(circles(root)) == {"layers", "layers.ghost", "layers.frozen"}
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "from finetune_bn.convert import convert",
-        "from finetune_bn import convert",
-        "import finetune_bn.convert",
+        "from finetune_bn.conversion.convert import convert",
+        "from finetune_bn.conversion import convert as convert",
+        "import finetune_bn.conversion.convert",
         "import finetune_bn as fbn",
-        "from ..convert import convert",
+        "from ..conversion.convert import convert",
         "from .. import convert",
-        "from . import norm_act",
-        "from .frozen import FrozenBatchNorm",
-        "def late():\n    from finetune_bn.convert import convert",
+        "def late():\n    from finetune_bn.conversion.convert import convert",
     ],
 )
-def test_a_planted_import_that_points_upward_or_sideways_is_caught(tmp_path: Path, line: str) -> None:
+def test_a_planted_import_that_points_upward_is_caught(tmp_path: Path, line: str) -> None:
     root = plant(tmp_path, "layers/frozen.py", f"from finetune_bn.errors import complaint\n{line}\n")
-    assert len(upward(root, LEVELS)) == 1
+    assert len(upward(root)) == 1
 
 
 @pytest.mark.parametrize("line", ["from finetune_bn.errors import complaint", "from ..errors import complaint"])
 def test_a_planted_import_that_points_downward_passes(tmp_path: Path, line: str) -> None:
-    assert upward(plant(tmp_path, "layers/frozen.py", line), LEVELS) == []
+    assert upward(plant(tmp_path, "layers/frozen.py", line)) == []
 
 
 def test_relative_imports_of_an_init_file_start_at_its_own_package(tmp_path: Path) -> None:
@@ -260,8 +199,8 @@ def outsiders(root: Path) -> list[Import]:
     return [
         found
         for found in all_imports(root)
-        if found.package not in {*sys.stdlib_module_names, PACKAGE, "torch"} and found.module in LEVELS
-        if LEVELS[found.module] < LAZY_BELOW
+        if found.package not in {*sys.stdlib_module_names, PACKAGE, "torch"}
+        if floor_of(found.module) not in WITH_EXTRAS
     ]
 
 
@@ -270,7 +209,7 @@ def test_errors_needs_the_standard_library_alone() -> None:
 
 
 def test_the_core_knows_no_package_but_torch_and_in_named_places_timm_and_rich() -> None:
-    core = [found for found in outsiders(ROOT) if LEVELS[found.module] < TORCH_ALONE_BELOW]
+    core = [found for found in outsiders(ROOT) if floor_of(found.module) in TORCH_ALONE]
     assert [str(found) for found in core if found.module not in KNOWS.get(found.package, ())] == []
 
 
@@ -278,7 +217,7 @@ def test_below_lightning_other_packages_are_imported_inside_functions() -> None:
     assert [str(found) for found in outsiders(ROOT) if not found.lazy] == []
 
 
-def test_among_the_layers_only_norm_act_names_timms_modules() -> None:
+def test_among_the_layers_only_norm_act_and_sites_name_timms_modules() -> None:
     """A module can also be named in a string: `sys.modules["timm.layers"]`, `import_module("timm")`."""
     naming = set()
     for path in (ROOT / "layers").glob("*.py"):
@@ -290,7 +229,7 @@ def test_among_the_layers_only_norm_act_names_timms_modules() -> None:
             text == "timm" or (text.startswith("timm.") and " " not in text) for text in strings
         ):
             naming.add(path.name)
-    assert naming == {"norm_act.py"}
+    assert naming == {"norm_act.py", "sites.py"}
 
 
 def test_importing_the_package_loads_torch_and_none_of_the_extras() -> None:

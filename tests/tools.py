@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune_bn import memory
+from finetune_bn.diagnosis import memory
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:

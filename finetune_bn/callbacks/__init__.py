@@ -1,11 +1,11 @@
 """Lightning callbacks: add them to a `Trainer` that is already there."""
 
+from finetune_bn.callbacks.batch_composition import BatchCompositionGuard
 from finetune_bn.callbacks.conversion import BatchNormConversion, replay
 from finetune_bn.callbacks.group_norm import GroupNormCalibration, GroupNormDistillation
 from finetune_bn.callbacks.monitor import BatchNormMonitor
 from finetune_bn.callbacks.recalibration import BatchNormRecalibration
 from finetune_bn.callbacks.report import FinetuneReport
-from finetune_bn.callbacks.sampling import BatchCompositionGuard
 from finetune_bn.callbacks.schedule import BatchNormSchedule
 from finetune_bn.callbacks.step_limit import StepLimit
 

@@ -13,13 +13,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from finetune_bn.callbacks.collapse import CollapseWatch
-from finetune_bn.convert import convert, revert
+from finetune_bn.conversion.convert import convert, revert
+from finetune_bn.conversion.folding import as_carried_out
+from finetune_bn.conversion.plan import Plan, may_fold, plan
+from finetune_bn.conversion.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, ToGroupNorm, check_policy
+from finetune_bn.diagnosis.collapse import CollapseWatch
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, complaint
-from finetune_bn.folding import as_carried_out
-from finetune_bn.plans import Plan, may_fold, plan
-from finetune_bn.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, ToGroupNorm, check_policy
-from finetune_bn.sites import find_batch_norms
+from finetune_bn.layers.sites import find_batch_norms
 
 CHECKPOINT_KEY = "finetune_bn"
 

@@ -12,14 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from finetune_bn.calibrate import calibrate_group_norm
-from finetune_bn.calibration_record import Calibration
-from finetune_bn.callbacks.iid import ModuleBatches, training_batches
-from finetune_bn.callbacks.statistics import target_of
-from finetune_bn.callbacks.strategies import check_whole_network
-from finetune_bn.distil import Distillation, check_distillation, distil
+from finetune_bn.callbacks.batches import ModuleBatches, training_batches
+from finetune_bn.callbacks.module import check_whole_network, target_of
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.sites import find_batch_norms, is_converted_group_norm
+from finetune_bn.group_norm.calibrate import calibrate_group_norm
+from finetune_bn.group_norm.distil import Distillation, check_distillation, distil
+from finetune_bn.group_norm.record import Calibration
+from finetune_bn.layers.sites import find_batch_norms, is_converted_group_norm
 
 _TRIAL_IMAGES = 64  # are enough for a run that only looks for faults (fast_dev_run)
 

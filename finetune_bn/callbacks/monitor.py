@@ -13,20 +13,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from finetune_bn.advice import Look, advise, fisher
-from finetune_bn.callbacks.capture import NetworkCall
-from finetune_bn.callbacks.sampling import labels_of
-from finetune_bn.callbacks.statistics import part_of
-from finetune_bn.callbacks.strategies import check_whole_network
+from finetune_bn.callbacks.batch_composition import labels_of
+from finetune_bn.callbacks.module import check_whole_network, part_of
+from finetune_bn.diagnosis.advice import Look, advise, fisher
+from finetune_bn.diagnosis.inspector import Inspector, LayerLook, layer_inputs
+from finetune_bn.diagnosis.leakage import Leakage, _moved, measure_leakage
+from finetune_bn.diagnosis.network_call import NetworkCall
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
-from finetune_bn.feeding import Chunk
-from finetune_bn.inspection import Inspector, LayerLook, layer_inputs
+from finetune_bn.functional.moments import accumulator
+from finetune_bn.layers.sites import BatchNormSite, find_batch_norms
 from finetune_bn.layers.tracking import TrackingBatchNorm
-from finetune_bn.leakage import Leakage, _moved, measure_leakage
-from finetune_bn.membership import Membership
-from finetune_bn.moments import accumulator
-from finetune_bn.probe import quietly, tensors_in
-from finetune_bn.sites import BatchNormSite, find_batch_norms
+from finetune_bn.recalibration.iid_test import Membership
+from finetune_bn.utilities.batches import Chunk
+from finetune_bn.utilities.probe import quietly, tensors_in
 
 # Batches of which two images are kept until the next look; so many are compared with each other.
 _COMPARED = 12

@@ -18,9 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from finetune_bn.banks import StatisticsBank
-from finetune_bn.callbacks.iid import ModuleBatches, flattened, pooled_batches, training_batches
-from finetune_bn.callbacks.statistics import (
+from finetune_bn.callbacks.batches import ModuleBatches, flattened, pooled_batches, training_batches
+from finetune_bn.callbacks.module import (
     OwnStatistics,
     broadcast_statistics,
     frozen_layers,
@@ -29,10 +28,11 @@ from finetune_bn.callbacks.statistics import (
     target_of,
 )
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.measuring import How, Mode, Part, Settings
-from finetune_bn.recalibrate import recalibrate
-from finetune_bn.recalibration_record import Recalibration
-from finetune_bn.sites import find_batch_norms
+from finetune_bn.layers.sites import find_batch_norms
+from finetune_bn.recalibration.bank import StatisticsBank
+from finetune_bn.recalibration.measurement import How, Mode, Part, Settings
+from finetune_bn.recalibration.recalibrate import recalibrate
+from finetune_bn.recalibration.record import Recalibration
 
 When = Literal["validation", "steps", "fit_start", "test"]
 WHEN: tuple[When, ...] = get_args(When)

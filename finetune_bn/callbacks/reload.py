@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from finetune_bn.backbones import create_backbone
-from finetune_bn.functional import TOLERANCE
-from finetune_bn.probe import distance, quietly
-from finetune_bn.sites import is_converted_group_norm
+from finetune_bn.backbones.create import create_backbone
+from finetune_bn.functional.frozen import TOLERANCE
+from finetune_bn.layers.sites import is_converted_group_norm
+from finetune_bn.utilities.probe import distance, quietly
 
 
 class TimmNet(NamedTuple):

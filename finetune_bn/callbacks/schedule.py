@@ -17,16 +17,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from finetune_bn.banks import StatisticsBank
+from finetune_bn.callbacks.module import broadcast_statistics, part_of
 from finetune_bn.callbacks.recalibration import BatchNormRecalibration
-from finetune_bn.callbacks.statistics import broadcast_statistics, part_of
-from finetune_bn.convert import convert
+from finetune_bn.conversion.convert import convert
+from finetune_bn.conversion.plan import Plan, plan
+from finetune_bn.conversion.policies import Freeze, Keep, Policy, Rules, check_policy
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
 from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm
-from finetune_bn.plans import Plan, plan
-from finetune_bn.policies import Freeze, Keep, Policy, Rules, check_policy
-from finetune_bn.recalibration_record import Recalibration
-from finetune_bn.sites import find_batch_norms
+from finetune_bn.layers.sites import find_batch_norms
+from finetune_bn.recalibration.bank import StatisticsBank
+from finetune_bn.recalibration.record import Recalibration
 
 Momentum = float | Literal["auto"] | None
 

@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from finetune_bn.callbacks.strategies import check_whole_network
+from finetune_bn.callbacks.module import check_whole_network
 from finetune_bn.errors import FinetuneBNError
-from finetune_bn.step_limit import RATIO, LimitedSteps, check_ratio, limit_steps
+from finetune_bn.optim.step_limit import RATIO, LimitedSteps, check_ratio, limit_steps
 
 
 class StepLimit(Callback):

@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader
 
 from finetune_bn.data.checks import at_least, fractions, one_of
 from finetune_bn.data.images import ImageSet, ImageSource, collate, cpu_count, find_unreadable
-from finetune_bn.data.label_batches import SeededLabelBatches
-from finetune_bn.data.order import SeededOrder
+from finetune_bn.data.order import SeededLabelBatches, SeededOrder
 from finetune_bn.data.splits import derive_seed, stratified_split, stratified_subset
 from finetune_bn.data.transforms import (
     AUGMENTS,
@@ -30,7 +29,7 @@ from finetune_bn.data.transforms import (
     model_normalization,
 )
 from finetune_bn.errors import BadData, complaint
-from finetune_bn.samplers import SHORT, ResumableDataLoader, Short
+from finetune_bn.metric_learning.pk_sampler import SHORT, ResumableDataLoader, Short
 
 # Lightning's words for a stage beside the names of the splits.
 SPLITS = {"train": "train", "val": "val", "test": "test", "fit": "train", "validate": "val", "predict": "test"}

@@ -1,4 +1,4 @@
-"""The order of images and the randomness of their augmentation, both decided by the seed alone."""
+"""The order of images, of batches of P labels x K images, and of their augmentation, decided by the seed alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch.utils.data.distributed import DistributedSampler
 
 from finetune_bn.data.splits import derive_seed
+from finetune_bn.metric_learning.pk_sampler import PKBatchSampler
 
 
 class Draw(int):
@@ -96,3 +97,18 @@ class SeededOrder(DistributedSampler[Any]):
         """Return the number of images that this rank sees in an epoch."""
         extra = self.num_replicas - 1 if self._even else self.num_replicas - 1 - self.rank
         return (self._total + extra) // self.num_replicas
+
+
+class SeededLabelBatches(PKBatchSampler):
+    """Yields the batches of a `PKBatchSampler` as `Draw`s: an image that comes twice in a batch is augmented twice."""
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
+        """Yield this rank's batches of an epoch from number `start` on, with a seed for the augmentation of each image.
+
+        Args:
+            epoch: which epoch.
+            start: number of the first batch.
+        """
+        rank = self.rank
+        for number, batch in enumerate(super().batches(epoch, start), start):
+            yield [Draw(image, derive_seed(self.seed, epoch, rank, number, i)) for i, image in enumerate(batch)]

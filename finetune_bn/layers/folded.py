@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from finetune_bn.fold_functional import folded_convolution, folded_linear, result_size
-from finetune_bn.layers.fold import Fold
+from finetune_bn.functional.fold import folded_convolution, folded_linear, result_size
+from finetune_bn.layers.fold_tie import Fold
 
 
 class Folding(nn.Module):

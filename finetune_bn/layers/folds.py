@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.layers.fold import Fold
+from finetune_bn.layers.fold_tie import Fold
 from finetune_bn.layers.folded import (
     FoldedConv1d,
     FoldedConv2d,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.functional import (
+from finetune_bn.functional.frozen import (
     canonical_statistics,
     canonicalize,
     frozen_batch_norm,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from finetune_bn.batch_functional import Normalized, ghost_batch_norm
 from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.functional.batch import Normalized, ghost_batch_norm
 from finetune_bn.layers.tracking import TrackingBatchNorm
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.functional import frozen_batch_norm, scale_shift
-from finetune_bn.group_functional import closed_form, group_norm
+from finetune_bn.functional.frozen import frozen_batch_norm, scale_shift
+from finetune_bn.functional.group_norm import closed_form, group_norm
 from finetune_bn.layers.frozen import _store, share_hooks, why_not_frozen
 from finetune_bn.layers.tracking import ASIDE
 
@@ -32,7 +32,7 @@ class GroupNorm(nn.GroupNorm):
     Attributes:
         alpha: share of the BatchNorm's output in this one's, from 1 (the BatchNorm, frozen) to 0 (plain GroupNorm).
         balance: what the channels of the map in front were multiplied by, [C], and where that map is, see
-            `finetune_bn.balancing`; None: by nothing. What the BatchNorm stands for is the map without that.
+            `finetune_bn.layers.balance`; None: by nothing. What the BatchNorm stands for is the map without that.
         settings: what `from_batch_norm` was given besides the BatchNorm.
 
     Args:
@@ -123,7 +123,7 @@ class GroupNorm(nn.GroupNorm):
     def to_batch_norm(self) -> _BatchNorm:
         """Return the BatchNorm that this was made from, as it was: what GroupNorm has learned since is not in it.
 
-        It belongs behind a map without the factors of `balance`: `finetune_bn.balancing.unbalance` takes them out.
+        It belongs behind a map without the factors of `balance`: `finetune_bn.layers.balance.unbalance` takes them out.
         """
         bn = self._source[0]
         if bn.running_mean is not None and not bn.running_mean.is_meta:

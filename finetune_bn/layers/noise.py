@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from finetune_bn.batch_functional import image_spread, noisy_statistics, widened
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.functional import frozen_batch_norm
+from finetune_bn.functional.batch import image_spread, noisy_statistics, widened
+from finetune_bn.functional.frozen import frozen_batch_norm
 from finetune_bn.layers.frozen import (
     Affine,
     FrozenBatchNorm,

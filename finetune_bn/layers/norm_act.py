@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from finetune_bn.act_functional import frozen_batch_norm_act, frozen_batch_norm_relu, relu_tells_input
 from finetune_bn.errors import MissingDependency
-from finetune_bn.functional import frozen_batch_norm
+from finetune_bn.functional.frozen import frozen_batch_norm
+from finetune_bn.functional.frozen_act import frozen_batch_norm_act, frozen_batch_norm_relu, relu_tells_input
 from finetune_bn.layers.folded import FoldedConvNd
 from finetune_bn.layers.frozen import (
     Affine,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from finetune_bn.batch_functional import Normalized, batch_renorm
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.functional import at_least_float32
+from finetune_bn.functional.batch import Normalized, batch_renorm
+from finetune_bn.functional.frozen import at_least_float32
 from finetune_bn.layers.tracking import KeepsAside, TrackingBatchNorm
 
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from finetune_bn.functional import at_least_float32, canonicalize, scale_shift, solve_affine
+from finetune_bn.functional.frozen import at_least_float32, canonicalize, scale_shift, solve_affine
+from finetune_bn.functional.moments import accumulator
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.layers.norm_act import behind_norm, has_known_forward
-from finetune_bn.moments import accumulator
 
 
 @dataclass(frozen=True)

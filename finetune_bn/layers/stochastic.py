@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from finetune_bn.batch_functional import Normalized, batch_norm, eval_norm, stochastic_norm
 from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.functional.batch import Normalized, batch_norm, eval_norm, stochastic_norm
 from finetune_bn.layers.tracking import TrackingBatchNorm
 
 

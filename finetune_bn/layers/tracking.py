@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from finetune_bn.batch_functional import Normalized, batch_statistics, values_per_image
 from finetune_bn.errors import UnsupportedLayer
-from finetune_bn.functional import at_least_float32, frozen_batch_norm
+from finetune_bn.functional.batch import Normalized, batch_statistics, values_per_image
+from finetune_bn.functional.frozen import at_least_float32, frozen_batch_norm
 from finetune_bn.layers.frozen import _store, share_hooks, why_not_frozen
 
 ASIDE = "finetune_bn"  # key in a state dict's metadata, which a layer of torch or timm passes over

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from finetune_bn.backbones import create_backbone, data_config
+from finetune_bn.backbones.create import create_backbone, data_config
 from finetune_bn.callbacks import BatchNormConversion, replay
 from finetune_bn.callbacks.conversion import CHECKPOINT_KEY
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.optim import SCHEDULES, Schedule, lr_factor, parameter_groups
+from finetune_bn.optim.parameter_groups import SCHEDULES, Schedule, lr_factor, parameter_groups
 from finetune_bn.tasks.checks import check_number, check_optimizer
 
 

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from typing_extensions import override
 
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.functional import at_least_float32
+from finetune_bn.functional.frozen import at_least_float32
 from finetune_bn.tasks.base import TimmTask
 from finetune_bn.tasks.checks import check_number, check_whole, images_and_labels, images_of
 

@@ -14,18 +14,18 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from finetune_bn.errors import FinetuneBNError, UnsupportedLayer, complaint
-from finetune_bn.functional import at_least_float32
-from finetune_bn.retrieval import (
+from finetune_bn.functional.frozen import at_least_float32
+from finetune_bn.metric_learning import losses
+from finetune_bn.metric_learning.embeddings import Collected
+from finetune_bn.metric_learning.retrieval import (
     SCORES,
     RetrievalReport,
     measure_of,
     need_pytorch_metric_learning,
     retrieval_report,
 )
-from finetune_bn.tasks import losses
 from finetune_bn.tasks.base import TimmTask
 from finetune_bn.tasks.checks import check_number, check_whole, images_and_labels, images_of
-from finetune_bn.tasks.collected import Collected
 
 QUEUES_KEY = "finetune_bn_queues"
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import finetune_bn as fbn
-from finetune_bn.backbones import create_backbone
+from finetune_bn.backbones.create import create_backbone
 from finetune_bn.data import EmojiData
 
 NAME = "tf_efficientnet_lite0"

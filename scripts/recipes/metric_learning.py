@@ -14,10 +14,10 @@ from pytorch_metric_learning.losses import NTXentLoss
 from torch.utils.data import DataLoader
 
 import finetune_bn as fbn
-from finetune_bn.backbones import create_backbone
+from finetune_bn.backbones.create import create_backbone
 from finetune_bn.callbacks import BatchNormConversion, BatchNormMonitor
 from finetune_bn.data import EmojiData
-from finetune_bn.samplers import PKBatchSampler
+from finetune_bn.metric_learning.pk_sampler import PKBatchSampler
 
 POLICIES = {"live": fbn.Keep(), "frozen": fbn.Freeze("none"), "ghost": fbn.Ghost(groups=2)}
 

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion, GroupNormCalibration, GroupNormDistillation, replay
+from finetune_bn.conversion.export import export
 from finetune_bn.errors import FinetuneBNError
-from finetune_bn.export import export
 from finetune_bn.layers import GroupNorm
 from tests.models import settle
 

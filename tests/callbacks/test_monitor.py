@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import finetune_bn as fbn
+from finetune_bn.callbacks.batch_composition import BatchCompositionGuard
 from finetune_bn.callbacks.conversion import BatchNormConversion
 from finetune_bn.callbacks.monitor import BatchNormMonitor
-from finetune_bn.callbacks.sampling import BatchCompositionGuard
 from finetune_bn.errors import FinetuneBNError
-from finetune_bn.samplers import PKBatchSampler
+from finetune_bn.metric_learning.pk_sampler import PKBatchSampler
 from tests.tools import assert_same_state
 
 # What the monitor says is asked for where it matters.

@@ -34,7 +34,7 @@ import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion, BatchNormRecalibration
 from finetune_bn.callbacks.recalibration import CHECKPOINT_KEY
 from finetune_bn.errors import BadData, FinetuneBNError, UnsupportedLayer
-from finetune_bn.samplers import PKBatchSampler
+from finetune_bn.metric_learning.pk_sampler import PKBatchSampler
 
 IMAGES = 48
 

@@ -12,10 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from finetune_bn.data import Batch, EmojiData, ImageDataModule, ImageFolderData
-from finetune_bn.data.label_batches import SeededLabelBatches
-from finetune_bn.data.order import Draw, SeededOrder
+from finetune_bn.data.order import Draw, SeededLabelBatches, SeededOrder
 from finetune_bn.errors import BadData
-from finetune_bn.samplers import PKBatchSampler
+from finetune_bn.metric_learning.pk_sampler import PKBatchSampler
 from tests.data.conftest import MakeFolder
 
 # 24 emoji to train on, each by three vendors.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError
-from finetune_bn.functional import TOLERANCE, is_canonical
+from finetune_bn.functional.frozen import TOLERANCE, is_canonical
 from finetune_bn.layers import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from finetune_bn.layers.frozen import AFFINE_KINDS, LEARNABLE, Affine, why_not_frozen
 from tests.models import settle

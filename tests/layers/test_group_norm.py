@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune_bn.errors import FinetuneBNError
-from finetune_bn.functional import scale_shift
-from finetune_bn.group_functional import closed_form
+from finetune_bn.functional.frozen import scale_shift
+from finetune_bn.functional.group_norm import closed_form
 from finetune_bn.layers import GroupNorm, GroupNormAct2d
 from finetune_bn.layers.group_norm import number_of_groups, why_not_group_norm
 from tests.models import settle

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError
-from finetune_bn.functional import TOLERANCE
+from finetune_bn.functional.frozen import TOLERANCE
 from finetune_bn.layers import (
     FrozenBatchNorm,
     FrozenBatchNorm2d,

@@ -16,7 +16,7 @@ from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from timm.layers.norm_act import SyncBatchNormAct
 
 from finetune_bn.errors import FinetuneBNError, MissingDependency
-from finetune_bn.functional import TOLERANCE
+from finetune_bn.functional.frozen import TOLERANCE
 from finetune_bn.layers import (
     FrozenBatchNorm,
     FrozenBatchNorm1d,

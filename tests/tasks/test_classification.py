@@ -24,7 +24,7 @@ import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion
 from finetune_bn.errors import BadData, FinetuneBNError
 from finetune_bn.layers.frozen import FrozenBatchNorm
-from finetune_bn.optim import lr_factor, parameter_groups
+from finetune_bn.optim.parameter_groups import lr_factor, parameter_groups
 from finetune_bn.tasks import ImageClassification
 
 CLASSES = 3

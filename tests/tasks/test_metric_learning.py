@@ -25,10 +25,10 @@ import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion
 from finetune_bn.errors import BadData, FinetuneBNError, MissingDependency, UnsupportedLayer
 from finetune_bn.layers.frozen import FrozenBatchNorm
-from finetune_bn.retrieval import retrieval_report
-from finetune_bn.samplers import PKBatchSampler, ResumableDataLoader
+from finetune_bn.metric_learning.losses import queues_of
+from finetune_bn.metric_learning.pk_sampler import PKBatchSampler, ResumableDataLoader
+from finetune_bn.metric_learning.retrieval import retrieval_report
 from finetune_bn.tasks import MetricLearning
-from finetune_bn.tasks.losses import queues_of
 
 LABELS = 6  # to train on
 

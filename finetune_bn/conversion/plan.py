@@ -1,0 +1,343 @@
+"""A dry run as data: what a policy would do to each BatchNorm layer of a model, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune_bn.conversion.policies import (
+    Freeze,
+    Policy,
+    Rule,
+    Rules,
+    ToGroupNorm,
+    check_policy,
+    policy_from_dict,
+)
+from finetune_bn.conversion.producers import Feed, find_feeds, worth_folding
+from finetune_bn.conversion.refusals import notes, refusal
+from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
+from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm
+from finetune_bn.layers.group_norm import GroupNorm, number_of_groups
+from finetune_bn.layers.sites import BatchNormSite, find_batch_norms, find_lookalikes, positions_at, timm_stages
+from finetune_bn.layers.tracking import TrackingBatchNorm
+from finetune_bn.utilities.probe import can_run, find_probes
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What happens to one layer.
+
+    Attributes:
+        names: all its names in the model.
+        kind: class name of the layer.
+        num_features: number of channels C; 0 where the layer is none that we know.
+        policy: what happens to it; None where nothing does.
+        reason: why; for a refused row, what stands in the way.
+        refused: whether `convert` will refuse the whole plan because of this layer.
+        position: what computes the layer's input, as far as a probe input told.
+        folded_into: name of the convolution or linear map whose weight takes the affine of a layer to be frozen; ""
+            where the layer computes it itself.
+        not_folded: why it does, where the policy asks for folding.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    num_features: int
+    policy: Policy | None
+    reason: str
+    refused: bool = False
+    position: str = ""
+    folded_into: str = ""
+    not_folded: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain data."""
+        action = None if self.policy is None else self.policy.to_dict()
+        return {
+            "names": list(self.names),
+            "kind": self.kind,
+            "num_features": self.num_features,
+            "action": action,
+            "reason": self.reason,
+            "refused": self.refused,
+            "position": self.position,
+            "folded_into": self.folded_into,
+            "not_folded": self.not_folded,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to each BatchNorm layer of a model; `print` it, store it, or hand it to `convert`.
+
+    Attributes:
+        model: class name of the model it was made for.
+        rows: one a layer, in the order of definition.
+    """
+
+    model: str
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def refused(self) -> tuple[PlanRow, ...]:
+        """The rows because of which `convert` would refuse."""
+        return tuple(row for row in self.rows if row.refused)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data, for checkpoints and JSON."""
+        return {"model": self.model, "rows": [row.to_dict() for row in self.rows]}
+
+    def to_json(self) -> str:
+        """Return the plan as a JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Return the plan that `to_dict` described.
+
+        Raises:
+            FinetuneBNError: the data are no plan, or name a policy that there is not.
+        """
+        rows = []
+        try:
+            for row in data["rows"]:
+                policy = None if row["action"] is None else policy_from_dict(row["action"])
+                rest = {k: row[k] for k in ("kind", "num_features", "reason", "refused", "position")}
+                rest |= {k: row.get(k, "") for k in ("folded_into", "not_folded")}  # plans of version 0.1 have neither
+                rows.append(PlanRow(tuple(row["names"]), policy=policy, **rest))
+            return cls(data["model"], tuple(rows))
+        except (KeyError, TypeError) as error:
+            raise FinetuneBNError(complaint("plan", data, "what Plan.to_dict returned")) from error
+
+    def __str__(self) -> str:
+        header = ("layer", "type", "C", "position", "what happens", "folded into", "why")
+        body = [
+            (
+                " = ".join(name or "(root)" for name in row.names),
+                row.kind,
+                str(row.num_features or ""),
+                row.position,
+                _action(row),
+                row.folded_into or (f"- ({row.not_folded})" if row.not_folded else ""),
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        shown = [i for i in range(len(header)) if i in (0, 4) or any(line[i] for line in body)]
+        widths = [max(len(line[i]) for line in [header, *body]) for i in shown]
+        lines = ["  ".join(line[i].ljust(w) for i, w in zip(shown, widths, strict=True)).rstrip() for line in body]
+        top = "  ".join(header[i].ljust(w) for i, w in zip(shown, widths, strict=True)).rstrip()
+        counts = Counter(_action(row) for row in self.rows)
+        total = ", ".join(f"{n} x {action}" for action, n in counts.most_common())
+        folded = sum(bool(row.folded_into) for row in self.rows)
+        total += f"; {folded} folded" if folded else ""
+        return "\n".join([f"{self.model}: {total}", top, "-" * len(top), *lines])
+
+
+def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: bool = True) -> Plan:
+    """Tell what `convert(model, policy)` would do to each BatchNorm layer; the model is not changed.
+
+    Args:
+        model: any module; not one that is already wrapped by `torch.compile`, DDP or FSDP.
+        policy: a policy such as `Freeze(affine="none")`, or `Rules`.
+        example_input: a tensor, tuple or dict that `model.forward` takes, to find out what feeds each layer. Not
+            needed for timm models, nor for Lightning modules with an `example_input_array`.
+        probe: False leaves out what feeds each layer, and does not run the model, except where ToGroupNorm leaves one
+            channel a group, which a map of 1 x 1 would make zero.
+
+    Raises:
+        NoBatchNormMatched: the model has no BatchNorm, or a rule applies to no layer.
+        UnsupportedLayer: `fold="always"`, and not one layer can be folded.
+        FinetuneBNError: the model, the policy or the example input is none.
+    """
+    check_model(model)
+    policy = check_policy(policy)
+    sites = find_batch_norms(model, group_norms=True)
+    if not sites:
+        known = Counter(type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__)
+        raise NoBatchNormMatched(
+            complaint(
+                "model", type(model).__name__, "a model with BatchNorm layers", f"Norm layers in it: {dict(known)}."
+            )
+        )
+    rules = policy.rules if isinstance(policy, Rules) else (Rule(policy, name="*"),)
+    choices = _choose(model, sites, [rule for rule in rules if isinstance(rule, Rule)])
+    probes = (
+        find_probes(model, example_input) if probe and can_run(model) else []
+    )  # running a lazy layer would initialize it
+    feeds = find_feeds(model, sites, probes) if probes else {}
+    lonely = [s for s, rule in zip(sites, choices, strict=True) if rule is not None and _is_lonely(s, rule.policy)]
+    sizes = positions_at(model, lonely, find_probes(model, example_input)) if lonely and can_run(model) else {}
+    zeroed = {s.names[0]: sizes.get(s.names[0]) for s in lonely if _would_be_zero(s, sizes.get(s.names[0]))}
+    rows = [
+        _row(site, rule, feeds.get(site.names[0]), named_rule=isinstance(policy, Rules))
+        if site.names[0] not in zeroed
+        else _frozen_instead(site, feeds.get(site.names[0]), zeroed[site.names[0]])
+        for site, rule in zip(sites, choices, strict=True)
+    ]
+    rows = rows if feeds else _kept(model, rows)
+    if probe:
+        _check_always(rows)
+    for name, module in find_lookalikes(model):
+        why = f"left alone: {type(module).__module__}.{type(module).__name__} is no torch BatchNorm"
+        rows.append(PlanRow((name,), type(module).__name__, 0, None, why))
+    return Plan(type(model).__name__, tuple(rows))
+
+
+def check_model(model: object) -> None:
+    """Raise unless `model` is a module whose layers can be replaced."""
+    if not isinstance(model, nn.Module):
+        raise FinetuneBNError(complaint("model", model, "a torch.nn.Module"))
+    late = "Convert first, wrap afterwards."
+    wrappers = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}
+    for name, part in model.named_modules():
+        found = wrappers & {c.__name__ for c in type(part).__mro__}
+        # A compiled part compiles anew when it next runs; what DDP and FSDP know of their parts is final.
+        if (found and (not name or found != {"OptimizedModule"})) or (
+            not name and isinstance(part, torch.jit.ScriptModule)
+        ):
+            given = f"{type(part).__name__}{f' as {name}' if name else ''}"
+            raise FinetuneBNError(complaint("model", given, "the module before it is wrapped", late))
+
+
+def _choose(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequence[Rule]) -> list[Rule | None]:
+    """Return the deciding rule for each site; raise where a rule decides nothing or names of one layer disagree."""
+    names = [name for site in sites for name in site.names]
+    stages = timm_stages(model, names) if any(rule.stage is not None for rule in rules) else {}
+
+    def meets(rule: Rule, name: str, site: BatchNormSite) -> bool:
+        return any(rule.matches([name], kind, stages.get(name)) for kind in _kinds(site))
+
+    def first(name: str, site: BatchNormSite) -> Rule | None:
+        return next((rule for rule in rules if meets(rule, name, site)), None)
+
+    choices: list[Rule | None] = []
+    deciding: list[Rule | None] = []
+    for site in sites:
+        answers = [first(name, site) for name in site.names]
+        deciding += answers
+        policies = {answer.policy if answer else None for answer in answers}
+        if len(policies) > 1:
+            raise UnsupportedLayer(
+                f"rules: the layer shared as {', '.join(site.names)} gets different policies under its names; "
+                "write a rule that matches all of them."
+            )
+        choices.append(answers[0])
+    for rule in rules:
+        if not any(meets(rule, name, site) for site in sites for name in site.names):
+            close = difflib.get_close_matches(rule.name or "", names, n=3, cutoff=0.3)
+            seen = f"types {sorted({k for s in sites for k in _kinds(s)})}, stages {sorted(set(stages.values()))}"
+            remedy = f"Close names: {close}." if close else f"There are: {names[:5]}..., {seen}."
+            raise NoBatchNormMatched(complaint("rule", rule.describe(), "conditions that match a layer", remedy))
+        catch_all = rule.name == "*" and rule.stage is None and rule.type is None
+        if not catch_all and not any(choice is rule for choice in deciding):
+            raise NoBatchNormMatched(
+                complaint(
+                    "rule",
+                    rule.describe(),
+                    "a rule that decides at least one layer",
+                    "Rules before it decide all that it matches: the first match wins, so put the special one first.",
+                )
+            )
+    return choices
+
+
+def _kinds(site: BatchNormSite) -> set[str]:
+    """Return the class names by which a rule may call the layer: a frozen one also by that of the BN it was."""
+    source = site.module._source if isinstance(site.module, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)) else ()
+    return {site.kind, *(type(bn).__name__ for bn in source)}
+
+
+def _row(site: BatchNormSite, rule: Rule | None, feed: Feed | None, named_rule: bool) -> PlanRow:
+    position = feed.position if feed else ""
+    if rule is None:
+        return PlanRow(site.names, site.kind, site.num_features, None, "left alone: no rule matches", False, position)
+    problem = refusal(site.module, rule.policy)
+    because = f"rule {rule.describe()}" if named_rule else ""
+    if not problem:
+        because = "; ".join(filter(None, (because, *notes(site.module, rule.policy))))
+    row = PlanRow(
+        site.names, site.kind, site.num_features, rule.policy, problem or because, problem is not None, position
+    )
+    if problem or not may_fold(rule.policy):
+        return row
+    why_not = _why_not_folded(rule.policy, feed)
+    return dataclasses.replace(row, folded_into="" if why_not or not feed else feed.producer, not_folded=why_not)
+
+
+def may_fold(policy: Policy) -> bool:
+    """Tell whether layers under this policy may be folded, so that a plan for it needs a probe input."""
+    if isinstance(policy, Rules):
+        return any(may_fold(rule.policy) for rule in policy.rules if isinstance(rule, Rule))
+    return isinstance(policy, Freeze) and policy.fold != "never"
+
+
+def _why_not_folded(policy: Policy, feed: Feed | None) -> str:
+    assert isinstance(policy, Freeze)
+    if policy.noise is not None:
+        return "it draws its noise anew for each batch"
+    if feed is None:
+        return "no probe input reached it"
+    if feed.why_not or policy.fold == "always" or worth_folding(feed, bool(LEARNABLE[policy.affine][1:])):
+        return feed.why_not
+    return "its activation is small beside the weight"
+
+
+def _check_always(rows: Sequence[PlanRow]) -> None:
+    asked = [row for row in rows if isinstance(row.policy, Freeze) and row.policy.fold == "always" and not row.refused]
+    if asked and not any(row.folded_into for row in asked):
+        reasons = Counter(row.not_folded for row in asked).most_common(3)
+        raise UnsupportedLayer(
+            complaint(
+                "fold",
+                "always",
+                "'auto' or 'never', as none of these layers can be folded",
+                f"Reasons: {', '.join(f'{n} x {why}' for why, n in reasons)}. A probe input is `example_input`.",
+            )
+        )
+
+
+def _kept(model: nn.Module, rows: Sequence[PlanRow]) -> list[PlanRow]:
+    """Return the rows with what is folded already, where no probe tells anew."""
+    names = {id(module): name for name, module in model.named_modules()}
+    kept = []
+    for row in rows:
+        fold = getattr(model.get_submodule(row.names[0]), "_fold", None)
+        if fold is not None and fold.intact and row.policy is not None and may_fold(row.policy):
+            row = dataclasses.replace(row, folded_into=names[id(fold.producer)], not_folded="")
+        kept.append(row)
+    return kept
+
+
+def _is_lonely(site: BatchNormSite, policy: Policy) -> bool:
+    """Tell whether the policy puts each channel into a group of its own."""
+    if not isinstance(policy, ToGroupNorm):
+        return False
+    return number_of_groups(site.num_features, policy.groups, policy.channels_per_group) == site.num_features
+
+
+def _would_be_zero(site: BatchNormSite, positions: int | None) -> bool:
+    """Tell whether one channel a group leaves nothing of an image; unknown sizes count as 1 where [N, C] is usual."""
+    return positions == 1 or (positions is None and any("1d" in kind for kind in _kinds(site)))
+
+
+def _frozen_instead(site: BatchNormSite, feed: Feed | None, positions: int | None) -> PlanRow:
+    known = "its maps have one position" if positions else "its maps may have one position (no example input tells)"
+    why = f"frozen instead: {known}, and GroupNorm with one channel a group would return zero for it"
+    row = _row(site, Rule(Freeze(), name="*"), feed, named_rule=False)
+    return row if row.refused else dataclasses.replace(row, reason="; ".join(filter(None, (why, row.reason))))
+
+
+def _action(row: PlanRow) -> str:
+    if row.refused:
+        return "REFUSED"
+    return "left alone" if row.policy is None else row.policy.describe()

@@ -1,0 +1,167 @@
+"""Replace layers of a model, and prove of each new layer, and of the network, that the outputs stay the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune_bn.errors import ConversionMismatch, FinetuneBNError
+from finetune_bn.functional.frozen import TOLERANCE, at_least_float32
+from finetune_bn.utilities.probe import Probe, distance, quietly
+
+log = logging.getLogger("finetune_bn")
+
+# Layers and what stands, or is to stand, in their place.
+Replacements = Sequence[tuple[nn.Module, nn.Module]]
+
+
+def replace_modules(model: nn.Module, pairs: Replacements) -> nn.Module:
+    """Replace modules by identity under every name they have, and return the (possibly new) root."""
+    new_of = {id(old): new for old, new in pairs}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in new_of:
+                parent._modules[name] = new_of[id(child)]
+    return new_of.get(id(model), model)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the network returned before the conversion, and which of the layers that go ran for it."""
+
+    probe: Probe
+    before: list[Tensor]
+    ran: frozenset[int]
+
+
+def run_probes(model: nn.Module, probes: Sequence[Probe], layers: Sequence[nn.Module]) -> list[Proof]:
+    """Return what the model returns for the probes before `layers` are replaced; a guessed probe may fail, said so."""
+    results = []
+    for probe in probes:
+        try:
+            outputs = probe.run(model)
+            ran = frozenset(_layer_outputs(model, probe, layers))
+            results.append(Proof(probe, outputs, ran))
+            if not outputs:
+                log.warning("no proof on the whole network, layer by layer only: it returned no tensors that are found")
+        except Exception as error:
+            if probe.given:
+                raise
+            log.warning(
+                "no proof on the whole network, layer by layer only: its example_input_array, or the input size in its "
+                "pretrained_cfg, does not fit (%s). Pass example_input.",
+                error.__cause__,
+            )
+    if not probes:
+        log.info("no proof on the whole network, layer by layer only: pass example_input for one")
+    return results
+
+
+def prove_layer(name: str, old: nn.Module, new: nn.Module) -> None:
+    """Compare old and new layer, both in eval mode, on an input drawn from the old one's statistics.
+
+    Raises:
+        ConversionMismatch: the outputs differ.
+    """
+    statistics = old.get_buffer("running_mean"), old.get_buffer("running_var")
+    mean, sd = at_least_float32(statistics[0]), at_least_float32(statistics[1]).sqrt()
+    dims = next((d for d in (4, 3, 5, 2) if _takes(old, d) and _takes(new, d)), 4)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, mean.numel(), *[2] * (dims - 2), generator=generator).to(mean.device, mean.dtype)
+    per_channel = [1, -1] + [1] * (dims - 2)
+    x = (noise * sd.view(per_channel) + mean.view(per_channel)).to(statistics[0].dtype)
+    outputs = []
+    for layer in (old, new):
+        with quietly(layer):
+            outputs.append([layer.forward(x.clone())])  # past the hooks: they are not part of the function
+    _check(distance(outputs[1], outputs[0]), x.dtype, f"layer {name or '(root)'} ({type(old).__name__})")
+
+
+def _takes(layer: nn.Module, dims: int) -> bool:
+    try:
+        layer._check_input_dim(torch.empty([1] * dims))  # type: ignore[operator]
+    except ValueError:
+        return False
+    return True
+
+
+def prove_network(model: nn.Module, proof: Proof, replacements: Replacements, changed: bool = False) -> None:
+    """Compare the network with the new layers to what it returned before.
+
+    Args:
+        model: the network, the new layers in place.
+        proof: what `run_probes` returned of it before.
+        replacements: the layers that were replaced.
+        changed: whether the new layers compute something else on purpose: then it is only proven that they run.
+
+    Raises:
+        ConversionMismatch: the outputs differ, or layers that ran before do not run.
+    """
+    probe, before = proof.probe, proof.before
+    try:
+        after = probe.run(model)
+    except FinetuneBNError as error:
+        raise ConversionMismatch(
+            f"the network: it took the probe input before, and with the new layers it raises {error.__cause__!r}. "
+            "Nothing was changed. Leave the layers it asks about out by a rule with Keep(), or report it."
+        ) from error
+    names = {id(module): name or "(root)" for name, module in model.named_modules()}
+    new_outputs = _layer_outputs(model, probe, [new for _, new in replacements])
+    lost = [names[id(replacements[i][1])] for i in sorted(proof.ran - new_outputs.keys())]
+    if lost:
+        raise ConversionMismatch(
+            f"the network: layers {lost} ran before, and do not run after they were replaced. The model also holds "
+            "them outside of its modules (a list, a closure), where the old ones would go on. Nothing was changed."
+        )
+    if changed:
+        return
+    # The widest of the dtypes in play: a bfloat16 network may return float32.
+    statistics: list[Tensor] = [old.get_buffer("running_mean") for old, _ in replacements]
+    dtypes = {t.dtype for t in [*before, *statistics]} & TOLERANCE.keys()
+    dtype = max(dtypes, key=lambda dtype: TOLERANCE[dtype], default=torch.float32)
+    off = distance(after, before)
+    if off <= TOLERANCE[dtype]:
+        return
+    model = replace_modules(model, [(new, old) for old, new in replacements])
+    old_outputs = _layer_outputs(model, probe, [old for old, _ in replacements])
+    replace_modules(model, replacements)
+    culprit = "the model's own code behind the last new layer"
+    for i, reference in old_outputs.items():
+        if distance(new_outputs.get(i, []), reference) > TOLERANCE[dtype]:
+            culprit = f"layer {names[id(replacements[i][1])]!r}"
+            break
+    _check(off, dtype, f"the network, first at {culprit}")
+
+
+def _layer_outputs(model: nn.Module, probe: Probe, layers: Sequence[nn.Module]) -> dict[int, list[Tensor]]:
+    """Return what each layer returned, keyed by its index and in the order of the first calls."""
+    outputs: dict[int, list[Tensor]] = {}
+
+    def hook(i: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            if module is layers[i]:  # an old layer and its new one share their hooks
+                outputs.setdefault(i, []).append(output.detach().clone())
+
+        return keep
+
+    handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
+    try:
+        probe.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _check(off: float, dtype: torch.dtype, where: str) -> None:
+    if not off <= TOLERANCE[dtype]:
+        raise ConversionMismatch(
+            f"{where}: outputs before and after differ by {off:.2g} of the largest value; allowed for {dtype}: "
+            f"{TOLERANCE[dtype]:.0e}. Nothing was changed. Leave the layer out by a rule with Keep(), or report it.",
+            in_values=True,
+        )

@@ -1,0 +1,111 @@
+"""What stands in the way of a policy on one layer, and what someone who asks for it should know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from finetune_bn.conversion.policies import (
+    EvalNorm,
+    Freeze,
+    Ghost,
+    Keep,
+    NormalizeOnly,
+    Policy,
+    Renorm,
+    Stochastic,
+    ToGroupNorm,
+)
+from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm, why_not_frozen
+from finetune_bn.layers.group_norm import GroupNorm, number_of_groups, why_not_group_norm
+from finetune_bn.layers.hold_affine import changes_function, is_held
+from finetune_bn.layers.norm_act import has_known_forward, is_norm_act
+from finetune_bn.layers.tracking import TrackingBatchNorm, why_not_tracking
+
+_TRACKING = (Ghost, Renorm, Stochastic, EvalNorm)
+_FIVE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def refusal(bn: nn.Module, policy: Policy) -> str | None:
+    """Return why `policy` cannot be carried out on a layer, or None where it can."""
+    if isinstance(policy, Keep):
+        return None
+    if any(is_lazy(t) for t in [*bn.parameters(False), *bn.buffers(False)]):
+        return "is not initialized yet (a lazy layer): run the model once first"
+    values: Mapping[str, Tensor | None] = bn._parameters
+    tracking = bn if isinstance(bn, TrackingBatchNorm) else None
+    if isinstance(bn, GroupNorm):
+        if "forward" in vars(bn):
+            return f"{type(bn).__module__}.{type(bn).__qualname__} has a forward patched in"
+        if parametrize.is_parametrized(bn):
+            return "has parametrized tensors (torch.nn.utils.parametrize): remove the parametrizations first"
+        bn = bn._source[0]
+    if isinstance(bn, FrozenBatchNorm):
+        source = bn._source[0] if bn._source else bn._new_batch_norm()
+        values = bn._values_for(source)
+        bn = source
+    elif tracking is not None and has_known_forward(tracking):
+        bn = tracking._source[0] if tracking._source else tracking._new_batch_norm()
+    if any(parametrize.is_parametrized(layer) for layer in (bn, tracking) if layer is not None):
+        return "has parametrized tensors (torch.nn.utils.parametrize): remove the parametrizations first"
+    if not has_known_forward(bn):  # type: ignore[arg-type]
+        kind = f"{type(bn).__module__}.{type(bn).__qualname__}"
+        patched = "forward" in vars(bn)
+        return f"{kind} has a forward patched in" if patched else f"is a subclass with a forward of its own ({kind})"
+    if isinstance(policy, (Freeze, ToGroupNorm, *_TRACKING)):
+        known = (*_FIVE, "drop", "act") if is_norm_act(bn) else _FIVE
+        extra = [name for part in (bn._parameters, bn._buffers, bn._modules) for name in part if name not in known]
+        kind = "a frozen layer" if isinstance(policy, Freeze) else f"a layer for {type(policy).__name__}"
+        if extra:
+            return f"holds {', '.join(extra)} besides BatchNorm's five tensors, which {kind} would lose"
+        layer = tracking or bn  # the statistics of today, where they are live
+        if isinstance(policy, Freeze):
+            return why_not_frozen(layer, policy.affine)  # type: ignore[arg-type]
+        if isinstance(policy, ToGroupNorm):
+            return why_not_group_norm(layer, policy.init)  # type: ignore[arg-type]
+        return why_not_tracking(layer)
+    if bn.weight is None and bn.bias is None:
+        return "has no weight and no bias to hold constant; Keep() would do the same"
+    if (
+        isinstance(policy, NormalizeOnly)
+        and not policy.change_function
+        and changes_function(values["weight"], values["bias"])
+    ):
+        return (
+            "its gamma and beta are not 1 and 0: resetting them changes what the pretrained layer computes; "
+            "NormalizeOnly(change_function=True) does it all the same, FreezeAffine() keeps the values"
+        )
+    return None
+
+
+def notes(bn: nn.Module, policy: Policy) -> Iterator[str]:
+    """Yield what someone who does this to the live layer should know."""
+    if isinstance(policy, ToGroupNorm):
+        number = number_of_groups(bn.num_features, policy.groups, policy.channels_per_group)  # type: ignore[arg-type]
+        asked = policy.groups if policy.channels_per_group is None else policy.channels_per_group
+        got = number if policy.channels_per_group is None else bn.num_features // number  # type: ignore[operator]
+        if asked not in ("auto", got):
+            unit = "groups" if policy.channels_per_group is None else "channels a group"
+            yield f"{got} {unit}: {bn.num_features} channels are no multiple of {asked}"
+        if policy.init == "sequential":
+            yield "closed form until calibrate_group_norm(model, batches) has fitted it to images"
+    goes_by = (Freeze, ToGroupNorm, *_TRACKING)
+    if isinstance(bn, (FrozenBatchNorm, GroupNorm)) or not isinstance(policy, goes_by):
+        return
+    if isinstance(policy, _TRACKING) and isinstance(bn, nn.SyncBatchNorm):
+        yield "each process will normalize by images of its own: they are no longer synchronized"
+    trained = LEARNABLE[policy.affine] if isinstance(policy, Freeze) else ()
+    off = [name for name in trained if getattr(bn, name) is not None and not getattr(bn, name).requires_grad]
+    if off and not is_held(bn):
+        yield f"{' and '.join(off)} keep requires_grad=False"
+    mean, var = bn.running_mean, bn.running_var
+    if mean is None:  # as ToGroupNorm may do without
+        return
+    assert isinstance(mean, Tensor)
+    assert isinstance(var, Tensor)
+    goes_by_them = isinstance(policy, (Freeze, ToGroupNorm, Renorm, Stochastic)) and not mean.is_meta
+    if goes_by_them and not mean.any() and bool((var == 1).all()):
+        yield "its statistics are those of a new layer (mean 0, variance 1): are the pretrained weights loaded?"

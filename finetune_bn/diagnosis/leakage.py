@@ -1,0 +1,179 @@
+"""How much of an image's output depends on the other images of its batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune_bn.errors import BadData, FinetuneBNError, complaint
+from finetune_bn.functional.moments import accumulator
+from finetune_bn.layers.sites import BatchNormSite, find_batch_norms
+from finetune_bn.utilities.batches import Chunk, Feeder, Forward, join
+from finetune_bn.utilities.probe import can_run, quietly, tensors_in
+
+
+@dataclass(frozen=True)
+class LayerLeakage:
+    """One layer.
+
+    Attributes:
+        names: all its names in the model.
+        kind: class name.
+        leakage: how far its output for an image moves when the other images are exchanged, root mean square,
+            relative to how far the outputs of two images are apart; exactly 0 where nothing leaks.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    leakage: float
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """What `measure_leakage` found; `print` it for a table.
+
+    Attributes:
+        total: how far the model's own output for an image moves, as `LayerLeakage.leakage`.
+        images: how many images were looked at, each in two batches.
+        batch_size: images in each batch.
+        rows: one a BatchNorm layer, in the order in which the data reach them.
+    """
+
+    total: float
+    images: int
+    batch_size: int
+    rows: tuple[LayerLeakage, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain data."""
+        rows = [{"names": list(r.names), "kind": r.kind, "leakage": r.leakage} for r in self.rows]
+        return {"total": self.total, "images": self.images, "batch_size": self.batch_size, "rows": rows}
+
+    def __str__(self) -> str:
+        width = max([len(" = ".join(r.names)) for r in self.rows] + [len("layer")])
+        lines = [f"{' = '.join(row.names).ljust(width)}  {row.leakage:.4f}" for row in self.rows]
+        said = (
+            "nothing leaks: an image's output does not depend on its batch"
+            if self.total == 0
+            else f"the output of an image moves by {100 * self.total:.1f} % of the distance between two images when "
+            f"{self.batch_size - self.images} images of its batch are exchanged"
+        )
+        return "\n".join([said, f"{'layer'.ljust(width)}  leakage", *lines])
+
+
+def measure_leakage(
+    model: nn.Module,
+    batch: Any,
+    other: Any,
+    *,
+    images: int | None = None,
+    forward: Forward | None = None,
+    device: torch.device | str | None = None,
+) -> Leakage:
+    """Tell how far an image's output moves when its batch peers change, as the BatchNorm layers are in training.
+
+    The first `images` of `batch` go through the model twice: with the rest of `batch` and with the rest of `other`.
+    BatchNorm layers are in training mode, everything else (dropout, drop path) in eval mode, and layers that draw at
+    random draw the same both times; so whatever moves came from the other images. The model is left as it was,
+    running statistics included.
+
+    Args:
+        model: any module.
+        batch: a batch as it comes in training: a tensor [N, ...], a tuple that starts with one, or a dict.
+        other: another such batch, with N images or more.
+        images: how many images keep their place; None: a quarter of the batch, at least one.
+        forward: `(model, batch)` that passes a batch to the model and returns its output [N, ...].
+        device: where batches are moved to; None: where the model is.
+
+    Raises:
+        FinetuneBNError: the batches are too small or not alike, or the model returns nothing with a row an image.
+    """
+    if not isinstance(model, nn.Module) or not can_run(model):
+        raise FinetuneBNError(complaint("model", type(model).__name__, "a torch.nn.Module with values in it"))
+    feeder = Feeder(model, forward, device)
+    first, second, kept = _two_batches(feeder, batch, other, images)
+    sites = find_batch_norms(model)
+    with quietly(model), _as_in_training([site.module for site in sites]):
+        one = _run(feeder, first, sites, kept)
+    with quietly(model), _as_in_training([site.module for site in sites]):
+        two = _run(feeder, second, sites, kept)
+    rows = [
+        LayerLeakage(sites[number].names, sites[number].kind, _moved(output, two.layers[number]))
+        for number, output in one.layers.items()
+    ]
+    total = max(_moved(a, b) for a, b in zip(one.outputs, two.outputs, strict=True))
+    return Leakage(total, kept, len(first), tuple(rows))
+
+
+@dataclass
+class _Outputs:
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+def _two_batches(feeder: Feeder, batch: Any, other: Any, images: int | None) -> tuple[Chunk, Chunk, int]:
+    """Return two batches that begin with the same images and go on with different ones."""
+    one, two = feeder.chunk(batch, 0), feeder.chunk(other, 1)
+    size = len(one)
+    kept = max(1, size // 4) if images is None else images
+    if not 1 <= kept < size:
+        raise FinetuneBNError(complaint("images", kept, f"1 to {size - 1}: a batch has {size}"))
+    if one.shape_key is None or one.shape_key != two.shape_key or len(two) < size:
+        raise BadData(complaint("other", f"{len(two)} images", f"{size} or more, in tensors like those of batch"))
+    return one, join([one[:kept], two[kept:size]]), kept
+
+
+@contextlib.contextmanager
+def _as_in_training(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Put BatchNorm layers in training mode; what they write into their buffers is undone."""
+    buffers = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+def _run(feeder: Feeder, chunk: Chunk, sites: Sequence[BatchNormSite], kept: int) -> _Outputs:
+    """Return what layers and model return for the first `kept` images of a batch, one row an image."""
+    found = _Outputs()
+
+    def watch(number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if output.shape[0] == len(chunk) and number not in found.layers:
+                found.layers[number] = _rows(output, kept)
+
+        return hook
+
+    handles = [site.module.register_forward_hook(watch(number)) for number, site in enumerate(sites)]
+    try:
+        output = feeder(chunk)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found.outputs = [_rows(t, kept) for t in tensors_in(output) if t.dim() and len(t) == len(chunk)]
+    if not found.outputs:
+        raise FinetuneBNError(
+            complaint("model", type(output).__name__, "one that returns a tensor with a row an image")
+        )
+    return found
+
+
+def _rows(output: Tensor, kept: int) -> Tensor:
+    return output[:kept].detach().flatten(1).to(accumulator(output), copy=True)
+
+
+def _moved(one: Tensor, two: Tensor) -> float:
+    """Return the root mean square distance between rows, relative to that between two different rows of `one`."""
+    if torch.equal(one, two):
+        return 0.0
+    between = (one - one.mean(0)).square().sum(1).mean() * 2 if len(one) > 1 else one.square().sum(1).mean()
+    moved = (one - two).square().sum(1).mean()
+    return float((moved / between.clamp_min(torch.finfo(one.dtype).tiny)).sqrt())

@@ -1,0 +1,258 @@
+"""What is reported of one fine-tuning: its figure, its page and its data, made from plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from finetune_bn.diagnosis.figures import (
+    FONT,
+    INK,
+    History,
+    confusion_matrix,
+    curve_names,
+    domain_bars,
+    html_code,
+    html_image,
+    html_list,
+    html_page,
+    html_table,
+    html_text,
+    learning_curves,
+    new_figure,
+    png,
+    to_json,
+)
+from finetune_bn.utilities.files import write_atomically
+
+CLASSES_SHOWN = 50
+
+
+@dataclass(frozen=True)
+class DomainResult:
+    """The test on the images of one domain, or on all of them.
+
+    Attributes:
+        domain: its name.
+        accuracy: share of right answers of the trained module, 0 to 1.
+        images: how many images the reloaded network was tested on.
+        reloaded: share of right answers of a plain timm model with the weights of the checkpoint.
+        difference: largest |difference| of the two networks' logits on one batch, relative to the largest |logit|.
+    """
+
+    domain: str
+    accuracy: float | None = None
+    images: int | None = None
+    reloaded: float | None = None
+    difference: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """A fine-tuning as data.
+
+    Attributes:
+        title: what was trained on what.
+        subtitle: how.
+        batch_norm: what happened to the BatchNorm layers, one line.
+        history: the metrics of each epoch.
+        results: the test, domain by domain; empty without a test.
+        overall: the test over all domains.
+        test_metrics: all that was logged in the test.
+        confusion: counts [C, C], rows are the true classes.
+        class_names: C names.
+        checkpoint: the file that was tested, relative to the report.
+        loading_code: Python that loads it into plain timm.
+        tolerance: what `DomainResult.difference` may be.
+        errors: what went wrong.
+        notes: what was left out, and why.
+        versions: of the software.
+    """
+
+    title: str
+    subtitle: str = ""
+    batch_norm: str = ""
+    history: History = ()
+    results: Sequence[DomainResult] = ()
+    overall: DomainResult | None = None
+    test_metrics: Mapping[str, float] = field(default_factory=dict)
+    confusion: Tensor | None = None
+    class_names: Sequence[str] = ()
+    checkpoint: str | None = None
+    loading_code: str = ""
+    tolerance: float | None = None
+    errors: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> Path:
+        """Write `report.png`, `report.json` and `report.html` (which holds the figure), and return the page's path."""
+        picture = png(self.figure())
+        write_atomically(folder / "report.png", picture)
+        write_atomically(folder / "report.json", to_json(self.to_dict()))
+        write_atomically(folder / "report.html", self.page(picture))
+        return folder / "report.html"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as plain data, but for the confusion matrix, a tensor."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
+            "results": [asdict(result) for result in self.results],
+            "overall": None if self.overall is None else asdict(self.overall),
+        }
+
+    def figure(self) -> Any:
+        """Return a `matplotlib.figure.Figure` with those panels for which there is something to draw."""
+        curves = [word for word in ("loss", "acc") if curve_names(self.history, word)]
+        accuracies = {result.domain: result.accuracy for result in self.results if result.accuracy is not None}
+        columns = max(1, len(curves))
+        rows = ([curves] if curves else []) + ([["domains"] * columns] if accuracies else [])
+        figure, left, right = _titled_figure(self, len(rows), columns)
+        if rows:
+            axes = left.subplot_mosaic(rows, height_ratios=[3, 2] if len(rows) == 2 else None)
+            for word in curves:
+                learning_curves(axes[word], self.history, word)
+            if accuracies:
+                domain_bars(axes["domains"], accuracies, None if self.overall is None else self.overall.accuracy)
+        if self.confusion is not None:
+            confusion_matrix(right.subplots(), self.confusion, self.class_names)
+        if not rows and self.confusion is None:
+            left.text(0.5, 0.5, "No loss and no accuracy was logged.", ha="center", fontsize=FONT)
+        return figure
+
+    def page(self, picture: bytes) -> str:
+        """Return the HTML page, with the figure in it.
+
+        Args:
+            picture: the figure as PNG.
+        """
+        loading = html_text("The path is that from the folder of this page.")
+        return html_page(
+            self.title,
+            [
+                ("Wrong", html_list(self.errors, "error")),
+                ("Test accuracy", self._results_table()),
+                ("", html_image(picture, f"{self.title}: learning curves, test accuracy, confusion matrix")),
+                ("BatchNorm layers", html_text(self.batch_norm) if self.batch_norm else ""),
+                ("Load it into plain timm", loading + html_code(self.loading_code) if self.loading_code else ""),
+                (self._classes_heading(), self._classes_table()),
+                ("Epoch by epoch", self._history_table()),
+                ("All test metrics", html_table(["metric", "value"], _cells(self.test_metrics.items()))),
+                ("Left out", html_list(self.notes)),
+                ("Versions", html_text(", ".join(f"{name} {version}" for name, version in self.versions.items()))),
+            ],
+            self.subtitle,
+        )
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Return header and cells of the table of test results; columns in which nothing is known are left out."""
+        results = [*self.results, *([] if self.overall is None else [self.overall])]
+        columns = {
+            "domain": [result.domain for result in results],
+            "images": [_text(result.images) for result in results],
+            "accuracy": [_share(result.accuracy) for result in results],
+            "in plain timm": [_share(result.reloaded) for result in results],
+            "logits differ by": [_text(result.difference, ".1e" if result.difference else "g") for result in results],
+        }
+        shown = {name: cells for name, cells in columns.items() if any(cells)}
+        return list(shown), [list(cells) for cells in zip(*shown.values(), strict=True)]
+
+    def _results_table(self) -> str:
+        table = html_table(*self.rows()) if self.results else ""
+        if self.tolerance is None or not table:
+            return table
+        return table + html_text(
+            "In plain timm: the checkpoint loaded into a timm model with ordinary BatchNorm layers, on the same images."
+            " The largest difference between its logits and those of the trained network, on one batch a domain, is"
+            f" relative to the largest logit; up to {self.tolerance:.0e} is rounding."
+        )
+
+    def _classes_heading(self) -> str:
+        many = len(self.class_names) > CLASSES_SHOWN
+        return f"Classes ({CLASSES_SHOWN} of {len(self.class_names)}, worst first)" if many else "Classes (worst first)"
+
+    def _classes_table(self) -> str:
+        if self.confusion is None:
+            return ""
+        counts = self.confusion.cpu()
+        images, right = counts.sum(1), counts.diagonal()
+        recall = right / images.clamp_min(1)
+        precision = right / counts.sum(0).clamp_min(1)
+        mistakes = counts - counts.diagonal().diag()
+        rows = []
+        for i in sorted(images.nonzero().flatten().tolist(), key=lambda i: float(recall[i]))[:CLASSES_SHOWN]:
+            often, other = mistakes[i].max(0)
+            taken = f"{self.class_names[int(other)]} ({int(often)})" if often else ""
+            rows.append(
+                [self.class_names[i], int(images[i]), _share(float(recall[i])), _share(float(precision[i])), taken]
+            )
+        return html_table(["class", "test images", "recall", "precision", "mostly mistaken for"], rows)
+
+    def _history_table(self) -> str:
+        names = [name for name in dict.fromkeys(name for record in self.history for name in record) if name != "epoch"]
+        rows = [
+            [_text(record.get("epoch"), ".0f"), *(_metric(record, name) for name in names)] for record in self.history
+        ]
+        return html_table(["epoch (from 0)", *names], rows) if names else ""
+
+
+def timm_code(name: str, num_classes: int, checkpoint: str, arguments: Mapping[str, Any], prefix: str = "net.") -> str:
+    """Return a script that loads a Lightning checkpoint into `timm.create_model`, without this package.
+
+    Args:
+        name: of the timm model.
+        num_classes: size of its head.
+        checkpoint: path of the file.
+        arguments: further ones of `timm.create_model`.
+        prefix: what stands before timm's names in the checkpoint.
+    """
+    call = ", ".join([repr(name), f"{num_classes=}", *(f"{key}={value!r}" for key, value in arguments.items())])
+    return f"""import timm
+import torch
+
+model = timm.create_model({call})
+checkpoint = torch.load({checkpoint!r}, map_location="cpu", weights_only=True)
+weights = {{key: value for key, value in checkpoint["state_dict"].items() if key.startswith({prefix!r})}}
+model.load_state_dict({{key.removeprefix({prefix!r}): value for key, value in weights.items()}}, strict=True)
+model.eval()
+"""
+
+
+def _titled_figure(report: TrainingReport, rows: int, columns: int) -> tuple[Any, Any, Any]:
+    """Return a figure with its title, its part for small panels, and its part for the confusion matrix."""
+    head, height, width = 0.8, (2.2, 3.8, 7.3)[rows], max(7.0, 4.6 * columns)
+    matrix = 0.0
+    if report.confusion is not None:
+        # More classes get more room, which on a slide makes all letters smaller.
+        height = 7.3 * (1 + min(0.4, max(0, len(report.class_names) - 12) / 40))
+        matrix = height + 1.1
+        width = max(3.4 * columns, 4.6) * height / 7.3 if rows else 0.0
+    figure = new_figure(width + matrix, head + height)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    top, body = figure.subfigures(2, 1, height_ratios=[head, height])
+    place = {"x": 0.15 / (width + matrix), "ha": "left", "va": "top", "parse_math": False}
+    top.text(y=0.8, s=report.title, fontsize=1.5 * FONT, fontweight="bold", color=INK, **place)
+    top.text(y=0.35, s=report.subtitle, fontsize=FONT, color="#555555", **place)
+    if width and matrix:
+        return figure, *body.subfigures(1, 2, width_ratios=[width, matrix])
+    return figure, body, body
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _text(value: float | None, form: str = "") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _metric(record: Mapping[str, float | None], name: str) -> str:
+    value = record.get(name)
+    return "not finite" if name in record and value is None else _text(value, ".4g")
+
+
+def _cells(items: Iterable[tuple[str, float]]) -> list[list[str]]:
+    return [[name, f"{value:.4g}"] for name, value in items]

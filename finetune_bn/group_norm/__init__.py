@@ -1,0 +1,1 @@
+"""What is done to layers that were converted to GroupNorm."""

@@ -1,0 +1,1 @@
+"""What an optimizer needs to know of a network."""

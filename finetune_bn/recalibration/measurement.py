@@ -1,0 +1,335 @@
+"""One recalibration, from the first batch to the statistics that are to be written."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from finetune_bn.errors import BadData, FinetuneBNError, complaint
+from finetune_bn.functional.image_spread import ImageSpread, standard_error
+from finetune_bn.functional.moments import Moments, merge_all
+from finetune_bn.layers.statistics import Statistics
+from finetune_bn.recalibration.collector import PIECE, Collector, Layer
+from finetune_bn.recalibration.iid_test import Membership
+from finetune_bn.utilities.batches import Chunk, Feeder, Stock, grouped
+from finetune_bn.utilities.device_memory import available_memory, bytes_alive_at
+from finetune_bn.utilities.lockstep import DifferentPaths, caller_settings
+from finetune_bn.utilities.processes import Ranks
+from finetune_bn.utilities.progress import Report, progress_bar
+
+Mode = Literal["auto", "exact", "one_pass"]
+How = Literal["renormalize", "preserve"]
+Part = Literal["both", "mean", "var"]
+
+# The share of the free memory for activations that wait, and how many images one pass normalizes together at most.
+_SHARE_OF_MEMORY, _LARGEST_CHUNK = 0.5, 1024
+# With a tolerance: so many images tell how many it takes; and a little more than they tell, so as not to miss it.
+_PILOT, _MARGIN = 64, 1.02
+# Below this p-value a loader is said not to be i.i.d.: one false alarm in a thousand.
+_SUSPICIOUS = 1e-3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured and for how long; `recalibrate` explains each."""
+
+    mode: Mode
+    how: How
+    part: Part
+    prior: float
+    max_samples: int | None
+    min_samples: int
+    tolerance: float | None
+    batch_size: int | None
+    memory: int | None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("mode", get_args(Mode)), ("how", get_args(How)), ("part", get_args(Part))):
+            if getattr(self, name) not in allowed:
+                raise FinetuneBNError(complaint(name, getattr(self, name), ", ".join(map(repr, allowed))))
+        for name in ("max_samples", "batch_size", "memory", "tolerance"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise FinetuneBNError(complaint(name, value, "a number above 0, or None"))
+        if not (_is_number(self.prior) and 0 <= self.prior < math.inf):
+            raise FinetuneBNError(complaint("prior", self.prior, "a number of images, 0 or more", "0 forgets."))
+        if not (_is_number(self.min_samples) and self.min_samples >= 1):
+            raise FinetuneBNError(complaint("min_samples", self.min_samples, "1 or more"))
+
+
+class Measuring:
+    """Measures the statistics of batches in chosen layers of a model; writes nothing.
+
+    Args:
+        model: the model, in eval mode.
+        layers: the layers that measure.
+        settings: what and for how long.
+        feeder: passes batches to the model.
+        group: the processes whose data are pooled.
+
+    Attributes:
+        exact: whether all images are normalized by their common statistics.
+        images: images measured, of all processes.
+        warnings: what a user should know of the data.
+        pooled: moments and spread of each layer, of all processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[Layer],
+        settings: Settings,
+        feeder: Feeder,
+        group: torch.distributed.ProcessGroup | None,
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.settings = settings
+        self.feeder = feeder
+        self.ranks = Ranks(group, feeder.device)
+        self.collector = Collector(layers, feeder, self.ranks, self._settled, settings.how == "preserve")
+        self.exact = settings.mode != "one_pass" and settings.how != "preserve"
+        self.images = 0
+        self.warnings: list[str] = []
+        self.pooled: list[tuple[Moments, ImageSpread]] = []
+        self._membership = Membership()
+        self._waiting: list[Chunk] = []
+        self._groups = 0
+        self._per_image = 0.0
+        self._budget = self._expected = 0
+        self._caller_settings = caller_settings(feeder.device)
+
+    def run(self, batches: Iterable[Any], progress: bool | None) -> None:
+        """Measure until the batches end, or the limit or the tolerance is reached.
+
+        Raises:
+            FinetuneBNError: there are too few images, or NaN and infinite values among the activations.
+        """
+        stock = Stock(batches, self.feeder, self._share(self.settings.max_samples))
+        target = None if self.settings.tolerance is None else _PILOT
+        total = len(self.layers) if self.exact else self.settings.max_samples
+        unit = "layers" if self.exact else "images"
+        with progress_bar("Recalibrating BatchNorm", unit, total, progress) as report:
+            while True:
+                self._take(stock, target, report)
+                rows = self.ranks.agree(stock.images, stock.exhausted, self._too_much(stock.images))
+                self.images = int(sum(row[0] for row in rows))
+                if not self.images:
+                    raise BadData(complaint("batches", "no batch", "at least one batch with images"))
+                if any(row[2] for row in rows):
+                    self.exact = False  # what waits goes through one by one, and so does all that follows
+                    continue
+                if self.exact and not self._in_lockstep(report):
+                    continue
+                self._pool()
+                if self._enough(exhausted=all(row[1] for row in rows)):
+                    break
+                target = self._next_target()
+            self._look_at_batches()
+
+    def statistics(self) -> list[Statistics | None]:
+        """Return what each layer is to normalize by from now on; None for a layer at which nothing arrived."""
+        return [
+            self._settled(number, moments) if moments.count else None for number, (moments, _) in enumerate(self.pooled)
+        ]
+
+    def standard_error(self, number: int) -> float:
+        """Return the standard error of a layer's statistics; NaN where too few images tell."""
+        moments, spread = self.pooled[number]
+        variance = spread.variance_per_image(moments.mean, moments.var(), self.layers[number].before.eps)
+        return math.nan if variance is None else standard_error(variance, self.images)
+
+    @property
+    def largest_error(self) -> float:
+        """The largest standard error of a layer; NaN where too few images tell."""
+        errors = [self.standard_error(i) for i, (moments, _) in enumerate(self.pooled) if moments.count]
+        return math.nan if any(map(math.isnan, errors)) else max(errors, default=math.nan)
+
+    def _take(self, stock: Stock, target: int | None, report: Report) -> None:
+        """Take chunks from the stock: for `exact` they wait, for the others they go through the model."""
+        try:
+            share = self._share(target)
+            fresh = stock.up_to(math.inf if share is None else share)
+            first = next(fresh, None)
+            if first is not None and not self._budget and self._memory_decides():
+                self._weigh(first)
+            self._expected = stock.expected * self.ranks.world
+            chunks = self._seen(itertools.chain([] if first is None else [first], fresh))
+            if self.exact:
+                for chunk in chunks:
+                    self._waiting.append(chunk)
+                    if self._too_much(stock.images):
+                        break
+                return
+            waiting, self._waiting = self._waiting, []
+            as_kernel = self.settings.part == "both" and not self.settings.prior
+            done = 0
+            for group in grouped(itertools.chain(waiting, chunks), self._chunk_size()):
+                if self._groups:
+                    self._membership.forget()
+                with contextlib.nullcontext() if self._groups else self._watching():
+                    self.collector.one_by_one(group, as_kernel=as_kernel)
+                self._groups += 1
+                done += sum(map(len, group))
+                report(done, "")
+        except BaseException:
+            self.ranks.fail(3)
+            raise
+
+    def _seen(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        for chunk in chunks:
+            self._membership.see(chunk)
+            yield chunk
+
+    def _watching(self) -> contextlib.AbstractContextManager[None]:
+        """Compare batches by what the layers see of them in one group, or in lock-step."""
+        return self._membership.watching([layer.module for layer in self.layers], lambda: self.collector.current)
+
+    def _in_lockstep(self, report: Report) -> bool:
+        """Run what waits; False where the model takes different paths, and one pass is to be tried instead."""
+        note = f"of {self.images} images"
+        try:
+            with self._watching():
+                self.collector.together(self.collector.cut(self._waiting), lambda done: report(done, note))
+        except DifferentPaths:
+            if self.settings.mode == "exact" or self.ranks.world > 1:
+                raise
+            self.warnings.append("the model takes different paths for different batches: mode='one_pass' was used")
+            self.exact = False
+            self.collector.forget()
+            self._membership.forget()
+            return False
+        return True
+
+    def _pool(self) -> None:
+        """Merge what the processes have measured, and look whether all of it is finite."""
+        packed = [torch.cat([layer.moments.pack(), layer.spread.pack()]) for layer in self.layers]
+        everyone = self.ranks.gather(torch.cat(packed))
+        sizes = [len(p) for p in packed]
+        self.pooled = []
+        for parts in zip(*(torch.split(numbers, sizes) for numbers in everyone), strict=True):
+            cut = 1 + 2 * ((len(parts[0]) - 2) // 8)
+            moments = merge_all(Moments.unpack(p[:cut]) for p in parts)
+            spread = functools.reduce(ImageSpread.merge, (ImageSpread.unpack(p[cut:]) for p in parts))
+            self.pooled.append((moments, spread))
+        for number in self.collector.order or range(len(self.layers)):
+            self.collector.check_finite(number, self.pooled[number][0])
+
+    def _enough(self, *, exhausted: bool) -> bool:
+        tolerance = self.settings.tolerance
+        reached = tolerance is None or self.largest_error <= tolerance
+        if not reached and not exhausted:
+            return False
+        if self.images < self.settings.min_samples:
+            raise BadData(
+                complaint(
+                    "batches",
+                    f"{self.images} images",
+                    f"at least min_samples={self.settings.min_samples}",
+                    "Statistics of so few are noise: pass more, or mix them with the source's by prior=16.",
+                )
+            )
+        if not reached:
+            self.warnings.append(
+                f"the standard error is {self.largest_error:.4f} and not {tolerance}: there were only "
+                f"{self.images} images, and it would take about {self._next_target(most=math.inf)}"
+            )
+        return True
+
+    def _next_target(self, most: float = 4) -> int:
+        """Return how many images it takes by what is known now; not more than `most` times those there are."""
+        assert self.settings.tolerance is not None
+        error = self.largest_error
+        factor = most if math.isnan(error) else (error / self.settings.tolerance) ** 2 * _MARGIN
+        return math.ceil(max(self.images + 1, self.images * min(factor, most)))
+
+    def _settled(self, number: int, measured: Moments) -> Statistics:
+        """Return by what a layer is to normalize, from what was measured and what it had."""
+        before, settings = self.layers[number].before, self.settings
+        if measured.count < 2:
+            raise BadData(
+                complaint(
+                    "batches",
+                    f"one value for each channel of layer {self.layers[number].name!r}",
+                    "two or more: a variance needs them",
+                )
+            )
+        mean, var = measured.mean, measured.var(correction=1)
+        source_mean, source_var = before.mean.double(), before.var.double()
+        images = self.images or self._expected or 1
+        share = settings.prior / (settings.prior + images)
+        if share:
+            between = (source_mean - mean).square()
+            var = share * source_var + (1 - share) * var + share * (1 - share) * between
+            mean = share * source_mean + (1 - share) * mean
+        if settings.part == "mean":
+            var = source_var
+        if settings.part == "var":
+            mean = source_mean
+        return before.moved_to(mean, var, preserve=settings.how == "preserve")
+
+    def _memory_decides(self) -> bool:
+        settings = self.settings
+        size_is_free = settings.mode == "one_pass" and settings.batch_size is None
+        return settings.how != "preserve" and (settings.mode == "auto" or size_is_free)
+
+    def _weigh(self, chunk: Chunk) -> None:
+        """Find out how much memory an image takes that waits, and how much there is."""
+        part = chunk[:2] if chunk.shape_key is not None else chunk
+        with self._caller_settings():
+            alive = bytes_alive_at([layer.module for layer in self.layers], lambda: self.feeder(part))
+        inputs = sum(leaf.nbytes for leaf in tree_leaves(part.content) if torch.is_tensor(leaf))
+        self._per_image = (alive + inputs) / len(part)
+        self._budget = self.settings.memory or int(_SHARE_OF_MEMORY * available_memory(self.feeder.device))
+
+    def _too_much(self, images: int) -> bool:
+        return self.exact and self.settings.mode == "auto" and images * self._per_image > self._budget
+
+    def _chunk_size(self) -> int:
+        if self.settings.how == "preserve":
+            return self.settings.batch_size or PIECE
+        # What waits at a layer is there three times over while one chunk passes it: before, behind and in between.
+        fit = int(self._budget / max(3 * self._per_image, 1))
+        return self.settings.batch_size or max(1, min(fit, _LARGEST_CHUNK))
+
+    def _share(self, images: int | None) -> int | None:
+        """Return how many of so many images are this process's to take."""
+        if images is None or self.ranks.world == 1:
+            return images
+        rank = torch.distributed.get_rank(self.ranks.group)
+        return images // self.ranks.world + (rank < images % self.ranks.world)
+
+    def _look_at_batches(self) -> None:
+        """Warn of a loader whose batches are not i.i.d."""
+
+        def run(chunk: Chunk) -> None:
+            with self._caller_settings():
+                self.feeder(chunk)
+
+        p = self._membership.p_value(run, [layer.module for layer in self.layers])
+        if p is None or p > _SUSPICIOUS:
+            return
+        consequence = (
+            "What was pooled is right for all images together, in whatever order; with max_samples or a tolerance, "
+            "only for those that came first."
+            if self.exact or self.settings.how == "preserve"
+            else "Layers behind the first were normalized by such chunks, so their statistics are off: shuffle."
+        )
+        self.warnings.append(
+            f"the batches are not i.i.d. (permutation test: p = {p:.4f}): images of one batch resemble each other, as "
+            f"in a loader that is sorted by class, draws P labels x K images or goes from domain to domain. "
+            f"{consequence} For several domains keep statistics of each (StatisticsBank)."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

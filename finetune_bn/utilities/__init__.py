@@ -1,0 +1,1 @@
+"""What the rest leans on: batches, forward passes, processes, files."""

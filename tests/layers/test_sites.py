@@ -1,0 +1,100 @@
+"""Finding the BatchNorm layers, all of their names, and what feeds them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import finetune_bn as fbn
+from finetune_bn.errors import FinetuneBNError
+from finetune_bn.layers.sites import find_batch_norms, find_lookalikes, timm_stages
+from tests.models import NETS, Plain, Tied, build
+
+
+def names(model: nn.Module) -> list[tuple[str, ...]]:
+    return [site.names for site in find_batch_norms(model)]
+
+
+def test_layers_are_found_in_the_order_of_definition_with_class_and_channels() -> None:
+    model = Plain()
+    sites = find_batch_norms(model)
+    assert [(s.names, s.kind, s.num_features) for s in sites] == [
+        (("bn1",), "BatchNorm2d", 6),
+        (("bn2",), "BatchNorm2d", 8),
+    ]
+    assert sites[1].module is model.bn2
+
+
+def test_a_shared_layer_is_one_site_with_all_its_names() -> None:
+    assert names(Tied()) == [("first.bn", "second.bn"), ("between",)]
+    holder = nn.ModuleList([nn.BatchNorm1d(2)])
+    assert names(nn.ModuleDict({"a": holder, "b": holder})) == [("a.0", "b.0")]  # a shared parent shares its children
+
+
+def test_the_root_is_found_under_the_empty_name() -> None:
+    assert names(nn.BatchNorm2d(3)) == [("",)]
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_frozen_layers_are_found_where_the_live_ones_were(net: str) -> None:
+    model, _ = build(net)
+    before = names(model)
+    assert before
+    converted = fbn.convert(model, fbn.Freeze())
+    assert names(converted) == before
+    assert all(site.kind.startswith("Frozen") for site in find_batch_norms(converted))
+
+
+def test_what_is_no_batch_norm_is_not_a_site() -> None:
+    model = nn.Sequential(nn.GroupNorm(1, 4), nn.LayerNorm(4), nn.InstanceNorm2d(4, track_running_stats=True))
+    assert names(model) == []
+    assert [name for name, _ in find_lookalikes(model)] == ["2"]
+
+
+class BatchNormOfMyOwn(nn.Module):
+    """Keeps no buffer, and says in its name what it is."""
+
+
+class KeepsAVariance(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_var", torch.ones(2))
+
+
+def test_layers_that_only_look_like_batch_norm_are_named() -> None:
+    wrapper = nn.Sequential(nn.BatchNorm2d(2))
+    wrapper.__class__ = type("BatchNormAndMore", (nn.Sequential,), {})
+    model = nn.Sequential(BatchNormOfMyOwn(), KeepsAVariance(), nn.BatchNorm2d(2), wrapper, nn.Linear(2, 2))
+    assert [name for name, _ in find_lookalikes(model)] == ["0", "1"]
+
+
+@pytest.mark.parametrize("package", ["torchvision.ops", "timm.layers"])
+def test_layers_of_other_packages_that_keep_statistics_are_named(package: str) -> None:
+    module = pytest.importorskip(package)
+    layers = {
+        "torchvision.ops": lambda: [module.FrozenBatchNorm2d(4)],
+        "timm.layers": lambda: [module.EvoNorm2dB0(4), module.FrozenBatchNormAct2d(4)],
+    }[package]()
+    assert [layer for _, layer in find_lookalikes(nn.Sequential(*layers))] == layers
+    assert find_batch_norms(nn.Sequential(*layers)) == []
+
+
+# Stages
+
+
+def test_stages_are_those_of_timms_coarse_group_matcher_however_deep_the_model_lies() -> None:
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("test_resnet")
+    model = nn.ModuleDict({"backbone": net, "neck": nn.BatchNorm1d(4)})
+    stages = timm_stages(model, [name for site in find_batch_norms(model) for name in site.names])
+    assert stages["backbone.bn1"] == 0
+    assert {stages[name] for name in stages if name.startswith("backbone.layer3.")} == {3}
+    assert set(stages.values()) == {0, 1, 2, 3, 4}
+    assert "neck" not in stages
+    assert len(stages) == len(find_batch_norms(net))
+
+
+def test_stages_without_a_timm_model_are_an_error() -> None:
+    with pytest.raises(FinetuneBNError, match=r"rule.stage: got 'Plain'; allowed: a model that holds a timm model"):
+        timm_stages(Plain(), ["bn1"])

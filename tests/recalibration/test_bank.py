@@ -1,0 +1,115 @@
+"""A bank of statistics: keep, use, save, load, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import finetune_bn as fbn
+from finetune_bn.errors import FinetuneBNError
+from finetune_bn.recalibration.bank import StatisticsBank
+from tests.models import Plain, settle
+from tests.tools import assert_same_state, untouched
+
+
+def net(affine: Any = None) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = settle(Plain()).eval()
+    return model if affine is None else fbn.convert(model, fbn.Freeze(affine))
+
+
+def domain(shift: float) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(int(shift))
+    return list((torch.randn(32, 3, 9, 9, generator=generator) + shift).split(8))
+
+
+def filled(model: nn.Module) -> StatisticsBank:
+    bank = StatisticsBank()
+    for name, shift in (("day", 1.0), ("night", -4.0)):
+        with bank.restoring(model):
+            fbn.recalibrate(model, domain(shift))
+            bank.keep(name, model)
+    return bank
+
+
+@pytest.mark.parametrize("affine", [None, "none", "shift", "merged", "original"])
+def test_using_a_domain_is_the_function_recalibrated_on_it_and_the_model_comes_back_bit_for_bit(affine: Any) -> None:
+    model = net(affine)
+    with untouched(model):
+        bank = filled(model)
+    assert bank.names == ("day", "night")
+    for name, shift in (("day", 1.0), ("night", -4.0)):
+        expected = net(affine)
+        fbn.recalibrate(expected, domain(shift))
+        x = domain(shift)[0]
+        with untouched(model), bank.using(name, model):
+            torch.testing.assert_close(model(x), expected(x), rtol=1e-5, atol=1e-5)
+
+
+def test_gamma_and_beta_that_were_trained_since_stay_as_they_are() -> None:
+    model = net("original")
+    bank = filled(model)
+    with torch.no_grad():
+        model.bn1.weight.mul_(3)
+    weight = model.bn1.weight.detach().clone()
+    bank.use("night", model)
+    assert torch.equal(model.bn1.weight, weight)
+
+
+def test_an_exception_inside_the_block_gives_the_statistics_back() -> None:
+    model = net()
+    bank = filled(model)
+    with untouched(model), pytest.raises(RuntimeError, match="evaluation"), bank.using("day", model):
+        raise RuntimeError("evaluation")
+
+
+def test_a_saved_bank_comes_back_and_fits_the_model_in_another_form(tmp_path: Path) -> None:
+    model = net()
+    bank = filled(model)
+    bank.save(tmp_path / "bank.pt")
+    again = StatisticsBank.load(tmp_path / "bank.pt")
+    assert again.names == bank.names
+    bank.use("night", model)
+    other = net("none")
+    again.use("night", other)
+    assert_same_state(other.state_dict(), model.state_dict())
+
+
+def test_unknown_domains_other_models_and_other_files_are_one_clear_error(tmp_path: Path) -> None:
+    model = net()
+    bank = filled(model)
+    with untouched(model), pytest.raises(FinetuneBNError, match="name: got 'dusk'; allowed: 'day', 'night'"):
+        bank.use("dusk", model)
+    other = nn.Sequential(nn.BatchNorm2d(3))
+    with untouched(other), pytest.raises(FinetuneBNError, match="layer 'bn1': there is none of that name"):
+        bank.use("day", other)
+    narrow = net()
+    narrow.bn2 = nn.BatchNorm2d(3)
+    with untouched(narrow), pytest.raises(FinetuneBNError, match="has 3 channels and not 8"):
+        bank.use("day", narrow)
+    with pytest.raises(FinetuneBNError, match="name: got ''"):
+        bank.keep("", model)
+    with pytest.raises(FinetuneBNError, match="a model whose BatchNorm layers have statistics"):
+        bank.keep("day", nn.Linear(2, 2))
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    for path in (tmp_path / "other.pt", tmp_path / "missing.pt"):
+        with pytest.raises(FinetuneBNError, match=r"a file that StatisticsBank\.save wrote"):
+            StatisticsBank.load(path)
+
+
+def test_a_restoring_that_is_called_off_leaves_the_new_statistics() -> None:
+    model = net()
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(StatisticsBank.restoring(model))
+        fbn.recalibrate(model, domain(3.0))
+        after = model.bn1.running_mean.clone()
+        undo.pop_all()
+    gc.collect()
+    assert torch.equal(model.bn1.running_mean, after)
