@@ -16,7 +16,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
-from finetune_bn.metric_learning.pk_sampler import Order, PKBatchSampler, one_of, whole_number
+from finetune_bn.metric_learning.pk_sampler import Order, PKBatchSampler
+from finetune_bn.utilities.checks import choice, number
 
 T = TypeVar("T")
 OnMismatch = Literal["error", "warn"]
@@ -68,9 +69,9 @@ class BatchCompositionGuard(Callback):
         super().__init__()
         for name, value in (("num_labels", num_labels), ("images_per_label", images_per_label)):
             if value is not None:
-                whole_number(name, value, 1)
-        whole_number("first_batches", first_batches, 1)
-        one_of("on_mismatch", on_mismatch, ON_MISMATCH)
+                number(name, value, least=1, whole=True)
+        number("first_batches", first_batches, least=1, whole=True)
+        choice("on_mismatch", on_mismatch, ON_MISMATCH)
         self.num_labels, self.images_per_label = num_labels, images_per_label
         self.labels = labels
         self.first_batches = first_batches

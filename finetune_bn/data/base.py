@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from finetune_bn.data.checks import at_least, fractions, one_of
+from finetune_bn.data.checks import choice, fractions, whole
 from finetune_bn.data.images import ImageSet, ImageSource, collate, cpu_count, find_unreadable
 from finetune_bn.data.order import SeededLabelBatches, SeededOrder
 from finetune_bn.data.splits import derive_seed, stratified_split, stratified_subset
@@ -121,31 +121,31 @@ class ImageDataModule(LightningDataModule):
         on_bad_image: Literal["error", "skip"] = "error",
     ) -> None:
         super().__init__()
-        self.image_size = at_least("image_size", image_size, 1)
-        self.batch_size = at_least("batch_size", batch_size, 1)
+        self.image_size = whole("image_size", image_size, 1)
+        self.batch_size = whole("batch_size", batch_size, 1)
         self.eval_batch_size = max(self.batch_size, 64)
         if eval_batch_size is not None:
-            self.eval_batch_size = at_least("eval_batch_size", eval_batch_size, 1)
-        one_of("augment", augment, AUGMENTS)
+            self.eval_batch_size = whole("eval_batch_size", eval_batch_size, 1)
+        choice("augment", augment, AUGMENTS)
         self.augment: Augment = augment
-        self.interpolation = one_of("interpolation", interpolation, INTERPOLATIONS)
+        self.interpolation = choice("interpolation", interpolation, INTERPOLATIONS)
         if not 0 < crop_pct <= 1:
             raise BadData(complaint("crop_pct", crop_pct, "a number above 0 and at most 1"))
         self.crop_pct = crop_pct
         self.val_fraction, self.test_fraction = fractions(val_fraction, test_fraction)
-        self.train_size = None if train_size is None else at_least("train_size", train_size, 1)
-        self.seed = at_least("seed", seed, 0)
-        self.split_seed = self.seed if split_seed is None else at_least("split_seed", split_seed, 0)
-        self.num_workers = None if num_workers == "auto" else at_least("num_workers", num_workers, 0, " or auto")
+        self.train_size = None if train_size is None else whole("train_size", train_size, 1)
+        self.seed = whole("seed", seed, 0)
+        self.split_seed = self.seed if split_seed is None else whole("split_seed", split_seed, 0)
+        self.num_workers = None if num_workers == "auto" else whole("num_workers", num_workers, 0, " or auto")
         self.pin_memory = torch.cuda.is_available() if pin_memory == "auto" else pin_memory
         self.drop_last = drop_last
         self.images_per_label = images_per_label
-        if images_per_label is not None and self.batch_size % at_least("images_per_label", images_per_label, 1):
+        if images_per_label is not None and self.batch_size % whole("images_per_label", images_per_label, 1):
             allowed = f"a multiple of {images_per_label} (images_per_label)"
             raise BadData(complaint("batch_size", batch_size, allowed))
-        one_of("short_labels", short_labels, SHORT)
+        choice("short_labels", short_labels, SHORT)
         self.short_labels: Short = short_labels
-        self.on_bad_image = one_of("on_bad_image", on_bad_image, ("error", "skip"))
+        self.on_bad_image = choice("on_bad_image", on_bad_image, ("error", "skip"))
         self._given_normalization = checked_normalization(mean, std)
         self.normalization: tuple[Triple, Triple] | None = None
         self.normalization_source: str | None = None
@@ -205,7 +205,7 @@ class ImageDataModule(LightningDataModule):
         Raises:
             BadData: the split has no image, has fewer than `train_size`, or none that can be read.
         """
-        name = SPLITS[one_of("split", name, SPLITS)]
+        name = SPLITS[choice("split", name, SPLITS)]
         if name not in self._splits:
             self._splits[name] = self._choose(name)
         return self._splits[name]
@@ -305,7 +305,7 @@ class ImageDataModule(LightningDataModule):
         rank, world_size = self._rank()
         seed = derive_seed(self.seed, "iid")
         order = SeededOrder(images, seed=seed, shuffle=shuffle, rank=rank, world_size=world_size, even=False)
-        size = self.eval_batch_size if batch_size is None else at_least("batch_size", batch_size, 1)
+        size = self.eval_batch_size if batch_size is None else whole("batch_size", batch_size, 1)
         return self._loader(images, order, size)
 
     def image_set(self, stage: str, *, domain: str | None = None, augment: Augment = "none") -> ImageSet:
@@ -320,7 +320,7 @@ class ImageDataModule(LightningDataModule):
         source = self.contents.source
         if domain is not None:
             present = sorted({source.domains[index] for index in indices})
-            one_of("domain", domain, present, f"The {stage} set has no image of another domain.")
+            choice("domain", domain, present, f"The {stage} set has no image of another domain.")
             indices = [index for index in indices if source.domains[index] == domain]
         mean, std = self._normalize_by()
         transform = image_transform(augment, self.image_size, mean, std, self.interpolation, self.crop_pct)

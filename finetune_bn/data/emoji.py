@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finetune_bn.data.base import Contents, ImageDataModule
-from finetune_bn.data.checks import one_of, some_of
+from finetune_bn.data.checks import choice, choices
 from finetune_bn.data.images import ImageSource
 from finetune_bn.errors import BadData, complaint
 
@@ -117,14 +117,14 @@ class EmojiData(ImageDataModule):
         super().__init__(image_size=image_size, on_bad_image="error", **kwargs)
         # Not an argument of this class, so it must not come back from a checkpoint as one.
         self.hparams.pop("on_bad_image", None)  # the CLI saves the arguments of the config alone
-        self.target = one_of("target", target, TARGETS)
-        self.vendors = some_of("vendors", vendors, VENDORS)
+        self.target = choice("target", target, TARGETS)
+        self.vendors = choices("vendors", vendors, VENDORS)
         self.train_vendors = list(self.vendors)
         if train_vendors is not None:
-            self.train_vendors = some_of("train_vendors", train_vendors, VENDORS)
+            self.train_vendors = choices("train_vendors", train_vendors, VENDORS)
         index = emoji_index()
-        self.categories = some_of("categories", categories, sorted({emoji.category for emoji in index}))
-        self.subcategories = some_of("subcategories", subcategories, sorted({emoji.subcategory for emoji in index}))
+        self.categories = choices("categories", categories, sorted({emoji.category for emoji in index}))
+        self.subcategories = choices("subcategories", subcategories, sorted({emoji.subcategory for emoji in index}))
         self._emojis = [e for e in index if e.category in self.categories and e.subcategory in self.subcategories]
         if not self._emojis:
             allowed = "subcategories of the chosen categories: " + ", ".join(

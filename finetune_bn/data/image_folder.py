@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
 from finetune_bn.data.base import NAMES_SHOWN, Contents, ImageDataModule
-from finetune_bn.data.checks import one_of, some_of
+from finetune_bn.data.checks import choice, choices
 from finetune_bn.data.images import ImageSource
 from finetune_bn.errors import BadData, complaint
 
@@ -82,7 +82,7 @@ class ImageFolderData(ImageDataModule):
         if not self.root.is_dir():
             raise BadData(complaint("root", root, "an existing folder with one sub-folder of images per class"))
         if domains_from is not None:
-            one_of("domains_from", domains_from, ["subfolder"], "Or leave it out for no domains.")
+            choice("domains_from", domains_from, ["subfolder"], "Or leave it out for no domains.")
         if train_domains is not None and domains_from is None:
             raise BadData(complaint("train_domains", train_domains, "nothing without domains_from: subfolder"))
         self.domains_from = domains_from
@@ -188,7 +188,7 @@ class ImageFolderData(ImageDataModule):
                 splits = {**splits, **_without_test(self._cut(keys[:count], strata[:count], self.val_fraction, 0.0))}
         if self.domains_from is not None:
             domains = sorted({everything[index].domain for index in splits["train"]})
-            wanted = some_of("train_domains", self.train_domains, domains)
+            wanted = choices("train_domains", self.train_domains, domains)
             splits["train"] = [index for index in splits["train"] if everything[index].domain in wanted]
         return splits
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
 from finetune_bn.data.base import Contents, ImageDataModule
-from finetune_bn.data.checks import one_of
+from finetune_bn.data.checks import choice
 from finetune_bn.data.images import UNREADABLE, ImageSource, with_bar
 from finetune_bn.errors import BadData, MissingDependency, complaint
 
@@ -107,7 +107,7 @@ class TorchvisionData(ImageDataModule):
         self._parameters = _constructor_parameters(self._factory)
         unknown = [option for option in self.options if option not in self._parameters]
         if unknown:
-            one_of("options", unknown[0], sorted(self._parameters))
+            choice("options", unknown[0], sorted(self._parameters))
 
     def prepare_data(self) -> None:
         """Download the data set, if that was asked for, in one process only."""
@@ -237,7 +237,7 @@ def _find_class(name: str) -> Any:
         raise BadData(complaint("name", name, "a data set with files of its own", "Use ImageFolderData for folders."))
     if name in NOT_CLASSIFICATION:
         raise BadData(complaint("name", name, "a data set with one class per image"))
-    one_of("name", name, sorted(classes - FOLDERS - NOT_CLASSIFICATION))
+    choice("name", name, sorted(classes - FOLDERS - NOT_CLASSIFICATION))
     return getattr(torchvision.datasets, name)
 
 

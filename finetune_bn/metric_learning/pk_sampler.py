@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
+from finetune_bn.utilities.checks import choice, number
 
 Short = Literal["repeat", "drop", "error"]
 SHORT: tuple[Short, ...] = get_args(Short)
@@ -94,13 +95,13 @@ class PKBatchSampler(BatchSampler):
         world_size: int | None = None,
         sampler: object = None,
     ) -> None:
-        whole_number("num_labels", num_labels, 1)
-        whole_number("images_per_label", images_per_label, 1)
-        one_of("short", short, SHORT)
-        one_of("order", order, ORDERS)
-        whole_number("seed", seed, None)
+        number("num_labels", num_labels, least=1, whole=True)
+        number("images_per_label", images_per_label, least=1, whole=True)
+        choice("short", short, SHORT)
+        choice("order", order, ORDERS)
+        number("seed", seed, whole=True)
         if num_batches is not None:
-            whole_number("num_batches", num_batches, 1)
+            number("num_batches", num_batches, least=1, whole=True)
         self._labels = _plain(labels)
         self.num_labels, self.images_per_label = num_labels, images_per_label
         self.short: Short = short
@@ -185,8 +186,8 @@ class PKBatchSampler(BatchSampler):
         place = self._place
         epoch, start = place.epoch, place.batch
         place.epoch, place.batch, place.drawn = epoch + 1, 0, (epoch, start)
-        for number, batch in enumerate(self.batches(epoch, start), start + 1):
-            place.drawn = (epoch, number)
+        for following, batch in enumerate(self.batches(epoch, start), start + 1):
+            place.drawn = (epoch, following)
             yield batch
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
@@ -213,7 +214,7 @@ class PKBatchSampler(BatchSampler):
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass that of `epoch`: from its first batch, unless a state of this very epoch was loaded."""
-        whole_number("epoch", epoch, 0)
+        number("epoch", epoch, least=0, whole=True)
         place = self._place
         if epoch != place.epoch:
             place.epoch, place.batch = epoch, 0
@@ -245,8 +246,8 @@ class PKBatchSampler(BatchSampler):
         except (KeyError, TypeError) as error:
             allowed = "what PKBatchSampler.state_dict() returned"
             raise FinetuneBNError(complaint("state_dict", state_dict, allowed)) from error
-        whole_number("state_dict['epoch']", epoch, 0)
-        whole_number("state_dict['batch']", batch, 0)
+        number("state_dict['epoch']", epoch, least=0, whole=True)
+        number("state_dict['batch']", batch, least=0, whole=True)
         own = self.plan()
         other = [f"{name} {saved.get(name)!r} -> {own[name]!r}" for name in own if saved.get(name) != own[name]]
         if other and batch:
@@ -345,19 +346,6 @@ class ResumableDataLoader(DataLoader[Any]):
         self._sampler.load_state_dict(state_dict)
 
 
-def whole_number(argument: str, value: object, least: int | None) -> None:
-    """Raise unless `value` is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-        allowed = "a whole number" if least is None else f"a whole number from {least} up"
-        raise FinetuneBNError(complaint(argument, value, allowed))
-
-
-def one_of(argument: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise unless `value` is one of these words."""
-    if value not in allowed:
-        raise FinetuneBNError(complaint(argument, value, ", ".join(allowed)))
-
-
 def _plain(labels: Any) -> list[Any]:
     """Return labels as a list of plain values, so that equal ones are equal in any container."""
     allowed = "one label an image: integers or strings, or a one-dimensional tensor or array"
@@ -378,8 +366,8 @@ def _ranks(rank: int | None, world_size: int | None, sampler: object) -> tuple[i
         return (sampler.rank, sampler.num_replicas) if isinstance(sampler, DistributedSampler) else None
     if rank is None or world_size is None:
         raise FinetuneBNError(complaint("rank, world_size", (rank, world_size), "both or neither"))
-    whole_number("world_size", world_size, 1)
-    whole_number("rank", rank, 0)
+    number("world_size", world_size, least=1, whole=True)
+    number("rank", rank, least=0, whole=True)
     if rank >= world_size:
         raise FinetuneBNError(complaint("rank", rank, f"0 to {world_size - 1} (world_size - 1)"))
     return rank, world_size

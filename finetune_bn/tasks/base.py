@@ -21,7 +21,8 @@ from finetune_bn.callbacks import BatchNormConversion, replay
 from finetune_bn.callbacks.conversion import CHECKPOINT_KEY
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.optim.parameter_groups import SCHEDULES, Schedule, lr_factor, parameter_groups
-from finetune_bn.tasks.checks import check_number, check_optimizer
+from finetune_bn.tasks.checks import check_optimizer
+from finetune_bn.utilities.checks import number
 
 
 class TimmTask(pl.LightningModule, ABC):
@@ -76,11 +77,11 @@ class TimmTask(pl.LightningModule, ABC):
         super().__init__()
         if schedule not in SCHEDULES:
             raise FinetuneBNError(complaint("schedule", schedule, ", ".join(SCHEDULES)))
-        check_number("lr", lr, above=0)
-        check_number("weight_decay", weight_decay, least=0)
-        check_number("warmup", warmup, least=0, below=1)
-        check_number("head_lr_factor", head_lr_factor, least=0)
-        check_number("affine_lr_factor", affine_lr_factor, least=0)
+        number("lr", lr, above=0)
+        number("weight_decay", weight_decay, least=0)
+        number("warmup", warmup, least=0, below=1)
+        number("head_lr_factor", head_lr_factor, least=0)
+        number("affine_lr_factor", affine_lr_factor, least=0)
         check_optimizer(optimizer)
         self.save_hyperparameters(ignore=[*self._modules_given, *self._no_arguments])
         if self._modules_given and "_instantiator" in self.hparams:  # made by the command line, from class paths

@@ -59,23 +59,6 @@ def _form(batch: Any) -> str:
     return type(batch).__name__
 
 
-def check_number(
-    argument: str, value: object, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
-) -> None:
-    """Raise unless `value` is a number of at least `least`, above `above` and below `below`."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < below and value > above:
-        return
-    low = f"above {above:g}" if above > -math.inf else f"from {least:g} up"
-    high = f", below {below:g}" if below < math.inf else ""
-    raise FinetuneBNError(complaint(argument, value, f"a number {low}{high}"))
-
-
-def check_whole(argument: str, value: object, least: int) -> None:
-    """Raise unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise FinetuneBNError(complaint(argument, value, f"a whole number from {least} up"))
-
-
 def check_optimizer(name: str) -> None:
     """Raise unless timm has the optimizer, and it needs no backward pass of its own kind."""
     known = [str(known) for known in list_optimizers()]

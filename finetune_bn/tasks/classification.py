@@ -15,7 +15,8 @@ from typing_extensions import override
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.frozen import at_least_float32
 from finetune_bn.tasks.base import TimmTask
-from finetune_bn.tasks.checks import check_number, check_whole, images_and_labels, images_of
+from finetune_bn.tasks.checks import images_and_labels, images_of
+from finetune_bn.utilities.checks import number
 
 CONFUSION_UP_TO = 2000  # classes; the table of 2,000 by 2,000 counts takes 32 MB
 
@@ -61,12 +62,12 @@ class ImageClassification(TimmTask):
     def __init__(
         self, num_classes: int, class_names: list[str] | None = None, *, label_smoothing: float = 0.0, **kwargs: Any
     ) -> None:
-        check_whole("num_classes", num_classes, 2)
+        number("num_classes", num_classes, least=2, whole=True)
         names = [str(i) for i in range(num_classes)] if class_names is None else list(class_names)
         if not len(names) == len(set(names)) == num_classes:
             allowed = f"{num_classes} different names (num_classes), or null"
             raise FinetuneBNError(complaint("class_names", class_names, allowed))
-        check_number("label_smoothing", label_smoothing, least=0, below=1)
+        number("label_smoothing", label_smoothing, least=0, below=1)
         super().__init__(**kwargs)
         self.num_classes, self.class_names = num_classes, names
         self.label_smoothing = label_smoothing

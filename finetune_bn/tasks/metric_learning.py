@@ -25,7 +25,8 @@ from finetune_bn.metric_learning.retrieval import (
     retrieval_report,
 )
 from finetune_bn.tasks.base import TimmTask
-from finetune_bn.tasks.checks import check_number, check_whole, images_and_labels, images_of
+from finetune_bn.tasks.checks import images_and_labels, images_of
+from finetune_bn.utilities.checks import number
 
 QUEUES_KEY = "finetune_bn_queues"
 
@@ -84,8 +85,8 @@ class MetricLearning(TimmTask):
         **kwargs: Any,
     ) -> None:
         if dimension is not None:
-            check_whole("dimension", dimension, 1)
-        check_number("loss_lr_factor", loss_lr_factor, least=0)
+            number("dimension", dimension, least=1, whole=True)
+        number("loss_lr_factor", loss_lr_factor, least=0)
         need_pytorch_metric_learning()
         super().__init__(**kwargs)
         self._loss_is_default = loss is None

@@ -280,7 +280,7 @@ def test_a_distributed_run_keeps_the_sampler_and_its_shares(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("image_size", 0, "image_size: got 0; allowed: an integer of at least 1"),
+        ("image_size", 0, "image_size: got 0; allowed: a whole number from 1 up"),
         ("batch_size", 0, "batch_size: got 0"),
         ("eval_batch_size", -1, "eval_batch_size: got -1"),
         ("augment", "heavy", "augment: got 'heavy'; allowed: none, light, full"),
@@ -289,7 +289,7 @@ def test_a_distributed_run_keeps_the_sampler_and_its_shares(monkeypatch: pytest.
         ("val_fraction", 0.9, "sum below 1"),
         ("train_size", 0, "train_size: got 0"),
         ("seed", -1, "seed: got -1"),
-        ("num_workers", "many", "num_workers: got 'many'; allowed: an integer of at least 0 or auto"),
+        ("num_workers", "many", "num_workers: got 'many'; allowed: a whole number from 0 up or auto"),
         ("mean", (0.5, 0.5, 0.5), "mean, std: .*both or neither"),
     ],
 )

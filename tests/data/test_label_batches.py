@@ -155,7 +155,7 @@ def test_labels_of_training_emoji_come_first_and_none_is_left_out() -> None:
     ("arguments", "message"),
     [
         ({"images_per_label": 3}, r"batch_size: got 8; allowed: a multiple of 3 \(images_per_label\)"),
-        ({"images_per_label": 0}, "images_per_label: got 0; allowed: an integer of at least 1"),
+        ({"images_per_label": 0}, "images_per_label: got 0; allowed: a whole number from 1 up"),
         ({"images_per_label": True}, "images_per_label: got True"),
         ({"short_labels": "keep"}, "short_labels: got 'keep'; allowed: repeat, drop, error"),
     ],

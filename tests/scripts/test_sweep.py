@@ -69,8 +69,8 @@ def replace_forward(patch: pytest.MonkeyPatch, change: Callable[[FrozenBatchNorm
 
 @fault("found")
 def a_layer_is_overlooked(patch: pytest.MonkeyPatch) -> None:
-    find = fbn.plans.find_batch_norms
-    patch.setattr(fbn.plans, "find_batch_norms", lambda *args, **kwargs: find(*args, **kwargs)[:-1])
+    find = fbn.conversion.plan.find_batch_norms
+    patch.setattr(fbn.conversion.plan, "find_batch_norms", lambda *args, **kwargs: find(*args, **kwargs)[:-1])
 
 
 @fault("converted")
