@@ -6,7 +6,8 @@ import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from finetune_bn.conversion.folding import fold_plan, untied
+from finetune_bn.conversion.new_layers import NEW_KEPT, as_rules, as_yaml, is_new, new_beside_pretrained, patterns_for
 from finetune_bn.conversion.plan import Plan, PlanRow, check_model, may_fold, plan
 from finetune_bn.conversion.policies import (
     EvalNorm,
@@ -29,8 +31,17 @@ from finetune_bn.conversion.policies import (
     Stochastic,
     ToGroupNorm,
 )
-from finetune_bn.conversion.proofs import Proof, prove_layer, prove_network, replace_modules, run_probes
-from finetune_bn.conversion.refusals import refusal
+from finetune_bn.conversion.proofs import (
+    Proof,
+    prove_in_training,
+    prove_layer,
+    prove_network,
+    replace_modules,
+    run_probes,
+    shortened,
+)
+from finetune_bn.conversion.refusals import alternative, refusal
+from finetune_bn.conversion.training_run import buffers_restored
 from finetune_bn.errors import (
     ConversionMismatch,
     NoBatchNormMatched,
@@ -39,6 +50,7 @@ from finetune_bn.errors import (
 )
 from finetune_bn.functional.frozen import at_least_float32
 from finetune_bn.layers.balance import balanced_map, unbalance
+from finetune_bn.layers.foreign import foreign_layer, is_foreign_frozen, laid_to_rest, revived
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.hold_affine import hold_affine, is_held, release_affine, train_again
@@ -101,12 +113,58 @@ def convert(model: nn.Module, policy: Policy | Plan, *, example_input: Any = Non
     else:
         needs_probe = example_input is not None or (isinstance(policy, Policy) and may_fold(policy))
         the_plan = plan(model, policy, example_input, probe=needs_probe)
+        for line in warnings_of(model, the_plan, policy):
+            log.warning(line)
     check_model(model)
     names = {name for row in the_plan.rows if row.policy is not None for name in row.names}
     with untied([module for name, module in model.named_modules(remove_duplicate=False) if name in names]):
         converted = _swap(model, lambda m: _build(m, the_plan), example_input, verify)
     fold_plan(converted, the_plan, example_input, verify)
     return converted
+
+
+def warnings_of(model: nn.Module, the_plan: Plan, policy: Policy) -> list[str]:
+    """Return, a sentence each, what someone who carries out the plan should hear before, with rules ready to paste.
+
+    Args:
+        model: the model that the plan was made for, before or after the conversion.
+        the_plan: what `plan(model, policy)` returned.
+        policy: the policy.
+    """
+    lines = []
+    sites = {site.names[0]: site for site in find_batch_norms(model)}
+    rows = [row for row in the_plan.rows if row.names[0] in sites]
+    kept = [row.names[0] for row in rows if row.reason.startswith(NEW_KEPT)]
+    if kept:
+        patterns = patterns_for(kept, list(sites))
+        frozen, spared = ([*((name, what) for name in patterns), ("*", policy)] for what in (policy, Keep()))
+        lines.append(
+            f"{len(kept)} of {len(rows)} BatchNorm layers have seen no data (mean 0, variance 1) and stay live, as there "
+            f"is nothing to freeze them at: {shortened(kept)}. To say so: {as_rules(spared)}, in a config "
+            f"{as_yaml(spared)}. To freeze them all the same: {as_rules(frozen[-1:])}."
+        )
+    by_policy = {row.names[0]: row.policy for row in rows if isinstance(row.policy, Freeze)}
+    new = [name for name in by_policy if is_new(sites[name].module)]
+    if new and set(new) <= new_beside_pretrained(list(sites.values())):
+        pairs = [(name, Keep()) for name in patterns_for(new, list(sites))]
+        given = [(rule.name, rule.policy) for rule in getattr(policy, "rules", ()) if rule.name is not None]
+        lines.append(
+            f"{len(new)} of {len(rows)} BatchNorm layers are frozen as they are made, at mean 0 and variance 1, beside "
+            f"pretrained ones: {shortened(new)}. If their weights are not loaded yet, all is well; if they are new, "
+            f"keep them: {as_rules([*pairs, *given])}, in a config {as_yaml([*pairs, *given])}."
+        )
+    elif new:
+        lines.append(
+            f"every layer that is frozen ({len(new)}) has the statistics of a new one (mean 0, variance 1): load the "
+            "pretrained weights, before or now."
+        )
+    alone = [(row, dict(model.named_modules()).get(row.names[0])) for row in the_plan.rows if row.policy is None]
+    strange = [row for row, module in alone if module is not None and not is_batch_norm(module)]
+    reasons = Counter(row.reason.removeprefix("left alone: ") for row in strange)
+    for reason, number in reasons.most_common(3):
+        some = [row.names[0] or "(root)" for row in strange if row.reason.endswith(reason)]
+        lines.append(f"{number} layers are left alone ({shortened(some)}): each {reason}.")
+    return lines
 
 
 def revert(model: nn.Module, *, example_input: Any = None, verify: bool = True) -> nn.Module:
@@ -130,12 +188,28 @@ def revert(model: nn.Module, *, example_input: Any = None, verify: bool = True) 
 
 def _build_revert(model: nn.Module) -> list[_Swap]:
     converted = (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)
-    layers = [(n, m) for n, m in model.named_modules() if (isinstance(m, converted) and is_batch_norm(m)) or is_held(m)]
+    layers = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if (isinstance(layer, converted) and is_batch_norm(layer)) or is_held(layer) or foreign_layer(layer) is not None
+    ]
     if not layers:
         raise NoBatchNormMatched(
             complaint("model", type(model).__name__, "a model with layers that `convert` changed", "Nothing to revert.")
         )
-    return [_Swap(name, layer, *_keep(layer, Keep())) for name, layer in layers]
+    return [_Swap(name, layer, *_undo(layer)) for name, layer in layers]
+
+
+def _undo(layer: nn.Module) -> tuple[nn.Module, Callable[[], None] | None]:
+    """Return what the layer was before any conversion: a BatchNorm, or a frozen layer of another package."""
+    foreign = foreign_layer(layer)
+    bn, then = _keep(layer, Keep())
+    if foreign is None:
+        return bn, then
+    assert isinstance(bn, _BatchNorm)
+    if then is not None:
+        then()
+    return laid_to_rest(bn), None
 
 
 def _keep(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
@@ -217,12 +291,11 @@ def _build(model: nn.Module, the_plan: Plan) -> list[_Swap]:
     problems = {row.names[0]: refusal(layer, row.policy) for row, layer in zip(rows, layers, strict=True) if row.policy}
     refused = {name: why for name, why in problems.items() if why}
     if refused:
-        kept = ", ".join(f'("{name}", Keep())' for name in list(refused)[:3])
         reasons = "\n".join(f"  {name or '(root)'}: {why}" for name, why in refused.items())
         raise UnsupportedLayer(
             f"policy: {len(refused)} of {len(rows)} BatchNorm layers cannot take it, so nothing was changed.\n"
             f"{reasons}\n"
-            f"Give them another policy by rules, as Rules([{kept}, ...])."
+            f"Give them another policy by rules, as {_way_out(model, rows, layers, list(refused))}."
         )
     swaps = []
     for row, layer in zip(rows, layers, strict=True):
@@ -233,13 +306,31 @@ def _build(model: nn.Module, the_plan: Plan) -> list[_Swap]:
     return swaps
 
 
+def _way_out(model: nn.Module, rows: Sequence[PlanRow], layers: Sequence[nn.Module], refused: Sequence[str]) -> str:
+    """Return rules under which the plan would be carried out: the refused layers by other policies, the rest as asked."""
+    names = [name for name, _ in model.named_modules()]
+    others: dict[Policy, list[str]] = {}
+    rest: dict[Policy, list[str]] = {}
+    for row, layer in zip(rows, layers, strict=True):
+        assert row.policy is not None
+        if row.names[0] in refused:
+            others.setdefault(alternative(layer, row.policy), []).append(row.names[0])
+        else:
+            rest.setdefault(row.policy, []).append(row.names[0])
+    pairs = [(name or "*", policy) for policy, some in others.items() for name in patterns_for(some, names)]
+    known = sorted(rest.items(), key=lambda item: len(item[1]))
+    for policy, some in known[:-1]:
+        pairs += [(name, policy) for name in patterns_for(some, names)]
+    return as_rules([*pairs, *(("*", policy) for policy, _ in known[-1:])])
+
+
 def _find(model: nn.Module, row: PlanRow) -> nn.Module:
     try:
         found = [model.get_submodule(name) for name in row.names]
     except AttributeError:
         found = []
     same = bool(found) and all(module is found[0] for module in found)
-    if not same or not is_batch_norm(found[0]) or found[0].num_features != row.num_features:
+    if not same or _channels(found[0]) != row.num_features:
         given = f"{' = '.join(row.names)}: {row.kind} with {row.num_features} channels"
         raise NoBatchNormMatched(
             complaint(
@@ -249,9 +340,18 @@ def _find(model: nn.Module, row: PlanRow) -> nn.Module:
     return found[0]
 
 
+def _channels(layer: nn.Module) -> int | None:
+    """Return the number of channels of a layer that can be converted; None for any other."""
+    if is_foreign_frozen(layer):
+        return layer.get_buffer("weight").numel()
+    return int(layer.num_features) if is_batch_norm(layer) else None  # type: ignore[arg-type]
+
+
 def _as_batch_norm(layer: nn.Module) -> _BatchNorm:
     if isinstance(layer, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)):
         return layer.to_batch_norm()
+    if is_foreign_frozen(layer):
+        return revived(layer)
     assert isinstance(layer, _BatchNorm)
     return layer
 
@@ -270,16 +370,19 @@ def _swap(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_i
     left = [(swap.name, swap.old) for swap in swaps if isinstance(swap.old, GroupNorm) and swap.new is not swap.old]
     for name, layer in left:
         balanced_map(model, name, layer)  # raises where what was done to it cannot be undone
-    same = [swap for swap in swaps if not swap.changes_function]
+    same = [swap for swap in swaps if not swap.changes_function and swap.new is not swap.old]
+    other = [swap for swap in swaps if swap.changes_function and swap.new is not swap.old]
     with contextlib.ExitStack() as stack:
         for swap in swaps:
             if isinstance(swap.old, EvalBatchNorm):
                 stack.enter_context(swap.old.as_batch_norm())  # it differs from BatchNorm on purpose, and by this alone
-        converted = _prove_and_replace(model, same, build, example_input, verify)
+        converted, proofs = _prove_and_replace(model, same, build, example_input, verify)
     try:
-        converted = _change(converted, [swap for swap in swaps if swap.changes_function], example_input, verify)
+        converted, more = _change(converted, other, example_input, verify)
+        ran = {id(replaced[i].new) for replaced, some in ((same, proofs), (other, more)) for p in some for i in p.ran}
+        _prove_training(converted, proofs or more, swaps, ran)
     except BaseException:
-        replace_modules(converted, [(swap.new, swap.old) for swap in same])
+        replace_modules(converted, [(swap.new, swap.old) for swap in swaps])
         raise
     for name, layer in left:
         unbalance(converted, name, layer)
@@ -289,15 +392,26 @@ def _swap(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_i
     return converted
 
 
+def _prove_training(model: nn.Module, proofs: Sequence[Proof], swaps: Sequence[_Swap], ran: set[int]) -> None:
+    kinds = (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)
+    converted = [swap for swap in swaps if isinstance(swap.new, kinds) and swap.new is not swap.old]
+    if not proofs or not converted:
+        return
+    with contextlib.ExitStack() as stack:  # an old layer that the model still holds somewhere must not learn from it
+        for swap in converted:
+            stack.enter_context(buffers_restored(swap.old))
+        in_eval = frozenset(i for i, swap in enumerate(converted) if id(swap.new) in ran)
+        prove_in_training(model, proofs, [(swap.name, swap.new) for swap in converted], in_eval)
+
+
 def _prove_and_replace(
     model: nn.Module, swaps: list[_Swap], build: Callable[[nn.Module], list[_Swap]], example_input: Any, verify: bool
-) -> nn.Module:
-    replacements = [(swap.old, swap.new) for swap in swaps if swap.new is not swap.old]
+) -> tuple[nn.Module, list[Proof]]:
+    replacements = [(swap.old, swap.new) for swap in swaps]
     proofs: list[Proof] = []
     if verify and replacements and can_run(model):
         for swap in swaps:
-            if swap.new is not swap.old:
-                prove_layer(swap.name, swap.old, swap.new)
+            prove_layer(swap.name, swap.old, swap.new)
         proofs = run_probes(model, find_probes(model, example_input), [old for old, _ in replacements])
     converted = replace_modules(model, replacements)
     try:
@@ -315,14 +429,16 @@ def _prove_and_replace(
             raise
         log.warning("the same function, proven in float64; this network amplifies float32 rounding: %s", error)
         converted = replace_modules(model, replacements)
-    return converted
+    return converted, proofs
 
 
-def _change(model: nn.Module, swaps: list[_Swap], example_input: Any, verify: bool) -> nn.Module:
+def _change(
+    model: nn.Module, swaps: list[_Swap], example_input: Any, verify: bool
+) -> tuple[nn.Module, list[Proof]]:
     """Replace layers that are to compute something else; of the network it is proven that it runs through them."""
     pairs = [(swap.old, swap.new) for swap in swaps]
     if not verify or not pairs or not can_run(model):
-        return replace_modules(model, pairs)
+        return replace_modules(model, pairs), []
     proofs = run_probes(model, find_probes(model, example_input), [old for old, _ in pairs])
     converted = replace_modules(model, pairs)
     try:
@@ -342,7 +458,7 @@ def _change(model: nn.Module, swaps: list[_Swap], example_input: Any, verify: bo
             known[-1][0],
             known[-1][1] or "(root)",
         )
-    return converted
+    return converted, proofs
 
 
 def _layer_error(swap: _Swap) -> float | None:

@@ -6,15 +6,17 @@ import dataclasses
 import difflib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
+from finetune_bn.conversion.new_layers import NEW_KEPT, is_kept, new_beside_pretrained
 from finetune_bn.conversion.policies import (
     Freeze,
+    Keep,
     Policy,
     Rule,
     Rules,
@@ -23,13 +25,28 @@ from finetune_bn.conversion.policies import (
     policy_from_dict,
 )
 from finetune_bn.conversion.producers import Feed, find_feeds, worth_folding
-from finetune_bn.conversion.refusals import notes, refusal
+from finetune_bn.conversion.refusals import known, notes, refusal
+from finetune_bn.conversion.training_run import run_in_training
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
+from finetune_bn.layers.foreign import foreign_layer, is_foreign_frozen
 from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm
 from finetune_bn.layers.group_norm import GroupNorm, number_of_groups
-from finetune_bn.layers.sites import BatchNormSite, find_batch_norms, find_lookalikes, positions_at, timm_stages
+from finetune_bn.layers.sites import (
+    BatchNormSite,
+    find_batch_norms,
+    find_foreign,
+    find_lookalikes,
+    positions_at,
+    timm_stages,
+    why_left_alone,
+)
 from finetune_bn.layers.tracking import TrackingBatchNorm
-from finetune_bn.utilities.probe import can_run, find_probes
+from finetune_bn.utilities.probe import Probe, can_run, find_probes
+
+BESIDE = (
+    "its tensors are used beside the layer (torch.nn.functional.batch_norm, as in a graph traced through it), where no "
+    "policy has a say: convert before tracing, or call the layer itself"
+)
 
 
 @dataclass(frozen=True)
@@ -161,16 +178,14 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
     """
     check_model(model)
     policy = check_policy(policy)
+    given = policy.rules if isinstance(policy, Rules) else (Rule(policy, name="*"),)
+    rules = [rule for rule in given if isinstance(rule, Rule)]
     sites = find_batch_norms(model, group_norms=True)
+    # A frozen layer of another package is taken by a rule that names its class, and by no other.
+    sites += [site for site in find_foreign(model) if any(rule.type == site.kind for rule in rules)]
     if not sites:
-        known = Counter(type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__)
-        raise NoBatchNormMatched(
-            complaint(
-                "model", type(model).__name__, "a model with BatchNorm layers", f"Norm layers in it: {dict(known)}."
-            )
-        )
-    rules = policy.rules if isinstance(policy, Rules) else (Rule(policy, name="*"),)
-    choices = _choose(model, sites, [rule for rule in rules if isinstance(rule, Rule)])
+        _raise_none(model)
+    choices = _choose(model, sites, rules)
     probes = (
         find_probes(model, example_input) if probe and can_run(model) else []
     )  # running a lazy layer would initialize it
@@ -185,12 +200,73 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
         for site, rule in zip(sites, choices, strict=True)
     ]
     rows = rows if feeds else _kept(model, rows)
+    if not isinstance(policy, Rules):
+        rows = _new_kept(sites, rows, policy)
+    if probes:
+        rows = _unreached(model, sites, rows, feeds, probes)
     if probe:
         _check_always(rows)
+    listed = {id(site.module) for site in sites}
     for name, module in find_lookalikes(model):
-        why = f"left alone: {type(module).__module__}.{type(module).__name__} is no torch BatchNorm"
-        rows.append(PlanRow((name,), type(module).__name__, 0, None, why))
+        if id(module) not in listed:
+            rows.append(PlanRow((name,), type(module).__name__, 0, None, f"left alone: {why_left_alone(module)}"))
     return Plan(type(model).__name__, tuple(rows))
+
+
+def _raise_none(model: nn.Module) -> NoReturn:
+    known = Counter(type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__)
+    others = [f"{name or '(root)'} {why_left_alone(module)}" for name, module in find_lookalikes(model)]
+    remedy = f"Norm layers in it: {dict(known)}." + (f" {len(others)} are left alone: {others[0]}." if others else "")
+    raise NoBatchNormMatched(complaint("model", type(model).__name__, "a model with BatchNorm layers", remedy))
+
+
+def _new_kept(sites: Sequence[BatchNormSite], rows: Sequence[PlanRow], policy: Policy) -> list[PlanRow]:
+    """Keep new layers beside pretrained ones live, where no rule says otherwise: there is nothing to freeze them at."""
+    new = new_beside_pretrained(sites)
+    kept = []
+    for site, row in zip(sites, rows, strict=True):
+        if row.names[0] in new and not row.refused and is_kept(site.module, policy):
+            why = (
+                f"{NEW_KEPT} (mean 0, variance 1), and other layers have; "
+                "Rules that match it freeze it all the same"
+            )
+            row = PlanRow(row.names, row.kind, row.num_features, Keep(), why, False, row.position)
+        kept.append(row)
+    return kept
+
+
+def _unreached(
+    model: nn.Module,
+    sites: Sequence[BatchNormSite],
+    rows: Sequence[PlanRow],
+    feeds: Mapping[str, Feed],
+    probes: Sequence[Probe],
+) -> list[PlanRow]:
+    """Say of layers that no probe reached in eval mode whether training mode reaches them, or runs beside them."""
+    idle = [site for site in sites if site.names[0] not in feeds]
+    if not idle:
+        return list(rows)
+    run = run_in_training(model, probes, [site.module for site in idle])
+    if not feeds and run.problem:  # an input that was guessed, and does not fit
+        return list(rows)
+    told = {}
+    for i, site in enumerate(idle):
+        if i in run.moved and i not in run.ran:
+            told[site.names[0]] = BESIDE
+        elif i not in run.ran:
+            unknown = " (training mode failed)" if run.problem else " or training mode"
+            told[site.names[0]] = f"no probe input reached it in eval{unknown}"
+        else:
+            told[site.names[0]] = "runs in training mode only"
+    marked = []
+    for row in rows:
+        note = told.get(row.names[0])
+        if note is not None and row.policy is not None and not row.refused:
+            beside = note == BESIDE and not isinstance(row.policy, Keep)
+            row = dataclasses.replace(row, reason=note if beside else "; ".join(filter(None, (row.reason, note))))
+            row = dataclasses.replace(row, refused=beside, folded_into="", not_folded="") if beside else row
+        marked.append(row)
+    return marked
 
 
 def check_model(model: object) -> None:
@@ -215,6 +291,8 @@ def _choose(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequence[Ru
     stages = timm_stages(model, names) if any(rule.stage is not None for rule in rules) else {}
 
     def meets(rule: Rule, name: str, site: BatchNormSite) -> bool:
+        if rule.type is None and is_foreign_frozen(site.module):
+            return False
         return any(rule.matches([name], kind, stages.get(name)) for kind in _kinds(site))
 
     def first(name: str, site: BatchNormSite) -> Rule | None:
@@ -254,7 +332,8 @@ def _choose(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequence[Ru
 def _kinds(site: BatchNormSite) -> set[str]:
     """Return the class names by which a rule may call the layer: a frozen one also by that of the BN it was."""
     source = site.module._source if isinstance(site.module, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)) else ()
-    return {site.kind, *(type(bn).__name__ for bn in source)}
+    foreign = foreign_layer(site.module)
+    return {site.kind, *(type(layer).__name__ for layer in (*source, *([foreign] if foreign else [])))}
 
 
 def _row(site: BatchNormSite, rule: Rule | None, feed: Feed | None, named_rule: bool) -> PlanRow:
@@ -264,7 +343,7 @@ def _row(site: BatchNormSite, rule: Rule | None, feed: Feed | None, named_rule: 
     problem = refusal(site.module, rule.policy)
     because = f"rule {rule.describe()}" if named_rule else ""
     if not problem:
-        because = "; ".join(filter(None, (because, *notes(site.module, rule.policy))))
+        because = "; ".join(filter(None, (because, *notes(known(site.module), rule.policy))))
     row = PlanRow(
         site.names, site.kind, site.num_features, rule.policy, problem or because, problem is not None, position
     )

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune_bn.conversion.training_run import buffers_restored, run_in_training
 from finetune_bn.errors import ConversionMismatch, FinetuneBNError
 from finetune_bn.functional.frozen import TOLERANCE, at_least_float32
+from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.utilities.probe import Probe, distance, quietly
 
 log = logging.getLogger("finetune_bn")
@@ -44,9 +46,8 @@ def run_probes(model: nn.Module, probes: Sequence[Probe], layers: Sequence[nn.Mo
     results = []
     for probe in probes:
         try:
-            outputs = probe.run(model)
-            ran = frozenset(_layer_outputs(model, probe, layers))
-            results.append(Proof(probe, outputs, ran))
+            outputs, of_layers = _observe(model, probe, layers)
+            results.append(Proof(probe, outputs, frozenset(of_layers)))
             if not outputs:
                 log.warning("no proof on the whole network, layer by layer only: it returned no tensors that are found")
         except Exception as error:
@@ -84,7 +85,10 @@ def prove_layer(name: str, old: nn.Module, new: nn.Module) -> None:
 
 def _takes(layer: nn.Module, dims: int) -> bool:
     try:
-        layer._check_input_dim(torch.empty([1] * dims))  # type: ignore[operator]
+        check = getattr(layer, "_check_input_dim", None)
+        if check is None:  # a frozen layer of another package
+            return dims == 4
+        check(torch.empty([1] * dims))
     except ValueError:
         return False
     return True
@@ -104,14 +108,13 @@ def prove_network(model: nn.Module, proof: Proof, replacements: Replacements, ch
     """
     probe, before = proof.probe, proof.before
     try:
-        after = probe.run(model)
+        after, new_outputs = _observe(model, probe, [new for _, new in replacements])
     except FinetuneBNError as error:
         raise ConversionMismatch(
             f"the network: it took the probe input before, and with the new layers it raises {error.__cause__!r}. "
             "Nothing was changed. Leave the layers it asks about out by a rule with Keep(), or report it."
         ) from error
     names = {id(module): name or "(root)" for name, module in model.named_modules()}
-    new_outputs = _layer_outputs(model, probe, [new for _, new in replacements])
     lost = [names[id(replacements[i][1])] for i in sorted(proof.ran - new_outputs.keys())]
     if lost:
         raise ConversionMismatch(
@@ -128,7 +131,7 @@ def prove_network(model: nn.Module, proof: Proof, replacements: Replacements, ch
     if off <= TOLERANCE[dtype]:
         return
     model = replace_modules(model, [(new, old) for old, new in replacements])
-    old_outputs = _layer_outputs(model, probe, [old for old, _ in replacements])
+    _, old_outputs = _observe(model, probe, [old for old, _ in replacements])
     replace_modules(model, replacements)
     culprit = "the model's own code behind the last new layer"
     for i, reference in old_outputs.items():
@@ -138,8 +141,60 @@ def prove_network(model: nn.Module, proof: Proof, replacements: Replacements, ch
     _check(off, dtype, f"the network, first at {culprit}")
 
 
-def _layer_outputs(model: nn.Module, probe: Probe, layers: Sequence[nn.Module]) -> dict[int, list[Tensor]]:
-    """Return what each layer returned, keyed by its index and in the order of the first calls."""
+def prove_in_training(
+    model: nn.Module, proofs: Sequence[Proof], layers: Sequence[tuple[str, nn.Module]], ran: frozenset[int]
+) -> None:
+    """Run the converted network in training mode: statistics that no layer of ours lets move must not move.
+
+    Args:
+        model: the network, the new layers in place.
+        proofs: what `run_probes` returned.
+        layers: names and new layers.
+        ran: indices of those that ran in eval mode.
+
+    Raises:
+        ConversionMismatch: the network also uses the tensors of layers beside them.
+    """
+    run = run_in_training(model, [proof.probe for proof in proofs], [layer for _, layer in layers])
+    # A layer that tracks moves its own; one with fixed statistics never does.
+    moved = [i for i in sorted(run.moved) if i not in run.ran or isinstance(layers[i][1], FrozenBatchNorm)]
+    if moved:
+        names = [layers[i][0] or "(root)" for i in moved]
+        rules = ", ".join(f'("{name}", Keep())' for name in names[:3])
+        raise ConversionMismatch(
+            f"the network in training mode: the running statistics of {len(names)} of {len(layers)} converted layers "
+            f"go on moving: {shortened(names)}. The network uses their tensors beside the layers "
+            "(torch.nn.functional.batch_norm, as in a graph that torch.fx traced through them), where no policy has a "
+            "say. Nothing was changed. Convert before tracing, call the layers themselves, or leave them out by rules: "
+            f"Rules([{rules}, ...])."
+        )
+    idle = [name or "(root)" for i, (name, _) in enumerate(layers) if i not in run.ran and i not in ran]
+    if idle:
+        given = any(proof.probe.given for proof in proofs)
+        modes = "in eval mode" if run.problem else "in eval or training mode"
+        log.log(
+            logging.WARNING if given else logging.INFO,
+            "%d of %d converted layers are proven one by one only, not in the network: %s input reached them %s: %s",
+            len(idle),
+            len(layers),
+            "the example" if given else "no probe",
+            modes,
+            shortened(idle),
+        )
+    if run.problem:
+        log.info("not looked at in training mode, where the network does not take the probe input: %s", run.problem)
+
+
+def shortened(names: Sequence[str], most: int = 8) -> str:
+    """Return the first names as a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
+def _observe(
+    model: nn.Module, probe: Probe, layers: Sequence[nn.Module]
+) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
+    """Return what the network returned, and each layer, keyed by its index and in the order of the first calls."""
     outputs: dict[int, list[Tensor]] = {}
 
     def hook(i: int) -> Callable[..., None]:
@@ -151,11 +206,12 @@ def _layer_outputs(model: nn.Module, probe: Probe, layers: Sequence[nn.Module]) 
 
     handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
     try:
-        probe.run(model)
+        with buffers_restored(model):
+            result = probe.run(model)
     finally:
         for handle in handles:
             handle.remove()
-    return outputs
+    return result, outputs
 
 
 def _check(off: float, dtype: torch.dtype, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from finetune_bn.conversion.policies import (
     Stochastic,
     ToGroupNorm,
 )
+from finetune_bn.layers.foreign import is_foreign_frozen, revived, why_not_revived
 from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm, why_not_frozen
 from finetune_bn.layers.group_norm import GroupNorm, number_of_groups, why_not_group_norm
 from finetune_bn.layers.hold_affine import changes_function, is_held
@@ -29,10 +31,18 @@ _TRACKING = (Ghost, Renorm, Stochastic, EvalNorm)
 _FIVE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
+def known(layer: nn.Module) -> nn.Module:
+    """Return the layer itself, or the BatchNorm that a frozen layer of another package is brought back to life as."""
+    return revived(layer) if is_foreign_frozen(layer) and why_not_revived(layer) is None else layer
+
+
 def refusal(bn: nn.Module, policy: Policy) -> str | None:
     """Return why `policy` cannot be carried out on a layer, or None where it can."""
+    if is_foreign_frozen(bn) and why_not_revived(bn) is not None:
+        return why_not_revived(bn)
     if isinstance(policy, Keep):
         return None
+    bn = known(bn)
     if any(is_lazy(t) for t in [*bn.parameters(False), *bn.buffers(False)]):
         return "is not initialized yet (a lazy layer): run the model once first"
     values: Mapping[str, Tensor | None] = bn._parameters
@@ -56,8 +66,8 @@ def refusal(bn: nn.Module, policy: Policy) -> str | None:
         patched = "forward" in vars(bn)
         return f"{kind} has a forward patched in" if patched else f"is a subclass with a forward of its own ({kind})"
     if isinstance(policy, (Freeze, ToGroupNorm, *_TRACKING)):
-        known = (*_FIVE, "drop", "act") if is_norm_act(bn) else _FIVE
-        extra = [name for part in (bn._parameters, bn._buffers, bn._modules) for name in part if name not in known]
+        own = (*_FIVE, "drop", "act") if is_norm_act(bn) else _FIVE
+        extra = [name for part in (bn._parameters, bn._buffers, bn._modules) for name in part if name not in own]
         kind = "a frozen layer" if isinstance(policy, Freeze) else f"a layer for {type(policy).__name__}"
         if extra:
             return f"holds {', '.join(extra)} besides BatchNorm's five tensors, which {kind} would lose"
@@ -79,6 +89,16 @@ def refusal(bn: nn.Module, policy: Policy) -> str | None:
             "NormalizeOnly(change_function=True) does it all the same, FreezeAffine() keeps the values"
         )
     return None
+
+
+def alternative(layer: nn.Module, policy: Policy) -> Policy:
+    """Return what could be done to a layer that refuses `policy`: the nearest kind of `Freeze`, else nothing."""
+    if isinstance(policy, Freeze):
+        for kind in ("shift", "none"):
+            other = dataclasses.replace(policy, affine=kind)  # type: ignore[arg-type]
+            if refusal(layer, other) is None:
+                return other
+    return Keep()
 
 
 def notes(bn: nn.Module, policy: Policy) -> Iterator[str]:

@@ -142,7 +142,7 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         return bn
 
     def _new_batch_norm(self) -> _BatchNorm:
-        return _new_norm_act(self)
+        return new_norm_act(type(self).__name__, self.get_buffer("running_mean"), self.eps, self.momentum)
 
 
 class FoldedConv2dSame(FoldedConvNd, nn.Conv2d):
@@ -223,7 +223,7 @@ class TrackingBatchNormAct2d(TrackingBatchNorm):
         return bn
 
     def _new_batch_norm(self) -> _BatchNorm:
-        return _new_norm_act(self)
+        return new_norm_act(type(self).__name__, self.get_buffer("running_mean"), self.eps, self.momentum)
 
 
 class GhostBatchNormAct2d(TrackingBatchNormAct2d, GhostBatchNorm2d):
@@ -382,19 +382,20 @@ def behind_norm(layer: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def _new_norm_act(layer: FrozenBatchNormAct2d | TrackingBatchNormAct2d) -> _BatchNorm:
-    """Return a new BatchNormAct2d of timm for a layer that never was one."""
+def new_norm_act(kind: str, like: Tensor, eps: float, momentum: float | None) -> _BatchNorm:
+    """Return a new BatchNormAct2d of timm without activation, of as many channels as `like`, for a layer of that kind.
+
+    Raises:
+        MissingDependency: timm is not installed.
+    """
     try:
         from timm.layers.norm_act import BatchNormAct2d
     except ImportError as error:
-        raise MissingDependency(
-            f"a {type(layer).__name__} turns back into timm's BatchNormAct2d: pip install timm"
-        ) from error
-    like = layer.get_buffer("running_mean")
+        raise MissingDependency(f"a {kind} turns back into timm's BatchNormAct2d: pip install timm") from error
     bn: _BatchNorm = BatchNormAct2d(
-        layer.num_features,
-        layer.eps,
-        layer.momentum,  # type: ignore[arg-type]  # timm's annotation forgets None
+        like.numel(),
+        eps,
+        momentum,  # type: ignore[arg-type]  # timm's annotation forgets None
         apply_act=False,
         device=like.device,
         dtype=like.dtype,

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.layers.foreign import is_foreign_frozen
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.utilities.probe import Probe
@@ -63,16 +64,53 @@ def find_batch_norms(model: nn.Module, *, group_norms: bool = False) -> list[Bat
     ]
 
 
+def find_foreign(model: nn.Module) -> list[BatchNormSite]:
+    """Return the frozen BatchNorm layers of other packages (`foreign.is_foreign_frozen`), in the order of definition."""
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_foreign_frozen(module):
+            modules[id(module)] = module
+            names.setdefault(id(module), []).append(name)
+    return [
+        BatchNormSite(tuple(names[key]), type(module).__name__, module.get_buffer("weight").numel(), module)
+        for key, module in modules.items()
+    ]
+
+
 def find_lookalikes(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return layers that keep running statistics, or call themselves BatchNorm, and are none that we know."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, (_BatchNorm, FrozenBatchNorm)):
             continue
+        if isinstance(module, torch.jit.ScriptModule):
+            if "BatchNorm" in _scripted_kind(module):
+                found.append((name, module))
+            continue
         has_statistics = any(module._buffers.get(key) is not None for key in ("running_mean", "running_var"))
         if has_statistics or (is_leaf(module) and "BatchNorm" in type(module).__name__):
             found.append((name, module))
     return found
+
+
+def why_left_alone(lookalike: nn.Module) -> str:
+    """Return what a layer of `find_lookalikes` is, so that it is left alone."""
+    if isinstance(lookalike, torch.jit.ScriptModule):
+        return f"is a {_scripted_kind(lookalike)} within a ScriptModule, where no layer can be replaced"
+    kind = f"{type(lookalike).__module__}.{type(lookalike).__name__}"
+    if is_foreign_frozen(lookalike):
+        return (
+            f"is frozen already, a {kind}; to convert it, name its class in a rule: "
+            f"Rule(type={type(lookalike).__name__!r}, policy=...)"
+        )
+    if type(lookalike) is nn.Module:  # what torch.fx makes of a layer whose forward it has traced
+        return "is no layer any more, but holds the tensors of one for a traced graph, which moves them in training: convert first, trace then"
+    return f"is no torch BatchNorm ({kind})"
+
+
+def _scripted_kind(module: torch.jit.ScriptModule) -> str:
+    return str(getattr(module, "original_name", type(module).__name__))
 
 
 def positions_at(model: nn.Module, sites: Sequence[BatchNormSite], probes: Sequence[Probe]) -> dict[str, int]:

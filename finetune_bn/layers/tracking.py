@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Self
 
 import torch
@@ -102,7 +103,7 @@ class TrackingBatchNorm(_BatchNorm):
     @property
     def settings(self) -> dict[str, Any]:
         """What `from_batch_norm` takes besides the BatchNorm."""
-        raise NotImplementedError
+        return {}
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` [N, C, ...] normalized; in training mode also update the running statistics."""
@@ -191,22 +192,29 @@ class TrackingBatchNorm(_BatchNorm):
 
     @property
     def qconfig(self) -> Any:
-        """Quantization's settings; asking for them before they are set is how SyncBatchNorm conversion is noticed.
+        """Quantization's settings, as other modules have them: none before they are set.
 
         `convert_sync_batchnorm` of torch and timm takes every `_BatchNorm` and keeps nothing of what a subclass does.
-        This is the one thing that it asks of a layer which nobody else asks in training.
+        This is the one thing that it asks of a layer which few others ask, so it is told apart by its name.
         """
         if "qconfig" in vars(self):
             return vars(self)["qconfig"]
-        raise UnsupportedLayer(
-            f"convert_sync_batchnorm (sync_batchnorm=True in Lightning) would make a plain SyncBatchNorm of this "
-            f"{type(self).__name__}({self.extra_repr()}). Leave it off, or synchronize what is to be synchronized "
-            "first and convert to other layers afterwards; layers before this one may be synchronized already."
-        )
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            raise UnsupportedLayer(
+                f"convert_sync_batchnorm (sync_batchnorm=True in Lightning) would make a plain SyncBatchNorm of this "
+                f"{type(self).__name__}({self.extra_repr()}). Leave it off, or synchronize what is to be synchronized "
+                "first and convert to other layers afterwards; layers before this one may be synchronized already."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'qconfig'")
 
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
         vars(self)["qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        if vars(self).pop("qconfig", self) is self:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'qconfig'")
 
     def extra_repr(self) -> str:
         """Describe the layer in `print(model)`."""

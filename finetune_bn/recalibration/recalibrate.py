@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
-from finetune_bn.layers.sites import BatchNormSite, find_batch_norms, find_lookalikes
+from finetune_bn.layers.sites import BatchNormSite, find_batch_norms, find_lookalikes, why_left_alone
 from finetune_bn.layers.statistics import Statistics, statistics_of, store, why_no_statistics
 from finetune_bn.recalibration.bank import StatisticsBank
 from finetune_bn.recalibration.collector import Layer
@@ -156,7 +156,9 @@ def _choose(
     """
     sites = find_batch_norms(model)
     if not sites:
-        raise NoBatchNormMatched(complaint("model", type(model).__name__, "a model with BatchNorm layers"))
+        others = [f"{name or '(root)'} {why_left_alone(module)}" for name, module in find_lookalikes(model)]
+        remedy = f"{len(others)} layers are left alone: {others[0]}." if others else ""
+        raise NoBatchNormMatched(complaint("model", type(model).__name__, "a model with BatchNorm layers", remedy))
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for site in sites for name in site.names):
             known = ", ".join(site.names[0] for site in sites[:4])
@@ -177,7 +179,7 @@ def _choose(
         else:
             alone.append((name, trouble))
     for name, module in find_lookalikes(model):
-        alone.append((name, f"is no torch BatchNorm ({type(module).__module__}.{type(module).__name__})"))
+        alone.append((name, why_left_alone(module)))
     if not chosen:
         reasons = "; ".join(f"{name or '(root)'} {reason}" for name, reason in alone[:4])
         raise NoBatchNormMatched(complaint("layers", patterns, "a layer that can be recalibrated", f"{reasons}."))

@@ -98,3 +98,33 @@ def test_stages_are_those_of_timms_coarse_group_matcher_however_deep_the_model_l
 def test_stages_without_a_timm_model_are_an_error() -> None:
     with pytest.raises(FinetuneBNError, match=r"rule.stage: got 'Plain'; allowed: a model that holds a timm model"):
         timm_stages(Plain(), ["bn1"])
+
+
+@pytest.mark.parametrize("way", ["script", "trace"])
+def test_layers_within_a_script_module_are_named_and_left_alone(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It was an AttributeError in plan, convert and recalibrate."""
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            part = settle(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))).eval()
+            self.bn = settle(nn.BatchNorm2d(3))
+            self.part = torch.jit.script(part) if way == "script" else torch.jit.trace(part, x)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.part(self.bn(x))  # type: ignore[no-any-return]
+
+    x = torch.randn(4, 3, 8, 8)
+    model = Holder()
+    rows = {row.names[0]: row.reason for row in fbn.plan(model, fbn.Freeze(), x).rows if row.policy is None}
+    assert rows == {"part.1": "left alone: is a BatchNorm2d within a ScriptModule, where no layer can be replaced"}
+    expected = model.eval()(x)
+    fbn.convert(model, fbn.Freeze(), example_input=x)
+    assert "1 layers are left alone (part.1)" in caplog.text
+    torch.testing.assert_close(model(x), expected)
+    record = fbn.recalibrate(model, torch.randn(16, 3, 8, 8))
+    assert [name for name, _ in record.left_alone] == ["part.1"]
+    fbn.revert(model, example_input=x)
+    with pytest.raises(FinetuneBNError, match="part.1 is a BatchNorm2d within a ScriptModule"):
+        model.bn = nn.Identity()
+        fbn.convert(model, fbn.Freeze())

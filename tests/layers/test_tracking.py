@@ -421,3 +421,44 @@ def test_what_it_cannot_stand_for_is_said(spoil: Callable[[nn.Module], Any], rea
     bn = batch_norm()
     spoil(bn)
     assert (why_not_tracking(bn) is None) if reason is None else (reason in (why_not_tracking(bn) or ""))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "policy",
+    [fbn.Ghost(2), fbn.Renorm(), fbn.Stochastic(), fbn.EvalNorm(0.1), fbn.Freeze(fold="never"), fbn.ToGroupNorm()],
+    ids=lambda p: p.describe(),
+)
+def test_layers_can_be_inspected_mocked_and_quantized_around(policy: fbn.Policy) -> None:
+    """Python expects AttributeError where a layer has no qconfig; `hasattr` raised a ValueError."""
+    import inspect
+    from unittest.mock import create_autospec
+
+    import torch.ao.quantization as quantization
+
+    def net() -> nn.Module:
+        return fbn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), settle(nn.BatchNorm2d(4)), nn.ReLU()).train(), policy)
+
+    layer = net()[1]  # type: ignore[index]
+    assert not hasattr(layer, "qconfig")
+    assert "weight" in dict(inspect.getmembers(layer))
+    assert create_autospec(layer).eps is not None
+    for prepare, mode in ((quantization.prepare, False), (quantization.prepare_qat, True)):
+        model = net().train(mode)
+        model.qconfig = quantization.get_default_qat_qconfig("fbgemm") if mode else quantization.default_qconfig
+        prepared = prepare(model)
+        prepared(torch.randn(4, 3, 8, 8))
+        done = quantization.convert(prepared.eval())
+        assert type(done[1]) is type(layer)  # ours stays what it is
+        assert not isinstance(done[0], nn.Conv2d) or "quantized" in type(done[0]).__module__
+
+
+def test_a_qconfig_that_was_set_is_read_and_taken_away() -> None:
+    layer = fbn.convert(settle(nn.BatchNorm2d(4)), fbn.Ghost(2))
+    layer.qconfig = "set"
+    assert layer.qconfig == "set"
+    del layer.qconfig
+    with pytest.raises(AttributeError, match="no attribute 'qconfig'"):
+        del layer.qconfig
+    with pytest.raises(UnsupportedLayer, match="convert_sync_batchnorm"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(layer))
