@@ -24,7 +24,8 @@ import finetune_bn as fbn
 from finetune_bn.callbacks.batch_composition import BatchCompositionGuard, labels_of, pk_violation
 from finetune_bn.callbacks.conversion import BatchNormConversion
 from finetune_bn.errors import BadData, FinetuneBNError
-from finetune_bn.metric_learning.pk_sampler import PKBatchSampler, ResumableDataLoader
+from finetune_bn.metric_learning.pk_sampler import PKBatchSampler
+from finetune_bn.metric_learning.resumable_loader import ResumableDataLoader
 
 P, K = 4, 2
 LABELS = torch.arange(24).repeat_interleave(5)

@@ -20,7 +20,8 @@ import torch.multiprocessing as mp
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from finetune_bn.errors import BadData, FinetuneBNError
-from finetune_bn.metric_learning.pk_sampler import PKBatchSampler, ResumableDataLoader
+from finetune_bn.metric_learning.pk_sampler import PKBatchSampler
+from finetune_bn.metric_learning.resumable_loader import ResumableDataLoader
 
 # 20 labels of 3 to 9 images, in no order.
 SIZES = [3 + number % 7 for number in range(20)]
