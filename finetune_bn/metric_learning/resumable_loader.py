@@ -177,6 +177,7 @@ class ResumableDataLoader(DataLoader[Any]):
             what = "one for each label of the sampler" if name == "batch_sampler" else "as many as the sampler has"
             raise BadData(complaint("dataset", f"{len(dataset)} images", f"{covered} images, {what}"))
         self._keeper: KeepsPlace = given
+        self._in_batches = batch_sampler is not None
         self._used = [0]
         if kwargs.get("generator") is None:
             # The seed of the workers: drawn from the global generator, it would be another number after a resume.
@@ -199,7 +200,7 @@ class ResumableDataLoader(DataLoader[Any]):
     @property
     def _step(self) -> int:
         """What the sampler counts for a batch."""
-        return 1 if self._keeper is self.batch_sampler else int(self.batch_size or 1)
+        return 1 if self._in_batches else int(self.batch_size or 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch and the number of the next batch (or image) that was not handed out."""
@@ -223,8 +224,9 @@ def _waiting_state(loader: DataLoader[Any]) -> dict[str, Any] | None:
     """
     frame = sys._getframe(1)
     while frame is not None:
-        loop = frame.f_locals.get("self") if frame.f_code.co_name == "advance" else None
+        loop: Any = frame.f_locals.get("self") if frame.f_code.co_name == "advance" else None
         if type(loop).__name__ == "_FitLoop":
+            _count_begun(loop)
             states = getattr(loop, "_combined_loader_states_to_load", None)
             owned = getattr(getattr(loop, "_combined_loader", None), "flattened", [])
             stateful = [one for one in owned if hasattr(one, "state_dict") and hasattr(one, "load_state_dict")]
@@ -235,3 +237,15 @@ def _waiting_state(loader: DataLoader[Any]) -> dict[str, Any] | None:
             return None
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _count_begun(loop: Any) -> None:
+    """Count an epoch as begun where Lightning (seen in 2.6) forgot to: behind a checkpoint of an epoch's last step.
+
+    It takes the first epoch of such a resumed run for the rest of the one before, which it has counted as done. A
+    second resume in mid-epoch would then begin that epoch anew.
+    """
+    progress = loop.epoch_progress
+    if loop.restarted_mid_epoch and progress.current.processed >= progress.current.ready:
+        progress.increment_ready()
+        progress.increment_started()

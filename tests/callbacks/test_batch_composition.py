@@ -250,6 +250,31 @@ def test_the_guard_says_when_a_plain_loader_loses_its_place(
     assert lost == bool(message)
 
 
+class KeepsCount(DataLoader[Any]):
+    """A loader of somebody else that has a state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": 3}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise AssertionError("Lightning 2.6 gives it none: once it does, the warning can go")
+
+
+class Asks(Diary):
+    """Wants to know the number of steps, so that Lightning sets its loaders up before it has read the checkpoint."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+
+def test_the_guard_says_when_lightning_keeps_the_state_of_a_foreign_loader_back(tmp_path: Path) -> None:
+    interrupt(tmp_path / "whole", lambda: make_loader(KeepsCount), 1)
+    trainer = make_trainer(tmp_path, 1, BatchCompositionGuard(), epochs=3)
+    with pytest.warns(UserWarning, match="not given the loader the state .*estimated_stepping_batches"):
+        trainer.fit(Asks(tmp_path), make_loader(KeepsCount), ckpt_path=tmp_path / "whole" / "step=4.ckpt")
+
+
 # Guarded
 
 
