@@ -30,6 +30,8 @@ from finetune_bn.group_norm.distil import Distillation, distil
 from finetune_bn.group_norm.record import Calibration, LayerFit
 from finetune_bn.metric_learning.pk_sampler import PKBatchSampler, ResumableDataLoader
 from finetune_bn.optim.step_limit import limit_steps
+from finetune_bn.optim.train_only import Trained, train_only
+from finetune_bn.optim.trained_part import apply_trained, remove_trained, save_trained
 from finetune_bn.recalibration.bank import StatisticsBank
 from finetune_bn.recalibration.recalibrate import recalibrate
 from finetune_bn.recalibration.record import LayerRecord, Recalibration
@@ -62,6 +64,10 @@ __all__ = [
     "distil",
     # training
     "limit_steps",
+    "train_only",
+    "save_trained",
+    "apply_trained",
+    "remove_trained",
     "PKBatchSampler",
     "ResumableDataLoader",
     # looking
@@ -77,6 +83,7 @@ __all__ = [
     "MemoryReport",
     "LayerMemory",
     "Leakage",
+    "Trained",
     # errors
     "FinetuneBNError",
 ]
