@@ -156,8 +156,8 @@ def test_every_command_of_a_page_is_one_that_there_is(page: Path, monkeypatch: p
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for block in blocks(page.read_text(encoding="utf-8"), "sh"):
         for words in commands(block.code):
-            if words[0] in ("torchrun", "srun"):
-                words = words[next(i for i, word in enumerate(words) if word in ("finetune-bn", "-m")) :]
+            if words[0] == "torchrun" and "finetune_bn.cli" in words:
+                words = ["finetune-bn", *words[words.index("finetune_bn.cli") + 1 :]]
             if words[0] == "finetune-bn":
                 assert_parses(words[1:])
             elif words[0] == "make":
@@ -180,8 +180,12 @@ def assert_parses(arguments: list[str]) -> None:
     if tuple(arguments) in _parsed:
         return
     output = io.StringIO()
-    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as ended:
-        main([*arguments, "--print_config"])
+    argv, sys.argv = sys.argv, ["finetune-bn"]  # Lightning warns of others beside the arguments given
+    try:
+        with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as ended:
+            main([*arguments, "--print_config"])
+    finally:
+        sys.argv = argv
     assert ended.value.code in (0, None), f"{' '.join(arguments)}: {ended.value.code}"
     assert "batch_norm:" in output.getvalue()
     _parsed.add(tuple(arguments))
@@ -210,10 +214,9 @@ def test_every_piece_of_a_config_fits_over_a_config(
 # Links and size
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md"], ids=name_of)
-def test_every_file_that_is_linked_exists(page: Path) -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")) if "://" not in link]
-    assert links
+def test_every_file_that_the_readme_links_to_exists() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README.read_text(encoding="utf-8")) if "://" not in link]
+    assert len(links) > 10
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
