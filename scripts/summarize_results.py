@@ -102,7 +102,8 @@ def main() -> None:
     path = ROOT / "results" / "summary.md"
     text = summary(ROOT / "results")
     if parser.parse_args().check:
-        sys.exit(f"{path.name} is out of date; run: python scripts/summarize_results.py" if text != path.read_text() else 0)
+        late = text != path.read_text(encoding="utf-8")
+        sys.exit(f"{path.name} is out of date; run: python scripts/summarize_results.py" if late else 0)
     write_atomically(path, text)
     print(text)
 
