@@ -25,6 +25,7 @@ from finetune_bn.conversion.policies import (
 )
 from finetune_bn.diagnosis.leakage import Leakage, measure_leakage
 from finetune_bn.diagnosis.memory import LayerMemory, MemoryReport, memory_report
+from finetune_bn.diagnosis.status import LayerStatus, Status, status
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.group_norm.calibrate import calibrate_group_norm
 from finetune_bn.group_norm.distil import Distillation, distil
@@ -68,6 +69,7 @@ __all__ = [
     "PKBatchSampler",
     "ResumableDataLoader",
     # looking
+    "status",
     "memory_report",
     "measure_leakage",
     # what the verbs return
@@ -80,6 +82,8 @@ __all__ = [
     "MemoryReport",
     "LayerMemory",
     "Leakage",
+    "Status",
+    "LayerStatus",
     # errors
     "FinetuneBNError",
 ]
