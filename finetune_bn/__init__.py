@@ -5,6 +5,9 @@ Plan, convert, revert: plain functions on a `torch.nn.Module` that need torch al
 weights in `finetune_bn.backbones`.
 """
 
+from finetune_bn.backbones.create import create_backbone
+from finetune_bn.backbones.predict import Embedding, Prediction, TrainedModel
+from finetune_bn.backbones.saved import load, save
 from finetune_bn.conversion.convert import convert, revert
 from finetune_bn.conversion.export import export
 from finetune_bn.conversion.merge import fold
@@ -68,6 +71,10 @@ __all__ = [
     "limit_steps",
     "PKBatchSampler",
     "ResumableDataLoader",
+    # a backbone to begin with, and what was made of it in one file
+    "create_backbone",
+    "save",
+    "load",
     # looking
     "status",
     "memory_report",
@@ -82,6 +89,9 @@ __all__ = [
     "MemoryReport",
     "LayerMemory",
     "Leakage",
+    "TrainedModel",
+    "Prediction",
+    "Embedding",
     "Status",
     "LayerStatus",
     # errors
