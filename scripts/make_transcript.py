@@ -190,8 +190,8 @@ def page(done: list[tuple[Step, str, str]]) -> str:
     parts = [
         "# From install to prediction",
         "Every command from the wheel to the class of an image, in an empty folder, with what it printed. The folder\n"
-        f"`photos` holds {len(CLASSES)} sub-folders of {IMAGES} emoji each. Made by `python scripts/make_transcript.py`. "
-        "The names: [the\n"
+        f"`photos` holds {len(CLASSES)} sub-folders of {IMAGES} emoji each.\n"
+        "Made by `python scripts/make_transcript.py`. The names: [the\n"
         "command](use/command.md), [API](api/index.md).",
     ]
     for step, command, output in done:
