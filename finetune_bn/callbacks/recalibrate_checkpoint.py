@@ -51,7 +51,7 @@ def recalibrate_checkpoint(
         recalibration: how it is done.
         split: whose images are taken: train, val or test; no label is used.
         domain: only the images of this domain, of a data module of finetune_bn.
-        weights_only: as in `Trainer.fit`.
+        weights_only: as in `Trainer.fit`; true by default.
 
     Returns:
         The path of the new file, and what was measured.
@@ -59,11 +59,13 @@ def recalibrate_checkpoint(
     Raises:
         FinetuneBNError: there is no such checkpoint, it is of another module, or the data cannot be used.
     """
+    if output is None and "://" in str(ckpt_path):
+        raise FinetuneBNError(complaint("output", None, "a file, where the checkpoint is an address"))
     source = Path(ckpt_path)
     path = source.with_name(f"{source.stem}-recalibrated{source.suffix}") if output is None else Path(output)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise FinetuneBNError(complaint("output", str(path), "a file in a folder that there is"))
-    checkpoint = _load(trainer, source, weights_only)
+    checkpoint = _load(trainer, ckpt_path, weights_only)
     _attach(trainer, model, datamodule, split)
     _restore(model, checkpoint)
     trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device)
@@ -97,21 +99,22 @@ def load_into(
         model: the module that the checkpoint is of, as it was built for its training.
         trainer: a Trainer of one process.
         ckpt_path: a checkpoint that Lightning saved.
-        weights_only: as in `Trainer.fit`.
+        weights_only: as in `Trainer.fit`; true by default.
 
     Raises:
         FinetuneBNError: there is no such checkpoint, or it is of another module.
     """
-    checkpoint = _load(trainer, Path(ckpt_path), weights_only)
+    checkpoint = _load(trainer, ckpt_path, weights_only)
     trainer.strategy.connect(model)
     model.configure_model()
     _restore(model, checkpoint)
 
 
-def _load(trainer: pl.Trainer, path: Path, weights_only: bool | None) -> dict[str, Any]:
+def _load(trainer: pl.Trainer, path: str | Path, weights_only: bool | None) -> dict[str, Any]:
     allowed = "a checkpoint that Lightning saved"
     try:
-        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=weights_only)
+        only = True if weights_only is None else weights_only  # nothing is unpickled unless asked for
+        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=only)
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise FinetuneBNError(complaint("ckpt_path", str(path), allowed, f"{error}")) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
