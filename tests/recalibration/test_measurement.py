@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune_bn.errors import BadData, FinetuneBNError
+from finetune_bn.errors import BadData
 from finetune_bn.functional.moments import Moments
 from finetune_bn.layers.statistics import statistics_of
 from finetune_bn.recalibration.measured_layer import MeasuredLayer
