@@ -175,7 +175,7 @@ _parsed: set[tuple[str, ...]] = set()
 def assert_parses(arguments: list[str]) -> None:
     """Assert that the command takes these arguments; nothing is built or trained. Once for each set of arguments."""
     pytest.importorskip("jsonargparse")
-    from finetune_bn.cli.commands import main
+    from finetune_bn.cli import main
 
     if tuple(arguments) in _parsed:
         return
