@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from finetune_bn.callbacks.batches import batches_for, training_batches
 from finetune_bn.callbacks.conversion import replay
+from finetune_bn.callbacks.lightning_names import attach_data
 from finetune_bn.callbacks.module import load_sources, sources_of
 from finetune_bn.callbacks.recalibration import CHECKPOINT_KEY, BatchNormRecalibration
 from finetune_bn.errors import FinetuneBNError, complaint
@@ -124,7 +125,7 @@ def _attach(trainer: pl.Trainer, model: pl.LightningModule, datamodule: pl.Light
     if trainer.world_size > 1:
         raise FinetuneBNError(complaint("trainer.devices", trainer.world_size, "1: a file is written by one process"))
     trainer.strategy.connect(model)
-    trainer._data_connector.attach_data(model, datamodule=datamodule)
+    attach_data(trainer, model, datamodule)
     trainer.strategy.setup_environment()
     trainer.state.fn = TrainerFn.VALIDATING
     trainer.validating = True

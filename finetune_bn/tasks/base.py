@@ -175,12 +175,6 @@ class TimmTask(pl.LightningModule, ABC):
         if self.compiles and self.net._compiled_call_impl is None:
             self.net.compile()
 
-    def _loader_names(self, loaders: int) -> list[str]:
-        """Return one name for each evaluation loader: that of its domain where the data module has one for each."""
-        domains = getattr(getattr(self.trainer, "datamodule", None), "domains", None)
-        named = isinstance(domains, (list, tuple)) and len(domains) == loaders
-        return [str(name) for name in (domains if named and domains else range(loaders))]
-
     def _lr_factor(self) -> Callable[[int], float]:
         """Return the factor on each group's learning rate at an optimizer step, counted from 0."""
         total = self.trainer.estimated_stepping_batches
