@@ -175,6 +175,8 @@ _parsed: set[tuple[str, ...]] = set()
 def assert_parses(arguments: list[str]) -> None:
     """Assert that the command takes these arguments; nothing is built or trained. Once for each set of arguments."""
     pytest.importorskip("jsonargparse")
+    if "metric_learning" in arguments:
+        pytest.importorskip("pytorch_metric_learning")
     from finetune_bn.cli import main
 
     if tuple(arguments) in _parsed:
