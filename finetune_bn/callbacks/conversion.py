@@ -19,6 +19,7 @@ from finetune_bn.conversion.from_state import policy_in_state
 from finetune_bn.conversion.plan import Plan, may_fold, plan
 from finetune_bn.conversion.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, ToGroupNorm, check_policy
 from finetune_bn.diagnosis.collapse import CollapseWatch
+from finetune_bn.diagnosis.status import status
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, complaint
 from finetune_bn.layers.sites import find_batch_norms
 
@@ -92,6 +93,11 @@ class BatchNormConversion(Callback):
                 "BatchNormConversion: init=sequential starts as the closed form, and nothing fits it to images: add "
                 "the callback GroupNormCalibration, or ask for init=closed_form."
             )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Only now is everything as it will be trained: all callbacks have had their turn, and the weights are loaded.
+        rank_zero_info(f"BatchNormConversion: {status(pl_module)}")
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -35,6 +35,11 @@ def is_held(module: nn.Module) -> bool:
     return hasattr(module, _MARK)
 
 
+def was_reset(module: nn.Module) -> bool:
+    """Tell whether a held layer's weight and bias were set to 1 and 0 when it was held."""
+    return any(value is not None for _, value in getattr(module, _MARK, {}).values())
+
+
 def train_again(bn: _BatchNorm, other: nn.Module) -> None:
     """Give the Parameters of `other`, which stands in for the held `bn`, the `requires_grad` from before."""
     for name, (requires_grad, _) in getattr(bn, _MARK, {}).items():

@@ -518,3 +518,19 @@ def test_an_example_input_array_of_the_wrong_size_does_not_stop_the_training(tmp
     model.example_input_array = torch.zeros(1, 1, 4, 4)
     trainer(tmp_path, BatchNormConversion(), epochs=1).fit(model, loader())
     assert len(frozen(model)) == 2
+
+
+def test_what_is_about_to_be_trained_is_told_once_when_everything_stands(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class PutsToSleep(Callback):
+        def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            pl_module.backbone.eval()  # Lightning leaves modes as it finds them
+
+    model = Foreign("configure_model")
+    policy = fbn.Rules([("backbone.1", fbn.Freeze("shift")), ("*", fbn.Keep())])
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, BatchNormConversion(policy), PutsToSleep()).fit(model, loader())
+    (told,) = [record.getMessage() for record in caplog.records if "irregular" in record.getMessage()]
+    assert told.startswith("BatchNormConversion: Foreign: 1 frozen, 1 live; 1 irregular")
+    assert "irregular: backbone.4: in eval mode while the model is in training mode" in told
