@@ -100,7 +100,10 @@ def test_without_the_extras_the_command_says_what_to_install(monkeypatch: pytest
             monkeypatch.delattr(finetune_bn.cli, name.rpartition(".")[2], raising=False)
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     message = error_of("fit", "--config", "quickstart")
-    assert message == 'finetune-bn: error: the command needs the package jsonargparse. Run: pip install "finetune-bn[demo]"'
+    assert (
+        message
+        == 'finetune-bn: error: the command needs the package jsonargparse. Run: pip install "finetune-bn[demo]"'
+    )
 
 
 # --- stopped --------------------------------------------------------------------------------------------------------
@@ -177,14 +180,15 @@ def test_a_config_that_is_not_utf8_is_named_with_its_line() -> None:
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_without_a_checkpoint_the_untrained_head_is_told(verb: str) -> None:
     limit = ("--trainer.limit_test_batches", "1", "--trainer.limit_predict_batches", "1")
-    with pytest.warns(UserWarning, match=f"{verb}: there is no --ckpt_path, so the model is taken as the config builds"):
+    with pytest.warns(
+        UserWarning, match=f"{verb}: there is no --ckpt_path, so the model is taken as the config builds"
+    ):
         main([verb, *SMALL, *limit])
 
 
 def test_one_image_a_batch_with_live_layers_is_one_line() -> None:
-    live = ("--config", "batch_norm/live", "--data.batch_size", "1", "--model.backbone", "test_efficientnet_ln")
-    args = ["fit", *SMALL, *live, "--model", "tests.foreign.OneValue"]
-    message = error_of(*args)
+    live = ("--batch_norm.policy", "Keep", "--data", "EmojiData", "--data.image_size", "32", "--data.batch_size", "1")
+    message = error_of("fit", "--model", "tests.foreign.Pooled", *live, *SMALL[12:])
     assert "data.batch_size: got 'an input of size ([1, 4, 1, 1])'; allowed: more than one value for each ch" in message
     assert "--batch_norm.policy Freeze" in message
 
@@ -218,15 +222,14 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_missing_test_and_validation_images_are_told_before_the_training_and_the_last_checkpoint_is_kept(
-    images: Path,
+    images: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     args = ("--config", "image_folder", *SMALL[2:6], "--data.image_size", "32", *SMALL[12:])
     data = ("--data.root", str(images), "--data.val_fraction", "0", "--data.num_workers", "0")
-    with pytest.warns(UserWarning) as told:
-        cli = FinetuneBNCLI(["fit", *args, *data, "--data.batch_size", "4", "--test_after_fit", "true"])
-    words = [str(warning.message) for warning in told]
+    cli = FinetuneBNCLI(["fit", *args, *data, "--data.batch_size", "4", "--test_after_fit", "true"])
+    words = [str(warning.message) for warning in recwarn]
     assert any("test_after_fit: there are no test images" in text for text in words)
     assert any("there are no validation images, so val_accuracy is never measured" in text for text in words)
     (checkpoint,) = Path("runs/image_folder").rglob("*.ckpt")
     assert checkpoint.name == "epoch=0-step=1.ckpt"
-    assert cli.trainer.checkpoint_callback.best_model_path == str(checkpoint.absolute())  # type: ignore[union-attr]
+    assert cli.trainer.checkpoint_callback.best_model_path == str(checkpoint)  # type: ignore[union-attr]
