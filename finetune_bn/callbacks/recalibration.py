@@ -30,9 +30,9 @@ from finetune_bn.callbacks.module import (
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.recalibration.bank import StatisticsBank
-from finetune_bn.recalibration.measurement import How, Mode, Part, Settings
 from finetune_bn.recalibration.recalibrate import recalibrate
 from finetune_bn.recalibration.record import Recalibration
+from finetune_bn.recalibration.settings import How, Mode, Part, RecalibrationSettings
 
 When = Literal["validation", "steps", "fit_start", "test"]
 WHEN: tuple[When, ...] = get_args(When)
@@ -141,7 +141,9 @@ class BatchNormRecalibration(Callback):
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.temporary, self.per_domain, self.source_first = temporary, per_domain, source_first
         self.module, self.layers, self.seed = module, layers, seed
-        self.settings = Settings(mode, how, part, prior, max_samples, min_samples, tolerance, batch_size, memory)
+        self.settings = RecalibrationSettings(
+            mode, how, part, prior, max_samples, min_samples, tolerance, batch_size, memory
+        )
         self.record: Recalibration | None = None
         self.bank: StatisticsBank | None = None
         self._own = OwnStatistics()
@@ -162,7 +164,7 @@ class BatchNormRecalibration(Callback):
         pl_module: pl.LightningModule,
         batches: ModuleBatches | None = None,
         progress: bool | None = False,
-        settings: Settings | None = None,
+        settings: RecalibrationSettings | None = None,
     ) -> Recalibration | None:
         """Recalibrate now.
 

@@ -32,7 +32,7 @@ from finetune_bn.diagnosis.figures import to_json
 from finetune_bn.diagnosis.memory import MemoryReport, memory_report
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.sites import find_batch_norms
-from finetune_bn.recalibration.measurement import How, Mode, Part
+from finetune_bn.recalibration.settings import How, Mode, Part
 from finetune_bn.utilities.files import write_atomically
 
 
