@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from finetune_bn.callbacks.module import loader_names
 from finetune_bn.errors import FinetuneBNError, UnsupportedLayer, complaint
 from finetune_bn.functional.frozen import at_least_float32
 from finetune_bn.metric_learning import losses
@@ -245,7 +246,7 @@ class MetricLearning(TimmTask):
 
     def _report(self, stage: str) -> RetrievalReport | None:
         embeddings, labels, loaders = self._collected.rows()
-        names = self._loader_names(len(self._collected))
+        names = loader_names(self.trainer, len(self._collected))
         wrong = int((~torch.isfinite(embeddings)).any(dim=1).sum())
         report = None
         if wrong:
