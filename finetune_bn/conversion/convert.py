@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
 
 from finetune_bn.conversion.folding import fold_plan, untied
 from finetune_bn.conversion.plan import Plan, PlanRow, check_model, may_fold, plan
@@ -29,7 +27,16 @@ from finetune_bn.conversion.policies import (
     Stochastic,
     ToGroupNorm,
 )
-from finetune_bn.conversion.proofs import Proof, prove_layer, prove_network, replace_modules, run_probes
+from finetune_bn.conversion.proofs import (
+    CONVERTED,
+    Proof,
+    in_wide_copy,
+    prove_layer,
+    prove_network,
+    replace_modules,
+    run_probes,
+    sources_kept,
+)
 from finetune_bn.conversion.refusals import refusal
 from finetune_bn.errors import (
     ConversionMismatch,
@@ -46,13 +53,9 @@ from finetune_bn.layers.noise import NoisyFrozenBatchNorm
 from finetune_bn.layers.norm_act import EVAL, GHOST, GROUP, NOISY, RENORM, STOCHASTIC, Family, class_for, frozen_class
 from finetune_bn.layers.sites import find_batch_norms, is_batch_norm
 from finetune_bn.layers.stochastic import EvalBatchNorm
-from finetune_bn.layers.tracking import TrackingBatchNorm
-from finetune_bn.utilities.probe import can_run, distance, find_probes, quietly
+from finetune_bn.utilities.probe import Probe, can_run, distance, find_probes, quietly
 
 log = logging.getLogger("finetune_bn")
-
-# In float64, above what rounding leaves even of a network that amplifies it ten-million-fold, below any other cause.
-_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -129,12 +132,12 @@ def revert(model: nn.Module, *, example_input: Any = None, verify: bool = True) 
 
 
 def _build_revert(model: nn.Module) -> list[_Swap]:
-    converted = (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)
-    layers = [(n, m) for n, m in model.named_modules() if (isinstance(m, converted) and is_batch_norm(m)) or is_held(m)]
+    layers = [(n, m) for n, m in model.named_modules() if (isinstance(m, CONVERTED) and is_batch_norm(m)) or is_held(m)]
     if not layers:
         raise NoBatchNormMatched(
             complaint("model", type(model).__name__, "a model with layers that `convert` changed", "Nothing to revert.")
         )
+    _check_solved_back(layers)
     return [_Swap(name, layer, *_keep(layer, Keep())) for name, layer in layers]
 
 
@@ -143,10 +146,27 @@ def _keep(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], Non
     return bn, _releaser(bn) if is_held(bn) else None
 
 
+def _stays(layer: nn.Module, policy: Policy | None) -> bool:
+    """Tell whether a layer is what `Freeze` would make of it already."""
+    if not isinstance(layer, FrozenBatchNorm) or not isinstance(policy, Freeze):
+        return False
+    noise = layer.noise if isinstance(layer, NoisyFrozenBatchNorm) else None
+    return (layer.affine_kind, noise) == (policy.affine, policy.noise)
+
+
+def _check_solved_back(layers: Sequence[tuple[str, nn.Module]]) -> None:
+    """Raise where a trained `merged` layer cannot turn back into a BatchNorm, before any tensor is written."""
+    why = {name or "(root)": m.why_not_solved_back() for name, m in layers if isinstance(m, FrozenBatchNorm)}
+    refused = "\n".join(f"  {name}: {reason}" for name, reason in why.items() if reason)
+    if refused:
+        raise UnsupportedLayer(
+            f"affine='merged': these layers cannot turn back into BatchNorm. Nothing was changed.\n{refused}"
+        )
+
+
 def _freeze(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
     assert isinstance(policy, Freeze)
-    noise = layer.noise if isinstance(layer, NoisyFrozenBatchNorm) else None
-    if isinstance(layer, FrozenBatchNorm) and (layer.affine_kind, noise) == (policy.affine, policy.noise):
+    if _stays(layer, policy):
         return layer, None
     bn = _as_batch_norm(layer)
     if policy.noise is None:
@@ -224,6 +244,8 @@ def _build(model: nn.Module, the_plan: Plan) -> list[_Swap]:
             f"{reasons}\n"
             f"Give them another policy by rules, as Rules([{kept}, ...])."
         )
+    changed = [(r.names[0], m) for r, m in zip(rows, layers, strict=True) if not _stays(m, r.policy)]
+    _check_solved_back(changed)
     swaps = []
     for row, layer in zip(rows, layers, strict=True):
         assert row.policy is not None
@@ -250,7 +272,7 @@ def _find(model: nn.Module, row: PlanRow) -> nn.Module:
 
 
 def _as_batch_norm(layer: nn.Module) -> _BatchNorm:
-    if isinstance(layer, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)):
+    if isinstance(layer, CONVERTED):
         return layer.to_batch_norm()
     assert isinstance(layer, _BatchNorm)
     return layer
@@ -266,7 +288,17 @@ def _releaser(module: nn.Module) -> Callable[[], None]:
 
 def _swap(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_input: Any, verify: bool) -> nn.Module:
     """Put the new layers in place; where outputs must stay the same and do not, put the old ones back and raise."""
-    swaps = build(model)
+    with sources_kept(model):
+        return _carry_out(model, build(model), build, example_input, verify)
+
+
+def _carry_out(
+    model: nn.Module,
+    swaps: list[_Swap],
+    build: Callable[[nn.Module], list[_Swap]],
+    example_input: Any,
+    verify: bool,
+) -> nn.Module:
     left = [(swap.name, swap.old) for swap in swaps if isinstance(swap.old, GroupNorm) and swap.new is not swap.old]
     for name, layer in left:
         balanced_map(model, name, layer)  # raises where what was done to it cannot be undone
@@ -309,11 +341,14 @@ def _prove_and_replace(
                 prove_network(converted, proof, replacements)
     except BaseException as error:
         replace_modules(converted, [(new, old) for old, new in replacements])
-        if not (isinstance(error, ConversionMismatch) and error.in_values) or not _is_rounding(
-            model, build, example_input
-        ):
+        # In half precision rounding may destroy a network. Not where a `merged` layer is left: it was rounded before.
+        wide_enough = any(p.dtype == torch.float32 for p in model.parameters()) or all(
+            isinstance(swap.old, FrozenBatchNorm) and swap.old.affine_kind == "merged" for swap in swaps
+        )
+        in_values = isinstance(error, ConversionMismatch) and error.in_values
+        if not in_values or not wide_enough or not _is_rounding(model, build, example_input):
             raise
-        log.warning("the same function, proven in float64; this network amplifies float32 rounding: %s", error)
+        log.warning("the same function, proven in float64; this network amplifies rounding: %s", error)
         converted = replace_modules(model, replacements)
     return converted
 
@@ -362,17 +397,10 @@ def _layer_error(swap: _Swap) -> float | None:
 
 def _is_rounding(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_input: Any) -> bool:
     """Tell whether the same conversion of a float64 copy gives equal outputs, so that only rounding differed."""
-    if not any(p.dtype == torch.float32 for p in model.parameters()):
-        return False
-    try:
-        wide = copy.deepcopy(model).double()
-        probes = find_probes(wide, tree_map_only(Tensor, _double, example_input))
+
+    def off(wide: nn.Module, probes: list[Probe]) -> float:
         before = [probe.run(wide) for probe in probes]
         wide = replace_modules(wide, [(swap.old, swap.new) for swap in build(wide) if not swap.changes_function])
-        return all(distance(p.run(wide), b) <= _ROUNDING for p, b in zip(probes, before, strict=True))
-    except Exception:  # a network that cannot be copied, or computes in float32 alone, is left to its first verdict
-        return False
+        return max((distance(p.run(wide), b) for p, b in zip(probes, before, strict=True)), default=0.0)
 
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+    return in_wide_copy(model, example_input, off)

@@ -85,10 +85,12 @@ def canonicalize(
     if is_canonical(running_mean, running_var, eps):
         return weight, bias, running_mean, running_var
     mean, var = canonical_statistics(running_mean, running_var, eps)
-    scale, shift = scale_shift(weight, bias, running_mean, running_var, eps)
+    # In float64 and rounded once: CPU and GPU come to the same numbers, by which `revert` tells what was trained.
+    given = [in_float64(t) for t in (weight, bias, running_mean, running_var)]
+    scale, shift = scale_shift(*given, eps)  # type: ignore[call-arg, arg-type]
     # In half precision 1 - eps + eps is not 1: solving for the statistics as stored keeps the function all the same.
-    new_weight, new_bias = solve_affine(scale, shift, mean, var, eps)
-    return new_weight.to(weight.dtype), new_bias.to(bias.dtype), mean, var
+    new_weight, new_bias = solve_affine(scale, shift, in_float64(mean), in_float64(var), eps)
+    return new_weight.to(weight), new_bias.to(bias), mean, var
 
 
 class Constants:
@@ -324,6 +326,11 @@ class _LearnableScaleBatchNorm(torch.autograd.Function):
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Return `tensor` in float32, or as it is where its dtype is float32 or wider."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """Return `tensor` in float64; on the CPU where its device has none (mps)."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def between_image_spread(features: Tensor) -> float:

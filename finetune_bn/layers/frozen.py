@@ -13,6 +13,7 @@ from finetune_bn.functional.frozen import (
     canonical_statistics,
     canonicalize,
     frozen_batch_norm,
+    in_float64,
     is_canonical,
     scale_shift,
     solve_affine,
@@ -193,17 +194,35 @@ class FrozenBatchNorm(nn.Module):
         now: dict[str, Tensor | None] = {name: getattr(self, name) for name in names}
         if self.affine_kind != "merged" or self.weight.is_meta or not self.has_source_statistics:
             return now
-        same_dtype = bn.weight.dtype == self.weight.dtype
-        old = [getattr(bn, name).detach().to(getattr(self, name)) for name in names[:4]]
+        own = [getattr(self, name).detach() for name in names[:4]]
+        old = [getattr(bn, name).detach().to(like) for name, like in zip(names[:4], own, strict=True)]
         # After .to(dtype) the statistics are no longer canonical to the last bit: the layer's own go into the sum.
-        scale, shift = scale_shift(self.weight, self.bias, self.running_mean, self.running_var, self.eps)
-        solved = solve_affine(scale.detach(), shift.detach(), old[2], old[3], self.eps)
-        untouched = canonicalize(old[0], old[1], old[2], old[3], self.eps)
-        for i, name in enumerate(names[:2]):
-            now[name] = solved[i].to(old[i].dtype)
-            if same_dtype:  # where nothing was trained the old number is the exact answer; solving would round it
-                now[name] = torch.where(getattr(self, name) == untouched[i], old[i], solved[i].to(old[i].dtype))
-        return now | {"running_mean": old[2], "running_var": old[3]}
+        scale, shift = scale_shift(*map(in_float64, own), self.eps)  # type: ignore[call-arg, arg-type]
+        solved = solve_affine(scale, shift, in_float64(old[2]), in_float64(old[3]), self.eps)
+        new = [value.to(like) for value, like in zip(solved, own[:2], strict=True)]
+        if bn.weight.dtype == own[0].dtype:
+            # Where nothing was trained the old numbers are the exact answer; solving would round them. Only where
+            # neither moved: beta' = beta - mean gamma', so a beta' that stayed has another beta under a new gamma'.
+            weight, bias, _, _ = canonicalize(*old, self.eps)  # type: ignore[call-arg]
+            untouched = (own[0] == weight) & (own[1] == bias)
+            new = [torch.where(untouched, before, value) for before, value in zip(old[:2], new, strict=True)]
+        return now | {"weight": new[0], "bias": new[1], "running_mean": old[2], "running_var": old[3]}
+
+    def why_not_solved_back(self) -> str | None:
+        """Return why no BatchNorm with the statistics from before computes what this layer does; None where one can."""
+        if self.affine_kind != "merged" or self.weight.is_meta or not self.has_source_statistics:
+            return None
+        diverged = [name for name in ("weight", "bias") if not torch.isfinite(getattr(self, name)).all()]
+        if diverged:
+            return f"its {' and '.join(diverged)} hold values that are NaN or infinite: load weights from before that"
+        values = self._values_for(self._source[0])
+        lost = [name for name in ("weight", "bias") if not torch.isfinite(values[name]).all()]  # type: ignore[arg-type]
+        if lost:
+            return (
+                f"its {' and '.join(lost)} for the statistics from before the conversion would not fit into "
+                f"{self.weight.dtype}: bring the model to a wider dtype first, by model.float() or model.double()"
+            )
+        return None
 
     @property
     def has_source_statistics(self) -> bool:
