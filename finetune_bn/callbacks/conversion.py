@@ -14,7 +14,6 @@ from torch import nn
 from typing_extensions import override
 
 from finetune_bn.conversion.convert import convert, revert
-from finetune_bn.conversion.folding import as_carried_out
 from finetune_bn.conversion.plan import Plan, may_fold, plan
 from finetune_bn.conversion.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, ToGroupNorm, check_policy
 from finetune_bn.diagnosis.collapse import CollapseWatch
@@ -188,7 +187,7 @@ class BatchNormConversion(Callback):
     def _apply(self, pl_module: pl.LightningModule, the_plan: Plan) -> None:
         _check_sharing(pl_module, self.module or "")
         _carry_out(pl_module, self.module or "", lambda target: convert(target, the_plan, verify=self.verify))
-        self.plan = the_plan = as_carried_out(the_plan, self.target(pl_module))
+        self.plan = the_plan
         rank_zero_info(f"BatchNormConversion: {str(the_plan).splitlines()[0]}")
         for row in the_plan.rows:
             if row.policy is None:

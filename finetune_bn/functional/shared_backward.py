@@ -20,6 +20,7 @@ autograd recorded tells, in each step anew, whether a convolution made y and not
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -41,6 +42,11 @@ _SMALL = 1 << 16
 def pays(size: int, weights: int) -> bool:
     """Tell whether sharing is worth its while for `size` elements of y, and so many of the convolution's weight."""
     return size >= _FEWEST and size >= _OF_WEIGHT * weights
+
+
+def fewest(size: float, weights: int) -> int:
+    """Return from how many images on sharing is worth its while, of which each has `size` elements of y."""
+    return max(1, math.ceil(max(_FEWEST, _OF_WEIGHT * weights) / max(size, 1)))
 
 
 class Convolution(NamedTuple):
@@ -105,24 +111,34 @@ def producer_of(y: Tensor, weight: Tensor | None, mode: FoldMode) -> Convolution
 
 
 def shared_batch_norm(
-    y: Tensor, producer: Convolution, constants: Constants, weight: Tensor, bias: Tensor | None, eps: float
+    y: Tensor,
+    producer: Convolution,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    constants: Constants,
 ) -> Tensor:
     """Return BN in eval mode of `y`, bit for bit; its backward pass is the producer's as well.
 
     Args:
         y: what the producer returned, [N, C, ...].
         producer: what `producer_of` found.
-        constants: the statistics.
+        running_mean: [C].
+        running_var: [C].
         weight: gamma, [C].
         bias: beta, [C], or None.
         eps: added to the variance.
+        constants: the layer's own.
     """
     if producer.watched:
         y = y.detach()  # the convolution's own node is not reached: what was kept is asked for once, as ever
     elif producer.weight.dtype != producer.dtype:
         _Recast(producer.weight, producer.dtype, producer.node)
-    return _Shared.apply(  # type: ignore[no-any-return]
-        y, producer.x, producer.weight, producer.bias, weight, bias, constants, eps, producer
+    known = constants.of(running_mean, running_var, eps)
+    return _Shared.apply(  # type: ignore[no-any-return, no-untyped-call]
+        y, producer.x, producer.weight, producer.bias, weight, bias, known, eps, producer.geometry, producer.dtype
     )
 
 
@@ -159,10 +175,11 @@ class _Shared(torch.autograd.Function):
         bias: Tensor | None,
         constants: Constants,
         eps: float,
-        producer: Convolution,
+        geometry: tuple[Any, ...],
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(x, kernel, conv_bias, weight, constants.mean, constants.var, constants.offset, constants.zero)
-        ctx.eps, ctx.geometry, ctx.dtype = eps, producer.geometry, producer.dtype
+        ctx.eps, ctx.geometry, ctx.dtype = eps, geometry, dtype
         ctx.y, ctx.bias_dtype = weakref.ref(y), None if bias is None else bias.dtype
         return F.batch_norm(y, constants.mean, constants.var, weight, bias, False, 0.0, eps)
 
@@ -178,7 +195,7 @@ class _Shared(torch.autograd.Function):
                     "the output of a convolution, which is the input of a frozen BatchNorm layer"
                 )
             found = eval_backward(grad, y, weight, mean, var, ctx.eps, (need_y, need_weight, need_bias))
-            return found[0], None, None, None, found[1], found[2], None, None, None
+            return found[0], None, None, None, found[1], found[2], *[None] * 4
         compute = _differentiable if torch.is_grad_enabled() else _by_kernels
         of_x, of_kernel, of_weight, total = compute(
             grad, x, kernel, weight, zero, var, ctx.eps, ctx.geometry, ctx.dtype, need_x
@@ -196,9 +213,7 @@ class _Shared(torch.autograd.Function):
             of_conv_bias,
             of_weight.to(weight.dtype),
             total.to(ctx.bias_dtype) if need_bias else None,
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
