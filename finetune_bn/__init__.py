@@ -35,7 +35,7 @@ from finetune_bn.recalibration.bank import StatisticsBank
 from finetune_bn.recalibration.recalibrate import recalibrate
 from finetune_bn.recalibration.record import LayerRecord, Recalibration
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     # look before, do, undo, do for good

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import ArgumentError
+from jsonargparse import ActionConfigFile, ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -20,8 +20,10 @@ from typing_extensions import override
 # Imported for their class names, which can then be written without a path in a config.
 import finetune_bn.data
 import finetune_bn.tasks  # noqa: F401
+from finetune_bn import __version__
 from finetune_bn.callbacks import BatchNormConversion, BatchNormRecalibration
 from finetune_bn.callbacks.recalibrate_checkpoint import Split, load_into, recalibrate_checkpoint
+from finetune_bn.cli import configs
 from finetune_bn.conversion.export import export
 from finetune_bn.conversion.merge import fold
 from finetune_bn.conversion.plan import plan
@@ -224,6 +226,14 @@ def _images(model: pl.LightningModule, datamodule: pl.LightningDataModule | None
     return model.example_input_array
 
 
+class ConfigByName(ActionConfigFile):
+    """`--config`: a file, or the name of a packaged config."""
+
+    @override
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        self.apply_config(parser, cfg, self.dest, configs.find(values) if isinstance(values, str) else values)
+
+
 class FinetuneBNCLI(LightningCLI):
     """LightningCLI with a `batch_norm` section for the layers and the number of classes taken from the data."""
 
@@ -253,6 +263,14 @@ class FinetuneBNCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         own = {"model", "datamodule"}
         return LightningCLI.subcommands() | {"plan": own, "recalibrate": own, "export": own}
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", [f"finetune_bn=={__version__}", f"lightning.pytorch=={pl.__version__}"])
+        parser = LightningArgumentParser(**kwargs)
+        words = "A YAML file, or the name of a packaged one (`finetune-bn configs`). Of several the later ones win."
+        parser.add_argument("-c", "--config", action=ConfigByName, help=words)
+        return parser
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -291,9 +309,12 @@ class FinetuneBNCLI(LightningCLI):
 def main(args: Any = None) -> None:
     """Run the command; a mistake in the config or the data ends in one line, not in a traceback."""
     try:
+        if (sys.argv[1:] if args is None else args) == ["configs"]:
+            print(configs.listing())
+            return
         FinetuneBNCLI(args)
     except ArgumentError as error:
-        sys.exit(f"finetune-bn: error: {readable(str(error))} See `finetune-bn fit --help`, and configs/ for examples.")
+        sys.exit(f"finetune-bn: error: {readable(str(error))} See `finetune-bn fit --help` and `finetune-bn configs`.")
     except Exception as error:
         # jsonargparse wraps what a constructor raises; an error of ours is meant for the user, any other is a fault.
         own = _for_the_user(error)
