@@ -30,6 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from finetune_bn.layers.fold_tie import Fold
+from finetune_bn.layers.folds import folds_in, unfolded
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -37,8 +39,6 @@ from torch.utils._pytree import tree_leaves
 
 import finetune_bn as fbn
 from finetune_bn.functional.frozen import TOLERANCE
-from finetune_bn.layers.fold_tie import Fold
-from finetune_bn.layers.folds import folds_in, unfolded
 from finetune_bn.layers.frozen import AFFINE_KINDS, Affine, FrozenBatchNorm
 from finetune_bn.utilities.probe import distance
 

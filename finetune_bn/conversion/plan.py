@@ -196,7 +196,7 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
         else _frozen_instead(site, feeds.get(site.names[0]), zeroed[site.names[0]])
         for site, rule in zip(sites, choices, strict=True)
     ]
-    if probe:
+    if feeds:
         _check_always(rows)
     for name, module in find_lookalikes(model):
         why = f"left alone: {type(module).__module__}.{type(module).__name__} is no torch BatchNorm"
@@ -312,7 +312,7 @@ def _check_always(rows: Sequence[PlanRow]) -> None:
                 "fold",
                 "always",
                 "'auto' or 'never', as none of these layers can be folded",
-                f"Reasons: {', '.join(f'{n} x {why}' for why, n in reasons)}. A probe input is `example_input`.",
+                f"Reasons: {', '.join(f'{n} x {why}' for why, n in reasons)}.",
             )
         )
 

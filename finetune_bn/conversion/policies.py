@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.shared_backward import FOLD_MODES, FoldMode
-from finetune_bn.utilities.checks import choice
 from finetune_bn.layers.frozen import Affine, check_affine
 from finetune_bn.layers.ghost import check_groups
 from finetune_bn.layers.group_norm import Init, check_grouping
 from finetune_bn.layers.noise import check_noise
 from finetune_bn.layers.renorm import check_limits, check_momentum
 from finetune_bn.layers.stochastic import check_alpha, check_probability
+from finetune_bn.utilities.checks import choice
 
 
 class Policy:

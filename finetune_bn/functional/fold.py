@@ -7,7 +7,6 @@ Per output channel c, with `scale` = gamma / sqrt(var + eps) and `shift` = beta 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from finetune_bn.functional.frozen import at_least_float32

@@ -154,7 +154,7 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def plain_step(*tensors: Tensor | None) -> bool:
-    """Tell whether this is a step of eager reverse-mode autograd: no compiler, tracer or transform, and real tensors."""
+    """Tell whether this is a step of eager reverse-mode autograd, on tensors that have values."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -165,13 +165,7 @@ def plain_step(*tensors: Tensor | None) -> bool:
 
 
 def frozen_batch_norm(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    constants: Constants | None = None,
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Normalize `x` of shape [N, C, ...] by fixed statistics: BN in eval mode, bit for bit.
 
@@ -181,22 +175,13 @@ def frozen_batch_norm(
     single image comes in other strides than the image, PyTorch's CPU kernel returns wrong numbers, which this does not
     (2.14: a `flatten(2).transpose(1, 2)` behind the layer). Reverse mode may be nested as deep as wanted; forward mode
     (`torch.func.jvp`) raises where anything requires grad.
-
-    Args:
-        x: input.
-        running_mean: [C].
-        running_var: [C].
-        weight: gamma, [C], or None.
-        bias: beta, [C], or None.
-        eps: added to the variance.
-        constants: the layer's own, so that what backward needs is made once.
     """
     if not torch.jit.is_scripting():  # by itself: only so does torch.jit.script leave out what it cannot read
-        return _batch_norm(x, running_mean, running_var, weight, bias, eps, constants)
+        return batch_norm_in_step(x, running_mean, running_var, weight, bias, eps, None)
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 
-def _batch_norm(
+def batch_norm_in_step(
     x: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
@@ -205,6 +190,7 @@ def _batch_norm(
     eps: float,
     constants: Constants | None,
 ) -> Tensor:
+    """Return `frozen_batch_norm` of the same tensors for a layer that has `constants` of its own."""
     # What is captured to be deployed is to hold BatchNorm, which every backend knows.
     captured = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[no-untyped-call]
     if torch.is_grad_enabled() and not captured:

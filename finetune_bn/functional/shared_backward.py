@@ -105,8 +105,8 @@ def producer_of(y: Tensor, weight: Tensor | None, mode: FoldMode) -> Convolution
         kernel = kernel if leaf is None else leaf
     if _rows(kernel) is None:
         return None
-    geometry = (node._saved_stride, node._saved_padding, node._saved_dilation)
-    geometry += (False, node._saved_output_padding, node._saved_groups)
+    where = (node._saved_stride, node._saved_padding, node._saved_dilation)
+    geometry = (*where, False, node._saved_output_padding, node._saved_groups)
     return Convolution(node._saved_input, kernel, dtype, bias, geometry, node, hooks is not None)
 
 
@@ -137,7 +137,7 @@ def shared_batch_norm(
     elif producer.weight.dtype != producer.dtype:
         _Recast(producer.weight, producer.dtype, producer.node)
     known = constants.of(running_mean, running_var, eps)
-    return _Shared.apply(  # type: ignore[no-any-return, no-untyped-call]
+    return _Shared.apply(  # type: ignore[no-any-return]
         y, producer.x, producer.weight, producer.bias, weight, bias, known, eps, producer.geometry, producer.dtype
     )
 
@@ -178,7 +178,7 @@ class _Shared(torch.autograd.Function):
         geometry: tuple[Any, ...],
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(x, kernel, conv_bias, weight, constants.mean, constants.var, constants.offset, constants.zero)
+        ctx.save_for_backward(x, kernel, conv_bias, weight, *constants.copies, constants.offset, constants.zero)
         ctx.eps, ctx.geometry, ctx.dtype = eps, geometry, dtype
         ctx.y, ctx.bias_dtype = weakref.ref(y), None if bias is None else bias.dtype
         return F.batch_norm(y, constants.mean, constants.var, weight, bias, False, 0.0, eps)
@@ -234,12 +234,12 @@ def _by_kernels(
     assert rows is not None
     scaled = F.batch_norm(rows, zero, var, weight, None, False, 0.0, eps)
     scaled = scaled.as_strided(kernel.shape, kernel.stride()).to(dtype)
-    half = grad.dtype not in (torch.float32, torch.float64)
-    of_x, of_scaled, total = torch.ops.aten.convolution_backward.default(
-        grad, x, scaled, [kernel.shape[0]], *geometry, [need_x, True, not half]
+    of_x, of_scaled, _ = torch.ops.aten.convolution_backward.default(
+        grad, x, scaled, None, *geometry, [need_x, True, False]
     )
-    if half:
-        total = grad.sum([d for d in range(grad.dim()) if d != 1], dtype=torch.float32)
+    # The convolution's own sum of the gradient, that of its bias, is less exact on a CPU, and in half precision.
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    total = grad.sum([d for d in range(grad.dim()) if d != 1], dtype=wide)
     of_scaled = _rows(of_scaled.to(kernel.dtype), kernel)
     of_rows, of_weight, _ = torch.ops.aten.native_batch_norm_backward.default(
         of_scaled, rows, weight, zero, var, zero, var, False, eps, [True, True, False]

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.frozen import (
     Constants,
+    batch_norm_in_step,
     canonical_statistics,
     canonicalize,
     frozen_batch_norm,
@@ -166,7 +167,7 @@ class FrozenBatchNorm(nn.Module):
         tensors = (self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         producer = producer_of(x, self.weight, self.fold)
         if producer is None:
-            return frozen_batch_norm(x, *tensors, self._constants)
+            return batch_norm_in_step(x, *tensors, self._constants)
         return shared_batch_norm(x, producer, *tensors, self._constants)
 
     def _check_input_dim(self, x: Tensor) -> None:

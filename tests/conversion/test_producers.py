@@ -9,14 +9,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from finetune_bn.conversion.folding import as_carried_out
+from finetune_bn.layers.folds import folds_in, unfolded
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import finetune_bn as fbn
-from finetune_bn.conversion.folding import as_carried_out
 from finetune_bn.conversion.producers import Feed, find_feeds, worth_folding
 from finetune_bn.errors import FinetuneBNError, UnsupportedLayer
-from finetune_bn.layers.folds import folds_in, unfolded
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.utilities.probe import Probe
 from tests.models import Plain, PreActivation, build, settle
