@@ -161,7 +161,8 @@ def _check_solved_back(layers: Sequence[tuple[str, nn.Module]]) -> None:
 def _freeze(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
     assert isinstance(policy, Freeze)
     if _stays(layer, policy):
-        return layer, None
+        same = layer.fold == policy.fold
+        return layer, None if same else lambda: setattr(layer, "fold", policy.fold)
     bn = _as_batch_norm(layer)
     if policy.noise is None:
         frozen = frozen_class(bn).from_batch_norm(bn, policy.affine)

@@ -203,9 +203,6 @@ class _Watch(TorchDispatchMode):
         producer, name = self._producer(result), result.producer
         if not isinstance(producer, _ConvNd) or isinstance(producer, _ConvTransposeNd):
             return f"{name} is a {type(producer).__name__}, no convolution"
-        others = sorted(result.readers - {site.names[0]})
-        if others:
-            return f"the output of {name} is also used elsewhere ({others[0]}), so it stays in memory"
         return ""
 
     def _why_not(self, site: BatchNormSite, arrivals: Sequence[_Arrival]) -> str:
