@@ -8,7 +8,7 @@ PY  := $(VENV)/bin/python
 RUN := $(VENV)/bin/finetune-bn fit --config configs/quickstart.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help run test slow sweep check install clean distclean
+.PHONY: help run test slow sweep check docs install clean distclean
 
 help:  ## print this list
 	@echo "make TARGET [ARGS='more arguments of the command'] [PYTHON=python3.12]"
@@ -31,10 +31,14 @@ check: $(VENV)/.dev  ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+docs: $(VENV)/.dev  ## the documentation as a site: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 install: $(VENV)/.dev  ## only install, with everything for development
 
 clean:  ## remove caches and build output; runs/ is yours and stays
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove the virtual environment too

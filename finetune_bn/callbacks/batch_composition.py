@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.metric_learning.pk_sampler import Order, PKBatchSampler
+from finetune_bn.metric_learning.resumable_loader import ResumableDataLoader
 from finetune_bn.utilities.checks import choice, number
 
 T = TypeVar("T")
@@ -239,6 +240,14 @@ def _check_resumed(trainer: pl.Trainer, loader: Any) -> None:
     mid_epoch = 0 < trainer.fit_loop.batch_idx + 1 < trainer.num_training_batches
     remedy = "Use finetune_bn.ResumableDataLoader in place of the DataLoader to go on with the next batch."
     if hasattr(loader, "load_state_dict"):
+        kept_back = trainer.fit_loop._combined_loader_states_to_load and mid_epoch
+        if kept_back and not isinstance(loader, ResumableDataLoader):
+            rank_zero_warn(
+                "BatchCompositionGuard: Lightning has not given the loader the state that the checkpoint holds, since "
+                "trainer.estimated_stepping_batches was read in configure_optimizers: the loader begins the epoch "
+                f"anew. {remedy}"
+            )
+            return
         if trainer.max_steps == -1 or mid_epoch or epochs.ready == epochs.completed:
             return
         cause = "is from the end of an epoch, behind which Lightning, under max_steps, puts an epoch of one batch"

@@ -14,6 +14,7 @@ from torch import nn
 from typing_extensions import override
 
 from finetune_bn.conversion.convert import convert, revert
+from finetune_bn.conversion.from_state import policy_in_state
 from finetune_bn.conversion.plan import Plan, may_fold, plan
 from finetune_bn.conversion.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, ToGroupNorm, check_policy
 from finetune_bn.diagnosis.collapse import CollapseWatch
@@ -269,7 +270,8 @@ def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
     """Convert a freshly built module by the plan in a checkpoint, before its weights are loaded.
 
     For the `on_load_checkpoint` of an own LightningModule, so that `load_from_checkpoint` returns the network as it
-    was trained. Without it the checkpoint loads all the same, into BatchNorm layers of the same eval-mode function.
+    was trained. Without it the checkpoint loads all the same, into BatchNorm layers of the same eval-mode function,
+    but for GroupNorm and EvalNorm, which no BatchNorm stands for: there loading raises.
 
     Args:
         checkpoint: the dictionary that Lightning passes to `on_load_checkpoint`.
@@ -279,11 +281,19 @@ def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
         Whether the checkpoint held a plan.
     """
     state = checkpoint.get(CHECKPOINT_KEY)
-    if not state:
-        return False
-    the_plan = Plan.from_dict(state["plan"])
-    _carry_out(pl_module, state["module"] or "", lambda target: convert(target, the_plan, verify=False))
-    return True
+    if state:
+        the_plan = Plan.from_dict(state["plan"])
+        _carry_out(pl_module, state["module"] or "", lambda target: convert(target, the_plan, verify=False))
+        return True
+    needed = policy_in_state(pl_module, checkpoint.get("state_dict", {}))
+    if needed is not None:
+        rank_zero_warn(
+            "replay: the checkpoint holds no plan (ModelCheckpoint with save_weights_only=True keeps none for modules "
+            f"that do not save it themselves). Its {len(needed.rules)} GroupNorm and EvalNorm layers are made by what "
+            "its weights say of them; all other BatchNorm layers stay live: convert them before they are trained."
+        )
+        _carry_out(pl_module, "", lambda target: convert(target, needed, verify=False))
+    return False
 
 
 def _carry_out(pl_module: pl.LightningModule, path: str, change: Callable[[nn.Module], nn.Module]) -> None:

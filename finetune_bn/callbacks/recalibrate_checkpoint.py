@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 import zipfile
@@ -135,7 +136,8 @@ def _attach(trainer: pl.Trainer, model: pl.LightningModule, datamodule: pl.Light
 
 
 def _restore(model: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    handed_out = {**checkpoint, "state_dict": dict(checkpoint["state_dict"])}  # hooks may change it
+    # Hooks may change it; a dict() would drop the metadata, by which layers know older files.
+    handed_out = {**checkpoint, "state_dict": copy.copy(checkpoint["state_dict"])}
     replay(handed_out, model)
     model.on_load_checkpoint(handed_out)
     try:

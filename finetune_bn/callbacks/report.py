@@ -72,7 +72,9 @@ class FinetuneReport(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Only now is it known where a resumed training goes on.
         self.history = [record for record in self.history if (record["epoch"] or 0) < trainer.current_epoch]
-        self._epoch, self._seen = None, {}
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        amid = trainer.fit_loop.restarted_mid_epoch and progress.processed < progress.ready
+        self._epoch, self._seen = trainer.current_epoch if amid else None, {}
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

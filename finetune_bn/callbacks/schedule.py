@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from finetune_bn.callbacks.module import broadcast_statistics, part_of
 from finetune_bn.callbacks.recalibration import BatchNormRecalibration
+from finetune_bn.callbacks.step_limit import StepLimit
 from finetune_bn.conversion.convert import convert
 from finetune_bn.conversion.plan import Plan, plan
 from finetune_bn.conversion.policies import Freeze, Keep, Policy, Rules, check_policy
@@ -133,7 +134,7 @@ class BatchNormSchedule(Callback):
         the_plan = self._plan(pl_module)
         _check_unused(trainer, pl_module, the_plan)
         if self.frozen:
-            self._freeze(pl_module)
+            self._freeze(trainer, pl_module)
             return
         if progress(trainer, 0) == -math.inf:
             remedy = "Set trainer.max_epochs or trainer.max_steps."
@@ -167,7 +168,7 @@ class BatchNormSchedule(Callback):
                 self.record = self.recalibration.recalibrate(trainer, pl_module)
             else:
                 broadcast_statistics(part)
-            layers = self._freeze(pl_module)
+            layers = self._freeze(trainer, pl_module)
             undo.pop_all()
         self.frozen = True
         how = "as they are" if self.record is None else f"recalibrated on {self.record.images} images"
@@ -207,13 +208,16 @@ class BatchNormSchedule(Callback):
         ]
         return Plan(the_plan.model, tuple(named))
 
-    def _freeze(self, pl_module: pl.LightningModule) -> int:
+    def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
         the_plan = self._plan(pl_module)
         before = {id(p): p for p in pl_module.parameters()}
         convert(pl_module, the_plan)
         after = {id(p) for p in pl_module.parameters()}
         for key in before.keys() - after:
             before[key].grad = None  # without one, optimizers leave a parameter alone, weight decay included
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StepLimit):
+                callback.look_again(trainer)
         return len(the_plan.rows)
 
     def _frozen_layers(self, pl_module: pl.LightningModule) -> bool:

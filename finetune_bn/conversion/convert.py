@@ -36,7 +36,7 @@ from finetune_bn.conversion.proofs import (
     run_probes,
     sources_kept,
 )
-from finetune_bn.conversion.refusals import refusal
+from finetune_bn.conversion.refusals import affine_sharers, refusal
 from finetune_bn.errors import (
     ConversionMismatch,
     NoBatchNormMatched,
@@ -230,7 +230,12 @@ def _build(model: nn.Module, the_plan: Plan) -> list[_Swap]:
         log.warning("%d BatchNorm layers are not in the plan and are left alone: %s", len(unlisted), unlisted)
     rows = [row for row in the_plan.rows if row.policy is not None]
     layers = [_find(model, row) for row in rows]
-    problems = {row.names[0]: refusal(layer, row.policy) for row, layer in zip(rows, layers, strict=True) if row.policy}
+    shared = affine_sharers(model)
+    problems = {
+        row.names[0]: refusal(layer, row.policy, shared.get(id(layer), ()))
+        for row, layer in zip(rows, layers, strict=True)
+        if row.policy
+    }
     refused = {name: why for name, why in problems.items() if why}
     if refused:
         kept = ", ".join(f'("{name}", Keep())' for name in list(refused)[:3])

@@ -23,7 +23,7 @@ from finetune_bn.conversion.policies import (
     policy_from_dict,
 )
 from finetune_bn.conversion.producers import Feed, find_feeds
-from finetune_bn.conversion.refusals import notes, refusal
+from finetune_bn.conversion.refusals import affine_sharers, notes, refusal
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
 from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm
 from finetune_bn.layers.group_norm import GroupNorm, number_of_groups
@@ -190,8 +190,9 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
     lonely = [s for s, rule in zip(sites, choices, strict=True) if rule is not None and _is_lonely(s, rule.policy)]
     sizes = positions_at(model, lonely, find_probes(model, example_input)) if lonely and can_run(model) else {}
     zeroed = {s.names[0]: sizes.get(s.names[0]) for s in lonely if _would_be_zero(s, sizes.get(s.names[0]))}
+    shared = affine_sharers(model)
     rows = [
-        _row(site, rule, feeds.get(site.names[0]), named_rule=isinstance(policy, Rules))
+        _row(site, rule, feeds.get(site.names[0]), isinstance(policy, Rules), shared.get(id(site.module), ()))
         if site.names[0] not in zeroed
         else _frozen_instead(site, feeds.get(site.names[0]), zeroed[site.names[0]])
         for site, rule in zip(sites, choices, strict=True)
@@ -268,14 +269,16 @@ def _kinds(site: BatchNormSite) -> set[str]:
     return {site.kind, *(type(bn).__name__ for bn in source)}
 
 
-def _row(site: BatchNormSite, rule: Rule | None, feed: Feed | None, named_rule: bool) -> PlanRow:
+def _row(
+    site: BatchNormSite, rule: Rule | None, feed: Feed | None, named_rule: bool, shared_with: Sequence[str] = ()
+) -> PlanRow:
     position = feed.position if feed else ""
     if rule is None:
         return PlanRow(site.names, site.kind, site.num_features, None, "left alone: no rule matches", False, position)
-    problem = refusal(site.module, rule.policy)
+    problem = refusal(site.module, rule.policy, shared_with)
     because = f"rule {rule.describe()}" if named_rule else ""
     if not problem:
-        because = "; ".join(filter(None, (because, *notes(site.module, rule.policy))))
+        because = "; ".join(filter(None, (because, *notes(site.module, rule.policy, shared_with))))
     row = PlanRow(
         site.names, site.kind, site.num_features, rule.policy, problem or because, problem is not None, position
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -329,6 +330,18 @@ _BY_NAME: dict[str, type[Policy]] = {
     p.__name__: p
     for p in (Keep, Freeze, FreezeAffine, NormalizeOnly, ToGroupNorm, Ghost, Renorm, Stochastic, EvalNorm, Rules)
 }
+
+
+CLASSES: tuple[type, ...] = (Policy, Rule, *_BY_NAME.values())
+
+# Pickled under the name that users import: a file that is moved breaks no hyperparameter of a checkpoint. Their
+# annotations are looked up here first; whoever asks for them later (the command) would look in that other module.
+for _class in CLASSES:
+    _hints = typing.get_type_hints(_class)
+    _class.__annotations__ = {name: _hints[name] for name in vars(_class).get("__annotations__", {})}
+    if _hints:
+        vars(_class)["__init__"].__annotations__ = typing.get_type_hints(vars(_class)["__init__"])
+    _class.__module__ = "finetune_bn"
 
 
 def policy_from_dict(data: dict[str, Any]) -> Policy:

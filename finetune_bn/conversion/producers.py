@@ -191,7 +191,7 @@ class _Watch(TorchDispatchMode):
         if result is not None and not why_not:
             feed = dataclasses.replace(feed, producer=result.producer)
         if result is not None and not feed.why_not_shared:
-            weights = self._producer(result).weight.numel()  # type: ignore[operator, union-attr]
+            weights = self._producer(result).weight.numel()  # type: ignore[operator]
             least = min(arrival.activations for arrival in arrivals)
             feed = dataclasses.replace(feed, shares_with=result.producer, shares_from=fewest(least, weights))
         return feed

@@ -184,7 +184,7 @@ class _Shared(torch.autograd.Function):
         return F.batch_norm(y, constants.mean, constants.var, weight, bias, False, 0.0, eps)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, kernel, conv_bias, weight, mean, var, offset, zero = ctx.saved_tensors
         need_y, need_x, need_kernel, need_conv_bias, need_weight, need_bias, *_ = ctx.needs_input_grad
         y = ctx.y()

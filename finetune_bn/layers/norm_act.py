@@ -93,7 +93,7 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         self._check_input_dim(x)  # spelled out: torch.jit.script knows no super().forward
         if not torch.jit.is_scripting():
             y = self._in_one_step(x)
-            return self.act(self.drop(self._normalized(x))) if y is None else y  # type: ignore[no-any-return]
+            return self.act(self.drop(self._normalized(x))) if y is None else y
         x = frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         return self.act(self.drop(x))  # type: ignore[no-any-return]
 

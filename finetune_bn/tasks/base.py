@@ -22,6 +22,7 @@ from finetune_bn.callbacks.conversion import CHECKPOINT_KEY
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.optim.parameter_groups import SCHEDULES, Schedule, lr_factor, parameter_groups
 from finetune_bn.tasks.checks import check_optimizer
+from finetune_bn.tasks.run_state import RunState
 from finetune_bn.utilities.checks import number
 
 
@@ -92,6 +93,7 @@ class TimmTask(pl.LightningModule, ABC):
         self.head_lr_factor, self.affine_lr_factor = head_lr_factor, affine_lr_factor
         self.channels_last, self.compiles = channels_last, compile
         self._loaded_plan: dict[str, Any] | None = None
+        self._run_state = RunState(self)
 
     def _build(self, outputs: int) -> None:
         """Make the network, with a head of so many outputs; 0 for none."""
@@ -117,6 +119,18 @@ class TimmTask(pl.LightningModule, ABC):
     @override
     def on_fit_start(self) -> None:
         self._compile()
+
+    @override
+    def on_train_start(self) -> None:
+        self._run_state.start()
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self._run_state.begin_epoch()
+
+    @override
+    def on_before_backward(self, loss: Tensor) -> None:
+        self._run_state.join_sums()
 
     @override
     def on_validation_start(self) -> None:
@@ -164,11 +178,13 @@ class TimmTask(pl.LightningModule, ABC):
         the_plan = next(filter(None, plans), self._loaded_plan)
         if the_plan is not None:
             checkpoint.setdefault(CHECKPOINT_KEY, the_plan)
+        self._run_state.save(checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if replay(checkpoint, self):
             self._loaded_plan = checkpoint[CHECKPOINT_KEY]
+        self._run_state.load(checkpoint)
 
     def _compile(self) -> None:
         # Not before this point: the layers are converted, the weights loaded. In place, so that names stay.

@@ -26,7 +26,8 @@ from finetune_bn.callbacks import BatchNormConversion
 from finetune_bn.errors import BadData, FinetuneBNError, MissingDependency, UnsupportedLayer
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.metric_learning.losses import queues_of
-from finetune_bn.metric_learning.pk_sampler import PKBatchSampler, ResumableDataLoader
+from finetune_bn.metric_learning.pk_sampler import PKBatchSampler
+from finetune_bn.metric_learning.resumable_loader import ResumableDataLoader
 from finetune_bn.metric_learning.retrieval import retrieval_report
 from finetune_bn.tasks import MetricLearning
 
