@@ -4,6 +4,9 @@
 help of the command, the list of configs) does not wait for torch.
 """
 
+from finetune_bn.backbones.create import create_backbone
+from finetune_bn.backbones.predict import Embedding, Prediction, TrainedModel
+from finetune_bn.backbones.saved import load, save
 from finetune_bn.conversion.convert import convert, revert
 from finetune_bn.conversion.export import export
 from finetune_bn.conversion.merge import fold
@@ -24,6 +27,7 @@ from finetune_bn.conversion.policies import (
 )
 from finetune_bn.diagnosis.leakage import Leakage, measure_leakage
 from finetune_bn.diagnosis.memory import LayerMemory, MemoryReport, memory_report
+from finetune_bn.diagnosis.status import LayerStatus, Status, status
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.group_norm.calibrate import calibrate_group_norm
 from finetune_bn.group_norm.distil import Distillation, distil
@@ -71,7 +75,12 @@ __all__ = [
     "remove_trained",
     "PKBatchSampler",
     "ResumableDataLoader",
+    # a backbone to begin with, and what was made of it in one file
+    "create_backbone",
+    "save",
+    "load",
     # looking
+    "status",
     "memory_report",
     "measure_leakage",
     # what the verbs return
@@ -84,6 +93,11 @@ __all__ = [
     "MemoryReport",
     "LayerMemory",
     "Leakage",
+    "Status",
+    "LayerStatus",
+    "TrainedModel",
+    "Prediction",
+    "Embedding",
     "Trained",
     # errors
     "FinetuneBNError",

@@ -44,6 +44,8 @@ TORCH_ALONE = {"errors", "functional", "utilities", "layers", "conversion", "rec
 KNOWS = {
     "timm": {"layers.norm_act", "layers.sites"},
     "rich": {"utilities.progress"},
+    "PIL": {"utilities.images"},
+    "numpy": {"utilities.images"},
     "onnxruntime": {"conversion.export"},
 }  # the exceptions to TORCH_ALONE
 
