@@ -24,7 +24,6 @@ from finetune_bn.callbacks.conversion_checks import (
 )
 from finetune_bn.callbacks.lightning_names import overrides
 from finetune_bn.conversion.convert import convert, revert
-from finetune_bn.conversion.folding import as_carried_out
 from finetune_bn.conversion.from_state import policy_in_state
 from finetune_bn.conversion.plan import Plan, may_fold, plan
 from finetune_bn.conversion.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, ToGroupNorm, check_policy
@@ -235,7 +234,7 @@ class BatchNormConversion(Callback):
             self.module or "",
             lambda target: convert(target, the_plan, example_input=example_input, verify=self.verify),
         )
-        self.plan = the_plan = as_carried_out(the_plan, self.target(pl_module))
+        self.plan = the_plan
         rank_zero_info(f"BatchNormConversion: {str(the_plan).splitlines()[0]}")
         for row in the_plan.rows:
             if row.policy is None:
