@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from finetune_bn.backbones.create import create_backbone, data_config
 from finetune_bn.callbacks import BatchNormConversion, replay
+from finetune_bn.callbacks.batch_composition import warn_of_small_batches
 from finetune_bn.callbacks.conversion import CHECKPOINT_KEY
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.optim.parameter_groups import SCHEDULES, Schedule, lr_factor, parameter_groups
@@ -133,6 +134,7 @@ class TimmTask(pl.LightningModule, ABC):
     @override
     def on_train_start(self) -> None:
         self._run_state.start()
+        warn_of_small_batches(self.trainer, self)
 
     @override
     def on_train_epoch_start(self) -> None:
