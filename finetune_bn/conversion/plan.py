@@ -113,9 +113,12 @@ class Plan:
                 policy = None if row["action"] is None else policy_from_dict(row["action"])
                 rest = {k: row[k] for k in ("kind", "num_features", "reason", "refused", "position")}
                 rest |= {k: row.get(k, "") for k in ("folded_into", "not_folded")}  # plans of version 0.1 have neither
-                rows.append(PlanRow(tuple(row["names"]), policy=policy, **rest))
+                names = tuple(row["names"])
+                if not names or not all(isinstance(name, str) for name in names):
+                    raise TypeError("names are texts")
+                rows.append(PlanRow(names, policy=policy, **rest))
             return cls(data["model"], tuple(rows))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise FinetuneBNError(complaint("plan", data, "what Plan.to_dict returned")) from error
 
     def __str__(self) -> str:
