@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from finetune_bn.callbacks.batches import batches_for, training_batches
 from finetune_bn.callbacks.conversion import replay
+from finetune_bn.callbacks.lightning_names import attach_data
 from finetune_bn.callbacks.module import load_sources, sources_of
 from finetune_bn.callbacks.recalibration import CHECKPOINT_KEY, BatchNormRecalibration
 from finetune_bn.errors import FinetuneBNError, complaint
@@ -58,11 +59,13 @@ def recalibrate_checkpoint(
     Raises:
         FinetuneBNError: there is no such checkpoint, it is of another module, or the data cannot be used.
     """
+    if output is None and "://" in str(ckpt_path):
+        raise FinetuneBNError(complaint("output", None, "a file, where the checkpoint is an address"))
     source = Path(ckpt_path)
     path = source.with_name(f"{source.stem}-recalibrated{source.suffix}") if output is None else Path(output)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise FinetuneBNError(complaint("output", str(path), "a file in a folder that there is"))
-    checkpoint = _load(trainer, source, weights_only)
+    checkpoint = _load(trainer, ckpt_path, weights_only)
     _attach(trainer, model, datamodule, split)
     _restore(model, checkpoint)
     trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device)
@@ -101,13 +104,13 @@ def load_into(
     Raises:
         FinetuneBNError: there is no such checkpoint, or it is of another module.
     """
-    checkpoint = _load(trainer, Path(ckpt_path), weights_only)
+    checkpoint = _load(trainer, ckpt_path, weights_only)
     trainer.strategy.connect(model)
     model.configure_model()
     _restore(model, checkpoint)
 
 
-def _load(trainer: pl.Trainer, path: Path, weights_only: bool | None) -> dict[str, Any]:
+def _load(trainer: pl.Trainer, path: str | Path, weights_only: bool | None) -> dict[str, Any]:
     allowed = "a checkpoint that Lightning saved"
     try:
         # Lightning's default is torch's, and for an address False.
@@ -126,7 +129,7 @@ def _attach(trainer: pl.Trainer, model: pl.LightningModule, datamodule: pl.Light
     if trainer.world_size > 1:
         raise FinetuneBNError(complaint("trainer.devices", trainer.world_size, "1: a file is written by one process"))
     trainer.strategy.connect(model)
-    trainer._data_connector.attach_data(model, datamodule=datamodule)
+    attach_data(trainer, model, datamodule)
     trainer.strategy.setup_environment()
     trainer.state.fn = TrainerFn.VALIDATING
     trainer.validating = True

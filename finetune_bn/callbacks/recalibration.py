@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
@@ -22,8 +21,10 @@ from finetune_bn.callbacks.batches import ModuleBatches, flattened, pooled_batch
 from finetune_bn.callbacks.module import (
     OwnStatistics,
     broadcast_statistics,
+    check_whole_network,
     frozen_layers,
     load_sources,
+    loader_names,
     sources_of,
     target_of,
 )
@@ -227,9 +228,7 @@ class BatchNormRecalibration(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            allowed = "a strategy in which each process has the whole network, such as ddp"
-            raise FinetuneBNError(complaint("strategy", type(trainer.strategy).__name__, allowed))
+        check_whole_network(trainer)
         self._own.put_back()
         self._said.clear()
         self._metrics.clear()
@@ -386,7 +385,7 @@ class BatchNormRecalibration(Callback):
         if self.when != "test":
             return
         loaders = flattened(test_loaders)
-        names = _domains(trainer, len(loaders))
+        names = loader_names(trainer, len(loaders))
         self._own.keep(pl_module)
         self.bank = self._domain = None
         with self._own.back_on_error():
@@ -460,10 +459,3 @@ class BatchNormRecalibration(Callback):
             given = [type(c).__name__ for c in callbacks]
             why = "It puts the averaged network in place, which is the one to recalibrate."
             raise FinetuneBNError(complaint("callbacks", given, "BatchNormRecalibration behind WeightAveraging", why))
-
-
-def _domains(trainer: pl.Trainer, loaders: int) -> list[str]:
-    """Return one name for each test loader: the data module's where it has them."""
-    domains = getattr(trainer.datamodule, "domains", None)  # type: ignore[attr-defined]
-    named = isinstance(domains, (list, tuple)) and len(domains) == loaders == len(set(domains))
-    return [str(name) for name in domains] if named and domains else [str(i) for i in range(loaders)]
