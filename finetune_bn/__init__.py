@@ -2,84 +2,34 @@
 
 Plan, convert, revert: plain functions on a `torch.nn.Module` that need torch alone. Lightning callbacks are in
 `finetune_bn.callbacks`, tasks in `finetune_bn.tasks`, data modules in `finetune_bn.data`, timm backbones with their
-weights in `finetune_bn.backbones`.
+weights in `finetune_bn.backbones`. The public names are listed in `finetune_bn/face.py`.
 """
 
-from finetune_bn.conversion.convert import convert, revert
-from finetune_bn.conversion.export import export
-from finetune_bn.conversion.merge import fold
-from finetune_bn.conversion.plan import Plan, plan
-from finetune_bn.conversion.policies import (
-    EvalNorm,
-    Freeze,
-    FreezeAffine,
-    Ghost,
-    Keep,
-    NormalizeOnly,
-    Policy,
-    Renorm,
-    Rule,
-    Rules,
-    Stochastic,
-    ToGroupNorm,
-)
-from finetune_bn.diagnosis.leakage import Leakage, measure_leakage
-from finetune_bn.diagnosis.memory import LayerMemory, MemoryReport, memory_report
-from finetune_bn.errors import FinetuneBNError
-from finetune_bn.group_norm.calibrate import calibrate_group_norm
-from finetune_bn.group_norm.distil import Distillation, distil
-from finetune_bn.group_norm.record import Calibration, LayerFit
-from finetune_bn.metric_learning.pk_sampler import PKBatchSampler, ResumableDataLoader
-from finetune_bn.optim.step_limit import limit_steps
-from finetune_bn.recalibration.bank import StatisticsBank
-from finetune_bn.recalibration.recalibrate import recalibrate
-from finetune_bn.recalibration.record import LayerRecord, Recalibration
+from __future__ import annotations
 
-__version__ = "0.1.0"
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    # look before, do, undo, do for good
-    "plan",
-    "convert",
-    "revert",
-    "fold",
-    "export",
-    # what may happen to a layer
-    "Policy",
-    "Rule",
-    "Rules",
-    "Keep",
-    "Freeze",
-    "FreezeAffine",
-    "NormalizeOnly",
-    "ToGroupNorm",
-    "Ghost",
-    "Renorm",
-    "Stochastic",
-    "EvalNorm",
-    # statistics of the target data
-    "recalibrate",
-    "StatisticsBank",
-    # what GroupNorm needs
-    "calibrate_group_norm",
-    "distil",
-    # training
-    "limit_steps",
-    "PKBatchSampler",
-    "ResumableDataLoader",
-    # looking
-    "memory_report",
-    "measure_leakage",
-    # what the verbs return
-    "Plan",
-    "Recalibration",
-    "LayerRecord",
-    "Calibration",
-    "LayerFit",
-    "Distillation",
-    "MemoryReport",
-    "LayerMemory",
-    "Leakage",
-    # errors
-    "FinetuneBNError",
-]
+if TYPE_CHECKING:
+    from finetune_bn.face import *  # noqa: F403
+
+__version__ = "0.2.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Return a folder of the package, or a public name; torch is imported when the first of these is asked for."""
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    face = importlib.import_module("finetune_bn.face")
+    if name not in (*face.__all__, "__all__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(face, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    face = importlib.import_module("finetune_bn.face")
+    return sorted({*globals(), *face.__all__})

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from store import Store
 from torch import nn
 
 WARMUP, WEIGHT_DECAY = 0.1, 0.05
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, by degrees of freedom from 1
 Cell = dict[str, Any]
 
 
@@ -36,6 +38,13 @@ def rates_to_try(tried: Mapping[float, float], ladder: Sequence[float], first: S
 def chosen_rate(tried: Mapping[float, float], ladder: Sequence[float], first: Sequence[float]) -> float | None:
     """Return the best rate once the search is over."""
     return None if rates_to_try(tried, ladder, first) else max(tried, key=lambda lr: tried[lr])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean of 2 to 10 independent values, and the ends of its 95 % interval by Student's t."""
+    mean = fmean(values)
+    half = STUDENT_T[len(values) - 2] * stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
 
 
 def adamw(

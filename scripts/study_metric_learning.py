@@ -262,7 +262,7 @@ def summarize(store: Store) -> dict[str, Any]:
             line["against_live"] = spread([a - b for a, b in zip(line["values"], live, strict=True)]) if live else None
         table += lines
     start = [row["test_recall_at_1"] for seed in SEEDS if (row := store.find(arm="untrained", seed=seed))]
-    return {"untrained": spread(start), "table": table, **recommended(table)}
+    return {"untrained": spread(start), "table": table, "best_or_within_one_spread": near_best(table)}
 
 
 def one_line(store: Store, loss: str, k: int, arm: str) -> dict[str, Any] | None:
@@ -283,24 +283,17 @@ def spread(values: list[float]) -> list[float]:
     return [fmean(values), stdev(values)]
 
 
-def recommended(table: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the arms that are the best, or within one spread of the best, in all rows that have more than live arms.
-
-    Of several the one with the highest mean over the rows is recommended.
-    """
+def near_best(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return, for each row with more than live arms, the arms that are the best or within one spread of the best."""
     rows: dict[tuple[str, int], dict[str, list[float]]] = {}
     for line in table:
         rows.setdefault((line["loss"], line["k"]), {})[line["arm"]] = line["recall_at_1"]
-    rows = {row: arms for row, arms in rows.items() if not arms.keys() <= {"live", "live_recalibrated"}}
     good = {
         row: {arm for arm, (mean, _) in arms.items() if mean >= top[0] - top[1]}
         for row, arms in rows.items()
-        if (top := max(arms.values()))
+        if not arms.keys() <= {"live", "live_recalibrated"} and (top := max(arms.values()))
     }
-    everywhere = set.intersection(*good.values()) if good else set()
-    best = max(everywhere, key=lambda arm: fmean(arms[arm][0] for arms in rows.values()), default=None)
-    within = [{"loss": loss, "k": k, "arms": sorted(arms)} for (loss, k), arms in good.items()]
-    return {"best_or_within_one_spread": within, "recommended": best}
+    return [{"loss": loss, "k": k, "arms": sorted(arms)} for (loss, k), arms in good.items()]
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -322,21 +315,31 @@ def markdown(summary: dict[str, Any]) -> str:
         what = f"{title_of(line['loss'], line['k'])} | {ARMS[line['arm']].title}"
         lines.append(f"| {what} | {line['lr']:g} | {recall} | {change} | {figure(line['map_at_r'])} |")
     if good:
-        lines += ["", "Bold: the best of a row, and what is within one spread of it.", "", verdict(summary)]
+        lines += ["", "Bold: the best of a row, and what is within one spread of it.", *verdict(summary)]
     missing = [title_of(*row) for row in ROWS if row not in {(line["loss"], line["k"]) for line in summary["table"]}]
     if missing:
         lines += ["", f"Not run to the end yet: {'; '.join(missing)}. The JSON has the cells so far."]
     return "\n".join(lines) + "\n"
 
 
-def verdict(summary: dict[str, Any]) -> str:
-    """Return in words what is recommended."""
-    arm = summary["recommended"]
-    if arm is None:
-        return "No arm is the best, or within one spread of it, in every row."
-    gains = [line for line in summary["table"] if line["arm"] == arm and line["against_live"]]
-    told = ", ".join(f"{line['against_live'][0]:+.1f} ({title_of(line['loss'], line['k'])})" for line in gains)
-    return f"**{ARMS[arm].title}** is that in every row. Points of Recall@1 against live BatchNorm: {told}."
+def verdict(summary: dict[str, Any]) -> list[str]:
+    """Return in words what the two frozen arms that are in every row gain on live, and by how much they differ.
+
+    The arms are fixed in advance: the best one of a row would be chosen on the images that it is compared on.
+    """
+    lines = []
+    values = {(line["loss"], line["k"], line["arm"]): line["values"] for line in summary["table"]}
+    for better, worse in (("none", "live"), ("limited", "none")):
+        told = []
+        for loss, k in ROWS:
+            one, two = (values.get((loss, k, arm)) for arm in (better, worse))
+            if one and two:
+                points, low, high = cells.interval([a - b for a, b in zip(one, two, strict=True)])
+                told.append(f"{title_of(loss, k)} {points:+.1f} ({low:+.1f} to {high:+.1f})")
+        if told:
+            names = f"{ARMS[better].title}, against {ARMS[worse].title}"
+            lines += ["", f"Points of Recall@1 of {names}, with 95 % intervals: {'; '.join(told)}."]
+    return lines
 
 
 def plot(store: Store, path: Path) -> None:

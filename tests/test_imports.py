@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+import finetune_bn
+
 PACKAGE = "finetune_bn"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
 # The floors of the house: a folder (or a file at the top) imports from lower floors only, and within a folder there is
-# no circle. "" is the package's own face, finetune_bn/__init__.py.
+# no circle. "" is finetune_bn/__init__.py, which hands out the names of face.py.
 FLOORS: dict[str, int] = {
     "errors": 0,
     "functional": 1,
@@ -34,11 +37,15 @@ FLOORS: dict[str, int] = {
     "tasks": 11,
     "cli": 12,
 }
+# The other files at the top, and whose floor they are on.
+AT_THE_TOP = {"face": "", "policies": "", "__main__": "cli"}
 WITH_EXTRAS = {"data", "callbacks", "tasks", "cli"}  # other packages may be imported at the top here; elsewhere lazily
 TORCH_ALONE = {"errors", "functional", "utilities", "layers", "conversion", "recalibration"}
 KNOWS = {
     "timm": {"layers.norm_act", "layers.sites"},
     "rich": {"utilities.progress"},
+    "PIL": {"utilities.images"},
+    "numpy": {"utilities.images"},
     "onnxruntime": {"conversion.export"},
 }  # the exceptions to TORCH_ALONE
 
@@ -66,9 +73,9 @@ class Import:
 
 
 def floor_of(dotted: str) -> str:
-    """Return the row of FLOORS that a dotted name without the package lies in: its first part, or the face."""
+    """Return the row of FLOORS that a dotted name without the package lies in: its first part, or the face's."""
     first = dotted.partition(".")[0]
-    return first if first in FLOORS else ""
+    return AT_THE_TOP.get(first, first if first in FLOORS else "")
 
 
 def module_of(path: Path, root: Path) -> str:
@@ -144,7 +151,7 @@ def plant(root: Path, file: str, text: str) -> Path:
 
 
 def test_every_folder_has_a_floor_and_every_floor_a_folder() -> None:
-    rooms = {module_of(path, ROOT).partition(".")[0] for path in ROOT.rglob("*.py")}
+    rooms = {module_of(path, ROOT).partition(".")[0] for path in ROOT.rglob("*.py")} - AT_THE_TOP.keys()
     unknown, gone = sorted(rooms - FLOORS.keys()), sorted(FLOORS.keys() - rooms)
     assert not unknown, f"give {unknown} a floor in FLOORS ({__file__}): above all it imports, below all that import it"
     assert not gone, f"take {gone} out of FLOORS ({__file__}): there is no such folder"
@@ -232,9 +239,55 @@ def test_among_the_layers_only_norm_act_and_sites_name_timms_modules() -> None:
     assert naming == {"norm_act.py", "sites.py"}
 
 
-def test_importing_the_package_loads_torch_and_none_of_the_extras() -> None:
-    extras = ["lightning", "timm", "jsonargparse", "matplotlib", "torchvision", "rich", "torchmetrics", "PIL"]
-    code = f"import sys, finetune_bn; print(*[name for name in {extras} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT.parent)
+def loaded_by(code: str) -> set[str]:
+    """Return the top packages that a fresh interpreter has imported after a line of code."""
+    command = [sys.executable, "-c", f"import sys; {code}; print(*sorted(sys.modules))"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT.parent)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == []
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+EXTRAS = {"lightning", "timm", "jsonargparse", "matplotlib", "torchvision", "rich", "torchmetrics", "PIL"}
+
+
+def test_the_public_names_need_torch_and_none_of_the_extras() -> None:
+    loaded = loaded_by("from finetune_bn import *; convert")
+    assert "torch" in loaded
+    assert loaded & EXTRAS == set()
+
+
+def test_the_bare_import_does_not_even_wait_for_torch() -> None:
+    assert loaded_by("import finetune_bn; finetune_bn.__version__") & (EXTRAS | {"torch", "numpy"}) == set()
+
+
+def test_every_public_name_is_on_the_package_and_an_unknown_one_is_an_attribute_error() -> None:
+    from finetune_bn import face
+
+    assert finetune_bn.__all__ == face.__all__
+    for name in face.__all__:
+        assert getattr(finetune_bn, name) is getattr(face, name)
+    assert set(face.__all__) <= set(dir(finetune_bn))
+    with pytest.raises(AttributeError, match="module 'finetune_bn' has no attribute 'convrt'"):
+        finetune_bn.convrt  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'convrt'"):
+        from finetune_bn import convrt  # noqa: F401
+
+
+def test_no_module_is_shadowed_by_a_function_or_class() -> None:
+    """`import finetune_bn.conversion.convert as c` gives the module, however much was imported before."""
+    files = sorted({module_of(path, ROOT) for path in ROOT.rglob("*.py")} - {""})
+    modules = [f"{PACKAGE}.{file}" for file in files if not file.endswith("__main__")]
+    assert len(modules) > 80
+    for module in list(modules):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if str(error.name).startswith(PACKAGE):
+                raise
+            modules.remove(module)  # an extra is not installed
+    assert "finetune_bn.conversion.convert" in modules
+    for module in modules:
+        found: object = finetune_bn
+        for part in module.split(".")[1:]:
+            found = getattr(found, part)
+        assert found is sys.modules[module], f"{module} is {found!r}"

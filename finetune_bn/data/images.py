@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,11 +15,11 @@ from torch.utils.data import Dataset
 
 from finetune_bn.data.order import Draw, randomness
 from finetune_bn.errors import BadData, complaint
+from finetune_bn.utilities.images import as_rgb, unreadable
 
 T = TypeVar("T")
 
-# What Pillow raises for files that are missing, empty, truncated, damaged or no images at all.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+UNREADABLE = unreadable()
 # A pass over fewer images than this is over before a progress bar can be read.
 BAR_FROM = 1000
 
@@ -67,31 +64,15 @@ class ImageSource(ABC):
     def read(self, index: int) -> Image.Image:
         """Return image `index` as a decoded RGB image; raises `BadData` that names it if it cannot be read."""
         try:
-            return as_rgb(self.open(index))
+            rgb: Image.Image = as_rgb(self.open(index))
+            return rgb
         except UNREADABLE as error:
             allowed = "an image file that can be read whole"
-            remedy = (
-                f"It failed with: {type(error).__name__}: {error}. "
-                "Replace or remove it, or set on_bad_image: skip to leave out and list all such images."
-            )
+            remedy = f"It failed with: {type(error).__name__}: {error}. "
+            if isinstance(error, Image.DecompressionBombError):
+                remedy += "Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust where it is from. "
+            remedy += "Replace or remove it, or set on_bad_image: skip to leave out and list all such images."
             raise BadData(complaint("image", self.name(index), allowed, remedy)) from error
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Return `image` in RGB with 8 bits per channel; 16-bit gray is scaled, where Pillow would clip it to white.
-
-    Raises:
-        ValueError: the pixels are floats or do not fit 16 bits, so that white is at no agreed value.
-    """
-    if image.mode == "F":
-        raise ValueError("its pixels are floats, whose range is unknown; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        pixels = np.asarray(image)
-        if pixels.size and (pixels.min() < 0 or pixels.max() > 65535):
-            raise ValueError("its pixels do not fit 16 bits; save it with 8 or 16 bits")
-        # 257 = 65535 / 255
-        image = Image.fromarray((pixels // 257).astype(np.uint8))
-    return image.convert("RGB")
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):

@@ -8,12 +8,13 @@ by n - 1, as BatchNorm (BN) stores it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finetune_bn.errors import FinetuneBNError
 from finetune_bn.functional.frozen import at_least_float32, frozen_batch_norm, quickly_bound
 
 Normalized = tuple[Tensor, Tensor, Tensor]
@@ -160,6 +161,14 @@ class _ProjectedBatchNorm(torch.autograd.Function):
         grad_weight = along * r + total * (mean - by_mean) * by_rsigma if ctx.needs_input_grad[1] else None
         grad_bias = total if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise FinetuneBNError(
+            "batch renormalization has no forward-mode derivative: its gradient is BatchNorm's, not that of its own "
+            "forward pass. For a Hessian take reverse mode twice: torch.func.jacrev(torch.func.jacrev(f)), or "
+            "torch.autograd.functional.hessian."
+        )
 
 
 def stochastic_norm(

@@ -20,7 +20,7 @@ def is_foreign_frozen(module: nn.Module) -> bool:
     """Tell whether the module is a frozen BatchNorm of another package.
 
     Those of torchvision, timm, detectron2 and transformers have in common: weight, bias, running_mean and running_var
-    are buffers of one number a channel, nothing is trained, and behind them come at most a drop layer and an activation.
+    are buffers of one number a channel, nothing is trained, and at most a drop layer and an activation come behind.
     """
     if isinstance(module, (_BatchNorm, FrozenBatchNorm, torch.jit.ScriptModule)) or module._parameters:
         return False
@@ -78,7 +78,9 @@ def foreign_layer(bn: nn.Module) -> nn.Module | None:
 def why_not_revived(layer: nn.Module) -> str | None:
     """Return why no BatchNorm stands for a foreign frozen layer, or None where one can."""
     if _eps(layer) is None:
-        return f"its forward ({type(layer).__module__}.{type(layer).__qualname__}) is not that of a BatchNorm in eval mode"
+        return (
+            f"its forward ({type(layer).__module__}.{type(layer).__qualname__}) is not that of a BatchNorm in eval mode"
+        )
     return None
 
 

@@ -10,13 +10,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.frozen import (
+    Constants,
+    batch_norm_in_step,
     canonical_statistics,
     canonicalize,
     frozen_batch_norm,
+    in_float64,
     is_canonical,
     scale_shift,
     solve_affine,
 )
+from finetune_bn.functional.shared_backward import FoldMode, producer_of, shared_batch_norm
+from finetune_bn.layers.leaf import as_leaf
 
 Affine = Literal["none", "shift", "merged", "original"]
 AFFINE_KINDS: tuple[Affine, ...] = get_args(Affine)
@@ -72,6 +77,7 @@ class FrozenBatchNorm(nn.Module):
 
     _version = 2  # as BatchNorm's: from version 2 on a state dict holds num_batches_tracked
     track_running_stats = True
+    fold: FoldMode = "auto"  # whether backward is shared with the convolution in front, see shared_backward.py
     __jit_unused_properties__ = ["affine", "has_source_statistics"]  # noqa: RUF012 (torch.jit looks for a list)
     if TYPE_CHECKING:  # torch.jit.script reads a class's annotations, and cannot read them as strings
         weight: Tensor
@@ -79,9 +85,6 @@ class FrozenBatchNorm(nn.Module):
         running_mean: Tensor
         running_var: Tensor
         num_batches_tracked: Tensor
-        _fold: Any
-    else:
-        _fold = None  # the tie to the producer that computes the affine in its weight, see fold.py
 
     def __init__(
         self,
@@ -105,6 +108,7 @@ class FrozenBatchNorm(nn.Module):
         tracked = torch.zeros((), dtype=torch.long, device=device)
         self._register({"weight": ones, "bias": zeros}, mean, var, tracked)
         self._source: tuple[_BatchNorm, ...] = ()
+        self._constants = Constants()
 
     @classmethod
     def from_batch_norm(cls, bn: _BatchNorm, affine: Affine = "none") -> Self:
@@ -131,6 +135,7 @@ class FrozenBatchNorm(nn.Module):
         tracked = None if bn.num_batches_tracked is None else bn.num_batches_tracked.clone()
         frozen._register({"weight": weight, "bias": bias}, mean, var, tracked)
         frozen._source = (bn,)
+        frozen._constants = Constants()
         frozen.training = bn.training
         share_hooks(bn, frozen)
         return frozen
@@ -154,17 +159,20 @@ class FrozenBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x * scale + shift` in the dtype and memory format of `x` [N, C, ...]."""
-        self._check_input_dim(x)
         if not torch.jit.is_scripting():  # by itself: only so does torch.jit.script leave out what it cannot read
-            return x if self._is_applied(x) else self._normalized(x)
-        return self._normalized(x)
-
-    def _normalized(self, x: Tensor) -> Tensor:
+            if not isinstance(x, Tensor):
+                return as_leaf(self, x)  # type: ignore[no-any-return]
+            self._check_input_dim(x)
+            return self._normalized(x)
+        self._check_input_dim(x)
         return frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
 
-    def _is_applied(self, x: Tensor) -> bool:
-        """Tell whether the producer has applied the affine to `x` already."""
-        return self._fold is not None and self._fold.has(x)
+    def _normalized(self, x: Tensor) -> Tensor:
+        tensors = (self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        producer = producer_of(x, self.weight, self.fold)
+        if producer is None:
+            return batch_norm_in_step(x, *tensors, self._constants)
+        return shared_batch_norm(x, producer, *tensors, self._constants)
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
@@ -193,17 +201,35 @@ class FrozenBatchNorm(nn.Module):
         now: dict[str, Tensor | None] = {name: getattr(self, name) for name in names}
         if self.affine_kind != "merged" or self.weight.is_meta or not self.has_source_statistics:
             return now
-        same_dtype = bn.weight.dtype == self.weight.dtype
-        old = [getattr(bn, name).detach().to(getattr(self, name)) for name in names[:4]]
+        own = [getattr(self, name).detach() for name in names[:4]]
+        old = [getattr(bn, name).detach().to(like) for name, like in zip(names[:4], own, strict=True)]
         # After .to(dtype) the statistics are no longer canonical to the last bit: the layer's own go into the sum.
-        scale, shift = scale_shift(self.weight, self.bias, self.running_mean, self.running_var, self.eps)
-        solved = solve_affine(scale.detach(), shift.detach(), old[2], old[3], self.eps)
-        untouched = canonicalize(old[0], old[1], old[2], old[3], self.eps)
-        for i, name in enumerate(names[:2]):
-            now[name] = solved[i].to(old[i].dtype)
-            if same_dtype:  # where nothing was trained the old number is the exact answer; solving would round it
-                now[name] = torch.where(getattr(self, name) == untouched[i], old[i], solved[i].to(old[i].dtype))
-        return now | {"running_mean": old[2], "running_var": old[3]}
+        scale, shift = scale_shift(*map(in_float64, own), self.eps)  # type: ignore[call-arg, arg-type]
+        solved = solve_affine(scale, shift, in_float64(old[2]), in_float64(old[3]), self.eps)
+        new = [value.to(like) for value, like in zip(solved, own[:2], strict=True)]
+        if bn.weight.dtype == own[0].dtype:
+            # Where nothing was trained the old numbers are the exact answer; solving would round them. Only where
+            # neither moved: beta' = beta - mean gamma', so a beta' that stayed has another beta under a new gamma'.
+            weight, bias, _, _ = canonicalize(*old, self.eps)  # type: ignore[call-arg]
+            untouched = (own[0] == weight) & (own[1] == bias)
+            new = [torch.where(untouched, before, value) for before, value in zip(old[:2], new, strict=True)]
+        return now | {"weight": new[0], "bias": new[1], "running_mean": old[2], "running_var": old[3]}
+
+    def why_not_solved_back(self) -> str | None:
+        """Return why no BatchNorm with the statistics from before computes what this layer does; None where one can."""
+        if self.affine_kind != "merged" or self.weight.is_meta or not self.has_source_statistics:
+            return None
+        diverged = [name for name in ("weight", "bias") if not torch.isfinite(getattr(self, name)).all()]
+        if diverged:
+            return f"its {' and '.join(diverged)} hold values that are NaN or infinite: load weights from before that"
+        values = self._values_for(self._source[0])
+        lost = [name for name in ("weight", "bias") if not torch.isfinite(values[name]).all()]  # type: ignore[arg-type]
+        if lost:
+            return (
+                f"its {' and '.join(lost)} for the statistics from before the conversion would not fit into "
+                f"{self.weight.dtype}: bring the model to a wider dtype first, by model.float() or model.double()"
+            )
+        return None
 
     @property
     def has_source_statistics(self) -> bool:
@@ -255,6 +281,9 @@ class FrozenBatchNorm(nn.Module):
         """Return what in a state dict this layer cannot take, one line each."""
         names = ("weight", "bias", "running_mean", "running_var")
         given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        strange = [name for name, value in given.items() if not isinstance(value, Tensor)]
+        if strange:
+            return [f"{prefix}{name}: a {type(given[name]).__name__}, and no tensor" for name in strange]
         problems = [
             f"size mismatch for {prefix}{name}: the shape in the checkpoint is {tuple(value.shape)}, "
             f"in this model {tuple(getattr(self, name).shape)}"

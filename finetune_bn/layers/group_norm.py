@@ -12,7 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.frozen import frozen_batch_norm, scale_shift
 from finetune_bn.functional.group_norm import closed_form, group_norm
+from finetune_bn.layers.extra_state import EXTRA_STATE, pack, unpack
 from finetune_bn.layers.frozen import _store, share_hooks, why_not_frozen
+from finetune_bn.layers.leaf import as_leaf
 from finetune_bn.layers.tracking import ASIDE
 
 Init = Literal["reset", "copy", "closed_form", "sequential"]
@@ -23,11 +25,11 @@ _FIVE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 class GroupNorm(nn.GroupNorm):
     """`torch.nn.GroupNorm` that stands for a BatchNorm: each image is normalized by itself, for inputs [N, C, ...].
 
-    State dict, forward pass and gradients are those of `torch.nn.GroupNorm`; dtype and memory format of activations
-    are kept, also under autocast. Channels have a weight and a bias even where the BatchNorm had none (they are
-    constants then, buffers), because they carry its statistics. The BatchNorm itself is kept aside, outside of the
-    module tree, for `to_batch_norm`; number of groups, eps, `alpha`, `balance` and the BatchNorm's tensors go into the
-    metadata of the state dict, which torch, Lightning and copies of it carry along.
+    Forward pass and gradients are those of `torch.nn.GroupNorm`; dtype and memory format of activations are kept, also
+    under autocast. Channels have a weight and a bias even where the BatchNorm had none (they are constants then,
+    buffers), because they carry its statistics. The BatchNorm itself is kept aside, outside of the module tree, for
+    `to_batch_norm`. Its tensors, the number of groups, eps, `alpha` and `balance` are in the state dict, as one tensor
+    of bytes named `_extra_state`, so that they come along wherever weights do; a state dict without them is refused.
 
     Attributes:
         alpha: share of the BatchNorm's output in this one's, from 1 (the BatchNorm, frozen) to 0 (plain GroupNorm).
@@ -108,6 +110,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` [N, C, ...] normalized, in its dtype and memory format."""
+        if not torch.jit.is_scripting() and not isinstance(input, Tensor):
+            return as_leaf(self, input)  # type: ignore[no-any-return]
         return self._normalize(input)
 
     def _normalize(self, x: Tensor) -> Tensor:
@@ -134,13 +138,20 @@ class GroupNorm(nn.GroupNorm):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)
-        if metadata is not None and self._source:
-            values = {name: getattr(self._source[0], name) for name in _FIVE}
-            source = {name: value.detach().clone() for name, value in values.items() if value is not None}
-            aside = {"num_groups": self.num_groups, "eps": self.eps, "alpha": self.alpha, "source": source}
-            aside["balance"] = self.balance
-            metadata.setdefault(prefix[:-1], {})[ASIDE] = aside
+        if self._source:
+            destination[prefix + EXTRA_STATE] = self._packed()
+
+    def _packed(self) -> Tensor:
+        """Return what the layer computes by besides weight and bias, and the BatchNorm that it stands for."""
+        name, factors = self.balance or (None, torch.ones(self.num_channels))
+        facts = {"num_groups": self.num_groups, "eps": self.eps, "alpha": self.alpha, "balanced": name}
+        facts["source_eps"] = self._source[0].eps
+        tensors = {"factors": factors.double()}
+        for name in _FIVE:
+            value = getattr(self._source[0], name)
+            if value is not None and not value.is_meta:
+                tensors[name] = value
+        return pack(facts, tensors)
 
     def _load_from_state_dict(
         self,
@@ -152,28 +163,88 @@ class GroupNorm(nn.GroupNorm):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if prefix + "running_mean" in state_dict:
-            error_msgs.append(
-                f"{prefix[:-1]}: the state dict holds a BatchNorm's tensors, and this layer was converted to "
-                "GroupNorm. Load the weights before the conversion, or convert back by `revert` first"
-            )
-            return
+        packed = state_dict.pop(prefix + EXTRA_STATE, None)
+        given = {name: state_dict[prefix + name] for name in ("weight", "bias") if prefix + name in state_dict}
+        try:
+            if prefix + "running_mean" in state_dict:
+                raise ValueError(
+                    "the state dict holds a BatchNorm's tensors, and this layer was converted to GroupNorm. Load the "
+                    "weights before the conversion, or convert back by `revert` first"
+                )
+            aside = _read(packed, local_metadata.get(ASIDE))
+            # One of the two by itself is put in by tools that go tensor by tensor, which come with the rest later.
+            if aside is None and self._source and len(given) == 2:
+                raise ValueError(
+                    "the state dict holds a GroupNorm's weight and bias without the number of groups, eps and the "
+                    f"BatchNorm that they were made for ({EXTRA_STATE}): it is of torch.nn.GroupNorm, or of an older "
+                    "version of finetune_bn and was copied without its metadata. Load the file as it was saved"
+                )
+            self._check(given, aside)
+        except ValueError as error:
+            error_msgs.append(f"{prefix[:-1] or '(root)'}: {error}.")
+            return  # as it was, not half loaded
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        aside = local_metadata.get(ASIDE)
-        if aside and prefix + "weight" in state_dict:
+        if aside is not None:
             self.num_groups, self.alpha = aside["num_groups"], aside["alpha"]
             self.eps = aside.get("eps", self.eps)  # files from before it could be chosen have none
-            self.balance = aside.get("balance")
+            self.balance = aside["balance"]
+            if self._source:
+                self._source[0].eps = aside.get("source_eps", self._source[0].eps)
             with torch.no_grad():
                 for name, value in aside["source"].items() if self._source else ():
                     _store(self._source[0], name, value)
+
+    def _check(self, given: dict[str, Tensor], aside: dict[str, Any] | None) -> None:
+        """Raise unless this layer can take the weight, the bias and the facts of a state dict."""
+        own = {name: getattr(self, name) for name in ("weight", "bias")}
+        shapes = [(name, value, own[name].shape) for name, value in given.items()]
+        if aside is not None:
+            groups, eps, alpha = aside["num_groups"], aside.get("eps", self.eps), aside["alpha"]
+            factors = {} if aside["balance"] is None else {"factors": aside["balance"][1]}
+            if type(groups) is not int or groups < 1 or self.num_channels % groups:
+                raise ValueError(f"its state has {groups!r} groups, and the layer {self.num_channels} channels")
+            source_eps = aside.get("source_eps", eps)
+            if any(not (_is_number(value) and 0 < value < math.inf) for value in (eps, source_eps)):
+                raise ValueError(f"its state has eps={eps!r}, that of its BatchNorm {source_eps!r}")
+            if not (_is_number(alpha) and 0 <= alpha <= 1):
+                raise ValueError(f"its state has alpha={alpha!r}")
+            if alpha and not self._source:
+                raise ValueError("its state blends in a BatchNorm, which a GroupNorm that was made as such has not")
+            shapes += [(name, value, own["weight"].shape) for name, value in factors.items()]
+            if self._source:
+                kept = [(name, value, getattr(self._source[0], name)) for name, value in aside["source"].items()]
+                shapes += [(f"BatchNorm {name}", value, t.shape) for name, value, t in kept if t is not None]
+        for name, value, shape in shapes:
+            if not isinstance(value, Tensor):
+                raise ValueError(f"its {name} is a {type(value).__name__}, and no tensor")
+            if value.shape != shape:
+                raise ValueError(
+                    f"size mismatch for {name}: {tuple(value.shape)} in the checkpoint, {tuple(shape)} in this model"
+                )
 
     def extra_repr(self) -> str:
         """Describe the layer in `print(model)`."""
         alpha = f", alpha={self.alpha:g}" if self.alpha else ""
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}{alpha}"
+
+
+def _read(packed: object, metadata: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what a state dict says of a layer, as old files have it in their metadata; None where it says nothing."""
+    if packed is None:
+        return None if metadata is None else {"balance": None, **metadata}
+    facts, tensors = unpack(packed)
+    try:
+        factors, name = tensors.pop("factors"), facts["balanced"]
+        known = {key: facts[key] for key in ("num_groups", "eps", "alpha", "source_eps")}
+    except KeyError as error:
+        raise ValueError(f"its state has no {error}") from error
+    return {**known, "balance": None if name is None else (str(name), factors), "source": tensors}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def eval_batch_norm(bn: _BatchNorm, x: Tensor, factors: Tensor | None = None) -> Tensor:
@@ -238,7 +309,7 @@ def check_grouping(groups: object, channels_per_group: object, init: object, eps
         raise FinetuneBNError(complaint("groups", groups, '"auto" where channels_per_group is given', "Give one."))
     if init not in INITS:
         raise FinetuneBNError(complaint("init", init, ", ".join(map(repr, INITS))))
-    if eps != "auto" and not (isinstance(eps, (int, float)) and not isinstance(eps, bool) and 0 < eps < math.inf):
+    if eps != "auto" and not (_is_number(eps) and 0 < eps < math.inf):  # type: ignore[operator]
         raise FinetuneBNError(complaint("eps", eps, '"auto", or a number above 0', "The BatchNorm's own is usual."))
 
 

@@ -24,6 +24,7 @@ def hold_affine(bn: _BatchNorm, *, reset: bool) -> None:
             continue
         before[name] = (parameter.requires_grad, parameter.detach().clone() if reset else None)
         parameter.requires_grad_(False)
+        parameter.grad = None  # with one, and be it zero, an optimizer that holds the parameter moves it
         if reset:
             with torch.no_grad():
                 parameter.fill_(constant)
@@ -33,6 +34,11 @@ def hold_affine(bn: _BatchNorm, *, reset: bool) -> None:
 def is_held(module: nn.Module) -> bool:
     """Tell whether `hold_affine` was applied to the module."""
     return hasattr(module, _MARK)
+
+
+def was_reset(module: nn.Module) -> bool:
+    """Tell whether a held layer's weight and bias were set to 1 and 0 when it was held."""
+    return any(value is not None for _, value in getattr(module, _MARK, {}).values())
 
 
 def train_again(bn: _BatchNorm, other: nn.Module) -> None:

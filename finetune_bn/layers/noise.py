@@ -19,6 +19,7 @@ from finetune_bn.layers.frozen import (
     FrozenBatchNorm3d,
     check_affine,
 )
+from finetune_bn.layers.leaf import as_leaf
 from finetune_bn.layers.tracking import KeepsAside
 
 # The spread is an average over about so many batches: it follows the weights as they are trained.
@@ -87,6 +88,8 @@ class NoisyFrozenBatchNorm(KeepsAside, FrozenBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` [N, C, ...] normalized, in training by noisy statistics, in the dtype and memory format of `x`."""
+        if not isinstance(x, Tensor):
+            return as_leaf(self, x)  # type: ignore[no-any-return]
         self._check_input_dim(x)
         return self._normalize(x)
 

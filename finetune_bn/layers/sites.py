@@ -65,7 +65,7 @@ def find_batch_norms(model: nn.Module, *, group_norms: bool = False) -> list[Bat
 
 
 def find_foreign(model: nn.Module) -> list[BatchNormSite]:
-    """Return the frozen BatchNorm layers of other packages (`foreign.is_foreign_frozen`), in the order of definition."""
+    """Return frozen BatchNorm layers of other packages (`foreign.is_foreign_frozen`), in the order of definition."""
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -80,7 +80,7 @@ def find_foreign(model: nn.Module) -> list[BatchNormSite]:
 
 def find_lookalikes(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return layers that keep running statistics, or call themselves BatchNorm, and are none that we know."""
-    found = []
+    found: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         if isinstance(module, (_BatchNorm, FrozenBatchNorm)):
             continue
@@ -105,7 +105,10 @@ def why_left_alone(lookalike: nn.Module) -> str:
             f"Rule(type={type(lookalike).__name__!r}, policy=...)"
         )
     if type(lookalike) is nn.Module:  # what torch.fx makes of a layer whose forward it has traced
-        return "is no layer any more, but holds the tensors of one for a traced graph, which moves them in training: convert first, trace then"
+        return (
+            "is no layer any more, but holds the tensors of one for a traced graph, which moves them in training: "
+            "convert first, trace then"
+        )
     return f"is no torch BatchNorm ({kind})"
 
 

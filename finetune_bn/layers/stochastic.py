@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.batch import Normalized, batch_norm, eval_norm, stochastic_norm
+from finetune_bn.layers.extra_state import EXTRA_STATE, pack, unpack
 from finetune_bn.layers.tracking import TrackingBatchNorm
 
 
@@ -92,7 +93,10 @@ class EvalBatchNorm(TrackingBatchNorm):
 
     EvalNorm (Singh and Shrivastava 2019): in training an image is part of the batch that normalizes it, in evaluation
     it is not; in small batches that is a difference. Here, evaluation mixes the statistics of the image, with weight
-    `alpha`, into the running ones, see `batch_functional.eval_norm`. Training is BatchNorm's.
+    `alpha`, into the running ones, see `eval_norm` in `functional.batch`. Training is BatchNorm's.
+
+    A BatchNorm's state dict loads `strict=True`. Its own has one entry more, `_extra_state`, which holds `alpha`: a
+    BatchNorm, which would compute something else from it, refuses it.
 
     Args:
         num_features: number of channels C.
@@ -142,6 +146,24 @@ class EvalBatchNorm(TrackingBatchNorm):
             yield
         finally:
             self.alpha = alpha
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.alpha:
+            destination[prefix + EXTRA_STATE] = pack({"alpha": self.alpha}, {})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        packed = state_dict.pop(prefix + EXTRA_STATE, None)
+        alpha: Any = self.alpha
+        try:
+            if packed is not None:
+                alpha = unpack(packed)[0].get("alpha")
+            check_alpha(alpha)
+        except ValueError as error:
+            rest[-1].append(f"{prefix[:-1] or '(root)'}: its state is of no EvalNorm layer: {error}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.alpha = alpha
 
     def _normalize(self, x: Tensor) -> Normalized:
         return batch_norm(x, self.weight, self.bias, self.eps)

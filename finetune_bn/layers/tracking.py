@@ -13,6 +13,7 @@ from finetune_bn.errors import UnsupportedLayer
 from finetune_bn.functional.batch import Normalized, batch_statistics, values_per_image
 from finetune_bn.functional.frozen import at_least_float32, frozen_batch_norm
 from finetune_bn.layers.frozen import _store, share_hooks, why_not_frozen
+from finetune_bn.layers.leaf import as_leaf
 
 ASIDE = "finetune_bn"  # key in a state dict's metadata, which a layer of torch or timm passes over
 _PARAMETERS, _BUFFERS = ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
@@ -107,6 +108,8 @@ class TrackingBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` [N, C, ...] normalized; in training mode also update the running statistics."""
+        if not isinstance(input, Tensor):
+            return as_leaf(self, input)  # type: ignore[no-any-return]
         self._check_input_dim(input)
         if not self.training:
             return self._evaluate(input)

@@ -61,7 +61,7 @@ def parameter_groups(
     if not head and head_lr_factor != 1:
         allowed = f"1 for a {type(net).__name__}, which has no classifier that timm's get_classifier() would name"
         raise FinetuneBNError(complaint("head_lr_factor", head_lr_factor, allowed))
-    affine = {id(p) for module in net.modules() if _is_norm(module) for p in module.parameters(recurse=False)}
+    affine = {id(p) for module in net.modules() if is_norm(module) for p in module.parameters(recurse=False)}
     undecayed: Iterable[str] = getattr(net, "no_weight_decay", tuple)()
     factors = {"backbone": 1.0, "head": head_lr_factor, "affine": affine_lr_factor}
     names: dict[int, list[str]] = {}
@@ -91,7 +91,7 @@ def _classifiers(net: nn.Module) -> Sequence[nn.Module]:
     return found if isinstance(found, (tuple, list)) else (found,)
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     """Tell whether a layer is a norm layer; timm has many of its own, and calls them so."""
     if isinstance(module, (FrozenBatchNorm, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         return True

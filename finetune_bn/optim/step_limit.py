@@ -10,8 +10,8 @@ and in Brock et al. 2021, section 4, for gradients and the unit).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,29 +20,18 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.frozen import at_least_float32
+from finetune_bn.optim.frozen_behind import frozen_behind
+from finetune_bn.optim.step_buckets import Bucket, Limit, share_of, step_factors
+from finetune_bn.utilities.checks import number
+
+__all__ = ["FLOOR", "RATIO", "LimitedSteps", "check_ratio", "limit_steps", "share_of_peak", "step_factors"]
+
+log = logging.getLogger("finetune_bn")
 
 RATIO = 5e-4
-
-
-def step_factors(old: Tensor, new: Tensor, limit: float, dim: int = 0) -> Tensor:
-    """Return the factor, from 0 to 1, by which the step of each channel has to be shortened.
-
-    With it the norm of a channel's step is at most `limit` times the norm of its weights; a channel of zeros stays.
-
-    Args:
-        old: weights before the step, of any shape.
-        new: weights behind it, of the same shape.
-        limit: 0 or more.
-        dim: where the channels are.
-
-    Returns:
-        Float32 or wider, of the size of `old` along `dim` and 1 elsewhere.
-    """
-    before = at_least_float32(old)
-    others = [d for d in range(old.dim()) if d != dim]
-    allowed = limit * torch.linalg.vector_norm(before, dim=others, keepdim=True)
-    step = torch.linalg.vector_norm(at_least_float32(new) - before, dim=others, keepdim=True)
-    return torch.where(step > allowed, allowed / step, 1.0)
+# Pretrained channels have norms about 1, dead ones about 0. Behind a dead one a frozen layer multiplies by 1/sqrt(eps):
+# by this floor it moves, in units of that layer's output, about as fast as the others.
+FLOOR = 1e-2
 
 
 class LimitedSteps:
@@ -50,13 +39,32 @@ class LimitedSteps:
 
     Attributes:
         ratio: largest step of a channel, as a share of the norm of its weights.
+        floor: the norm that a channel of smaller weights counts with.
+        limited: names of the convolutions whose steps are bounded.
+        free: names of those that the optimizer trains and that are not: no frozen layer is behind them, or their
+            weights were all zero at the start.
+        summary: these two in a sentence, with how that was found out.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weights: list[tuple[nn.Parameter, int]], ratio: float) -> None:
-        self.ratio = ratio
-        self._weights = weights
-        self._old: list[Tensor] = []
-        self._factors: list[Tensor] = []
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        net: nn.Module,
+        ratio: float,
+        floor: float = FLOOR,
+        example_input: Any = None,
+        say: Callable[[str], object] = log.info,
+        new: frozenset[str] = frozenset(),
+    ) -> None:
+        self.ratio, self.floor = ratio, floor
+        self.limited: tuple[str, ...] = ()
+        self.free: tuple[str, ...] = ()
+        self.new = new
+        self._net, self._example_input, self._say = net, example_input, say
+        self._buckets: list[Bucket] = []
+        self._held: tuple[int, ...] = ()
+        self._stepped = False
+        self.look_again(optimizer)
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -64,74 +72,155 @@ class LimitedSteps:
 
     @property
     def share(self) -> Tensor | None:
-        """The share of the channels whose latest step was shortened; None before the first step."""
-        if not self._factors:
-            return None
-        return torch.cat([(factor < 1).flatten().float() for factor in self._factors]).mean()
+        """The share of the bounded channels whose latest step was shortened; None before the first step."""
+        return share_of(self._buckets) if self._stepped else None
+
+    @property
+    def summary(self) -> str:
+        """What is bounded, and how that was found out."""
+        of = len(self.limited) + len(self.free)
+        if not of:
+            return "steps are not bounded: the optimizer trains no convolution yet"
+        why = ""
+        if self.free:
+            shown = ", ".join(self.free[:4]) + (", ..." if len(self.free) > 4 else "")
+            why = f"; not bounded, as no frozen layer is behind them or they start at zero: {shown}"
+        return (
+            f"steps of {len(self.limited)} of the {of} convolutions that the optimizer trains are bounded ({self._how})"
+            f"{why}"
+        )
 
     def remove(self) -> None:
         """Let the optimizer go on without a limit."""
         for handle in self._handles:
             handle.remove()
 
+    def look_again(self, optimizer: torch.optim.Optimizer) -> None:
+        """Find anew which convolutions are bounded: for a network whose layers or trained parts were changed.
+
+        Parameter groups that are added to the optimizer are seen without it.
+        """
+        self._held = _sizes(optimizer)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        convolutions: dict[int, tuple[str, nn.Parameter, int]] = {}
+        for name, module in self._net.named_modules():
+            weight = getattr(module, "weight", None) if isinstance(module, _ConvNd) else None
+            if isinstance(weight, nn.Parameter) and id(weight) in held:
+                dim = int(isinstance(module, _ConvTransposeNd))
+                convolutions.setdefault(id(weight), (name, weight, dim))
+        behind = frozen_behind(self._net, self._example_input) if convolutions else None
+        names = behind.names if behind is not None else frozenset[str]()
+        self._how = behind.how if behind is not None else ""
+        known = {*self.limited, *self.free}
+        followed = [c for c in convolutions.values() if c[0] in names]
+        zero = {name for name, weight, _ in followed if name not in known and not bool(weight.detach().any())}
+        self.new |= zero  # no statistics were ever measured behind such a convolution: it was put there to be learned
+        limited = [c for c in followed if c[0] not in self.new]
+        before = self.limited, self.free
+        self.limited = tuple(name for name, _, _ in limited)
+        self.free = tuple(name for name, _, _ in convolutions.values() if name not in set(self.limited))
+        self._buckets = Bucket.sort([(weight, dim) for _, weight, dim in limited])
+        if before != (self.limited, self.free) or not convolutions:
+            self._say(f"StepLimit: {self.summary}.")
+            log.debug("bounded: %s; not bounded: %s", ", ".join(self.limited), ", ".join(self.free))
+
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._old = [weight.clone() for weight, _ in self._weights]
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        if self._held != _sizes(optimizer):
+            self.look_again(optimizer)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None or not _steps_after_one_closure(optimizer):
+            self._remember()
+            return None
+
+        # Lightning's closure is the forward and backward pass: a copy taken before it would lie beside its activations.
+        def then_remember() -> Any:
+            loss = closure()
+            with torch.no_grad():
+                self._remember()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": then_remember}
+        return (args[0], then_remember, *args[2:]), kwargs
+
+    def _remember(self) -> None:
+        for bucket in self._buckets:
+            bucket.remember()
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        schedules = {id(p): share_of_peak(group) for group in optimizer.param_groups for p in group["params"]}
-        self._factors = []
-        for (weight, dim), old in zip(self._weights, self._old, strict=True):
-            factors = step_factors(old, weight, self.ratio * schedules.get(id(weight), 1.0), dim)
-            shortened = at_least_float32(old).lerp(at_least_float32(weight), factors).to(weight.dtype)
-            weight.copy_(torch.where(factors < 1, shortened, weight))  # steps within the limit stay to the last bit
-            self._factors.append(factors)
-        self._old = []
+        self._stepped = True
+        limits: dict[int, Limit] = {}
+        for group in optimizer.param_groups:
+            limits |= dict.fromkeys(map(id, group["params"]), self.ratio * share_of_peak(group))
+        for bucket in self._buckets:
+            bucket.shorten([limits.get(id(weight), self.ratio) for weight in bucket.weights], self.floor)
 
 
-def limit_steps(optimizer: torch.optim.Optimizer, net: nn.Module, ratio: float = RATIO) -> LimitedSteps:
-    """Bound each step of `optimizer` on the convolutions of `net`: at most `ratio` of each output channel's weights.
+def limit_steps(
+    optimizer: torch.optim.Optimizer,
+    net: nn.Module,
+    ratio: float = RATIO,
+    *,
+    floor: float = FLOOR,
+    example_input: Any = None,
+) -> LimitedSteps:
+    """Bound each step of `optimizer` on the convolutions of `net` that have a frozen BatchNorm layer behind them.
 
-    The bound follows the schedule of the learning rate: at half of the peak it is half of `ratio`. Below it nothing
-    changes, to the last bit. Where the learning rate is too large for frozen layers, the steps are as long as the
-    bound says and keep their direction, whatever the learning rate. Any optimizer, AMP and gradient accumulation; the
-    weights must not be flattened or sharded (FSDP). For the length of a step it needs a copy of the weights.
+    An output channel moves by at most `ratio` of the norm of its weights in a step. The bound follows the schedule of
+    the learning rate: at half of the peak it is half of `ratio`. Below it nothing changes, to the last bit. Where the
+    learning rate is too large for frozen layers, the steps are as long as the bound says and keep their direction,
+    whatever the learning rate. Any optimizer, AMP and gradient accumulation; the weights must not be flattened or
+    sharded (FSDP). During a step it holds two copies of those weights.
+
+    Not bounded are heads, adapters such as LoRA's, decoders that were not pretrained, convolutions without a frozen
+    layer behind or that start at zero, linear layers and vectors. The log (`finetune_bn`, level INFO) and the
+    attributes of what is returned say which are. Parameter groups that are added later are bounded too.
 
     Args:
-        optimizer: holds the weights of at least one convolution.
-        net: whose convolutions; linear layers, such as the head, and vectors are not bounded.
+        optimizer: holds parameters of `net`.
+        net: with its layers frozen already.
         ratio: above 0.
+        floor: above 0. A channel whose weights have a smaller norm counts with this one, so that it can be learned.
+        example_input: a tensor, tuple or dict that `net.forward` takes, to find out which convolutions have a frozen
+            layer behind. Not needed for timm models; without one the order decides in which modules are defined.
 
     Raises:
-        FinetuneBNError: `ratio` is out of range, or the optimizer holds no weight of a convolution of `net`.
+        FinetuneBNError: `ratio` or `floor` is out of range, or the optimizer holds no parameter of `net`.
     """
     check_ratio(ratio)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    weights = [(weight, dim) for weight, dim in _convolution_weights(net.modules()) if id(weight) in held]
-    if not weights:
-        allowed = "an optimizer that trains convolutions of net"
+    number("floor", floor, above=0, below=float("inf"))
+    own = {id(p) for p in net.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        allowed = "an optimizer that holds parameters of net"
         remedy = "Convert and freeze first, then make the optimizer, then limit its steps."
         raise FinetuneBNError(complaint("optimizer", type(optimizer).__name__, allowed, remedy))
-    return LimitedSteps(optimizer, weights, ratio)
+    return LimitedSteps(optimizer, net, ratio, floor, example_input)
 
 
-def share_of_peak(group: dict[str, Any]) -> float:
-    """Return the learning rate of a parameter group as a share of its schedule's peak; 1 without a schedule."""
-    peak = float(group.get("max_lr", group.get("initial_lr", group["lr"])))
-    return min(1.0, float(group["lr"]) / peak) if peak > 0 else 1.0
+def share_of_peak(group: dict[str, Any]) -> Limit:
+    """Return the learning rate of a parameter group as a share of its schedule's peak; 1 without a schedule.
+
+    A tensor where the learning rate is one (`capturable`): nothing waits for its value.
+    """
+    lr, peak = group["lr"], group.get("max_lr", group.get("initial_lr", group["lr"]))
+    if torch.is_tensor(lr) or torch.is_tensor(peak):
+        share = at_least_float32(torch.as_tensor(lr) / torch.as_tensor(peak)).clamp(max=1.0)
+        return torch.where(torch.isnan(share), 1.0, share)
+    return min(1.0, float(lr) / float(peak)) if peak > 0 else 1.0
 
 
 def check_ratio(ratio: object) -> None:
     """Raise unless `ratio` is a number above 0."""
-    if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio < math.inf:
-        raise FinetuneBNError(complaint("ratio", ratio, "a number above 0", f"{RATIO:g} is usual."))
+    number("ratio", ratio, above=0, below=float("inf"))
 
 
-def _convolution_weights(modules: Iterable[nn.Module]) -> list[tuple[nn.Parameter, int]]:
-    """Return the weights of the convolutions, each once, and in which dimension their output channels are."""
-    found: dict[int, tuple[nn.Parameter, int]] = {}
-    for module in modules:
-        if isinstance(module, _ConvNd) and isinstance(module.weight, nn.Parameter):
-            found[id(module.weight)] = (module.weight, int(isinstance(module, _ConvTransposeNd)))
-    return list(found.values())
+def _sizes(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
+    return tuple(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _steps_after_one_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether `step` calls its closure once, before it touches a weight: torch's own do, but for LBFGS."""
+    kind = type(optimizer)
+    return kind.__module__.startswith("torch.optim.") and kind is not torch.optim.LBFGS

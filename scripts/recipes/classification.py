@@ -1,6 +1,6 @@
 """Fine-tune a timm network at batch 4 with its BatchNorm layers frozen, in a LightningModule of your own.
 
-One line makes the difference: `fbn.convert` where the network is built. EfficientNet-Lite0 with ImageNet weights
+One argument makes the difference: `policy` where the network is built. EfficientNet-Lite0 with ImageNet weights
 learns 9 categories of emoji from 200 images. Prints the accuracy on unseen emoji for each vendor who drew them, then
 loads the checkpoint into plain timm and compares the logits. No network needed; 20 seconds on a CPU.
 """
@@ -24,9 +24,8 @@ class Classifier(pl.LightningModule):
     def __init__(self, num_classes: int, policy: str, lr: float, domains: list[str]) -> None:
         super().__init__()
         self.save_hyperparameters()
-        # In your project perhaps: timm.create_model(NAME, pretrained=True, num_classes=num_classes)
-        net = create_backbone(NAME, weights="package", num_classes=num_classes)
-        self.net = fbn.convert(net, POLICIES[policy])
+        # A network that is there already: fbn.convert(timm.create_model(...), POLICIES[policy])
+        self.net = create_backbone(NAME, weights="package", policy=POLICIES[policy], num_classes=num_classes)
 
     def training_step(self, batch, batch_idx):
         loss = F.cross_entropy(self.net(batch[0]), batch[1])

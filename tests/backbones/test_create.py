@@ -1,4 +1,4 @@
-"""Backbones: the net that was asked for or one clear error, and a wrapper true to timm."""
+"""Backbones: the net that was asked for, under the policy asked for, or one clear error."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from finetune_bn import Freeze
-from finetune_bn.backbones.create import Backbone, create_backbone, data_config
-from finetune_bn.errors import FinetuneBNError
+from finetune_bn.backbones.create import create_backbone, data_config
+from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched
 from finetune_bn.layers import FrozenBatchNorm
 from tests.timm_nets import LITE, TINY, images, randomized, same_logits, saved, timm
 
@@ -147,172 +147,43 @@ def test_the_data_config_of_a_module_that_is_none_of_timms_is_an_error() -> None
         data_config(nn.Linear(1, 1))
 
 
-# --- Backbone ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "global_pool"),
-    [
-        (TINY, None),
-        (TINY, "catavgmax"),
-        ("test_efficientnet", "max"),
-        ("mobilenetv3_small_050", None),
-        ("test_vit", None),
-        ("test_mambaout", None),
-    ],
-)
-def test_num_features_is_the_size_of_what_comes_out(name: str, global_pool: str | None) -> None:
-    size = data_config(timm.create_model(name))["input_size"][-1]
-    x = images(size=size)
-    features = Backbone(name, None, global_pool=global_pool)
-    assert features(x).shape == (2, features.num_features)
-    with_head = Backbone(name, None, num_classes=5, output="logits", global_pool=global_pool)
-    assert with_head(x).shape == (2, 5)
-    assert with_head.num_features == features.num_features
-    assert with_head.num_classes == 5
-
-
-def test_each_output_is_what_timm_computes() -> None:
-    x = images()
-    for output in ("features", "logits", "map"):
-        backbone = Backbone(TINY, None, num_classes=5, output=output).eval()  # type: ignore[arg-type]
-        net = backbone.net
-        expected = {
-            "features": lambda net=net: net.forward_head(net.forward_features(x), pre_logits=True),
-            "logits": lambda net=net: net(x),
-            "map": lambda net=net: net.forward_features(x),
-        }[output]()
-        assert torch.equal(backbone(x), expected)
-        if output == "map":
-            assert backbone(x).shape[:2] == (2, backbone.num_features)
-            assert backbone(x).ndim == 4
-
-
-def test_the_policy_is_carried_out_and_the_plan_kept(tmp_path: Path) -> None:
-    source = randomized(num_classes=5)
-    path = saved(tmp_path, source.state_dict())
-    backbone = Backbone(TINY, path, Freeze(affine="none"), num_classes=5, output="logits")
-    frozen = [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm)]
-    assert len(frozen) == len([m for m in source.modules() if isinstance(m, nn.BatchNorm2d)])
-    assert backbone.plan is not None
-    assert len(backbone.plan.rows) == len(frozen)
-    x = images()
-    torch.testing.assert_close(backbone.train()(x), source(x), rtol=1e-4, atol=1e-5)
-    assert Backbone(TINY, None).plan is None
+# --- policy, features and logits -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("affine", ["none", "merged"])
-def test_the_checkpoint_of_a_converted_backbone_loads_into_a_plain_model(tmp_path: Path, affine: Any) -> None:
-    source = saved(tmp_path, randomized(num_classes=5).state_dict())
-    backbone = Backbone(TINY, source, Freeze(affine=affine), num_classes=5, output="logits").eval()
-    plain = create_backbone(TINY, saved(tmp_path, {"state_dict": backbone.state_dict()}, "last.ckpt"), num_classes=5)
+def test_with_a_policy_the_function_is_that_of_the_weights_and_the_state_dict_still_timms(
+    tmp_path: Path, affine: Any
+) -> None:
+    source = randomized(num_classes=5)
+    path = saved(tmp_path, source.state_dict())
+    net = create_backbone(TINY, path, policy=Freeze(affine), num_classes=5)
+    kinds = [m.affine_kind for m in net.modules() if isinstance(m, FrozenBatchNorm)]
+    assert kinds == [affine] * sum(isinstance(m, nn.BatchNorm2d) for m in source.modules())
     x = images()
-    torch.testing.assert_close(plain.eval()(x), backbone(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net.train()(x), source(x), rtol=1e-4, atol=1e-5)
+    again = create_backbone(TINY, saved(tmp_path, {"state_dict": net.state_dict()}, "last.ckpt"), num_classes=5)
+    torch.testing.assert_close(again.eval()(x), source(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [TINY, "mobilenetv3_small_050", "test_vit", "test_mambaout"])
+def test_without_classes_the_output_is_one_vector_of_features_an_image(name: str) -> None:
+    net = create_backbone(name, None, num_classes=0).eval()
+    x = images(size=data_config(net)["input_size"][-1])
+    assert net(x).shape == (2, net.head_hidden_size)
+    torch.testing.assert_close(net(x), net.forward_head(net.forward_features(x), pre_logits=True))
 
 
 def test_copies_pickles_and_compiled_backbones_compute_the_same() -> None:
-    backbone = Backbone("test_efficientnet", None, Freeze(), num_classes=3, output="logits").eval()
+    net = create_backbone("test_efficientnet", None, policy=Freeze(), num_classes=3).eval()
     x = images()
-    expected = backbone(x)
-    assert torch.equal(copy.deepcopy(backbone)(x), expected)
-    again = pickle.loads(pickle.dumps(backbone))
-    assert torch.equal(again(x), expected)
-    assert again.plan == backbone.plan
-    torch.testing.assert_close(torch.compile(backbone, backend="eager", fullgraph=True)(x), expected)
+    expected = net(x)
+    assert torch.equal(copy.deepcopy(net)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), expected)
+    torch.testing.assert_close(torch.compile(net, backend="eager", fullgraph=True)(x), expected)
 
 
-@pytest.mark.parametrize("coarse", [False, True])
-@pytest.mark.parametrize("name", [TINY, "test_efficientnet", "densenet121", "test_vit", "cait_xxs24_224"])
-def test_the_groups_are_timms_with_net_in_front(name: str, coarse: bool) -> None:
-    with torch.device("meta"):
-        net = timm.create_model(name, num_classes=0)
-    backbone = Backbone(TINY, None)
-    backbone.net = net
-    groups = timm.models.group_parameters(net, net.group_matcher(coarse=coarse), reverse=True)
-    assert len(set(groups.values())) > 2
-    assert timm.models.group_parameters(backbone, backbone.group_matcher(coarse=coarse), reverse=True) == {
-        f"net.{key}": group for key, group in groups.items()
-    }
-
-
-def test_timms_optimizer_groups_take_a_backbone() -> None:
-    from timm.optim import param_groups_layer_decay
-
-    backbone = Backbone("test_vit", None, num_classes=3, output="logits")
-    assert backbone.no_weight_decay() >= {"net.pos_embed", "net.cls_token"}
-    assert Backbone(TINY, None).no_weight_decay() == set()
-    groups = param_groups_layer_decay(backbone, no_weight_decay_list=backbone.no_weight_decay(), layer_decay=0.5)
-    net = param_groups_layer_decay(backbone.net, no_weight_decay_list=backbone.net.no_weight_decay(), layer_decay=0.5)
-    assert [(g["lr_scale"], g["weight_decay"], len(g["params"])) for g in groups] == [
-        (g["lr_scale"], g["weight_decay"], len(g["params"])) for g in net
-    ]
-
-
-def test_the_transforms_are_timms_for_these_weights() -> None:
-    from PIL import Image
-
-    backbone = Backbone("test_vit", None, timm_kwargs={"img_size": 96})
-    assert backbone.data_config == data_config(backbone) == data_config(backbone.net)
-    image = Image.new("RGB", (120, 130), (255, 0, 0))
-    for is_training in (False, True):
-        assert backbone.transforms(is_training)(image).shape == (3, 96, 96)
-    assert backbone.transforms(input_size=(3, 32, 32), crop_pct=1.0)(image).shape == (3, 32, 32)
-
-
-def test_activations_are_recomputed_where_the_net_can_and_refused_where_it_cannot() -> None:
-    backbone = Backbone(TINY, None)
-    backbone.set_grad_checkpointing()
-    assert backbone.net.grad_checkpointing
-    with torch.device("meta"):
-        backbone.net, backbone.name = timm.create_model("vgg11"), "vgg11"
-    with pytest.raises(FinetuneBNError, match="allowed: False for vgg11"):
-        backbone.set_grad_checkpointing()
-
-
-def test_a_new_head_comes_in_the_dtype_of_the_net_and_with_the_pooling_asked_for() -> None:
-    backbone = Backbone(TINY, None, num_classes=5, output="logits").double()
-    before = backbone.num_features
-    backbone.reset_classifier(4, "catavgmax")
-    assert backbone.num_features == 2 * before
-    assert backbone.get_classifier().weight.dtype is torch.float64
-    assert backbone(images().double()).shape == (2, 4)
-    with pytest.raises(FinetuneBNError, match="num_classes: got 0"):
-        backbone.reset_classifier(0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"output": "embedding"}, "output: got 'embedding'; allowed: 'features', 'logits', 'map'"),
-        ({"output": "logits"}, "num_classes: got 0; allowed: 1 and more where output='logits'"),
-        ({"policy": "freeze"}, "policy: got 'freeze'"),
-        ({"timm_kwargs": {"features_only": True}}, "Leave out features_only"),
-    ],
-)
-def test_a_wrong_argument_of_a_backbone_is_named(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(FinetuneBNError, match=message):
-        Backbone(TINY, **{"weights": None, **arguments})
-
-
-def test_a_backbone_is_built_from_yaml(tmp_path: Path) -> None:
-    jsonargparse = pytest.importorskip("jsonargparse")
-    (tmp_path / "config.yaml").write_text(
-        f"""
-        backbone:
-          name: {TINY}
-          weights: none
-          policy: {{class_path: finetune_bn.Freeze, init_args: {{affine: shift}}}}
-          num_classes: 3
-          output: logits
-          timm_kwargs: {{drop_rate: 0.25}}
-        """
-    )
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Backbone, "backbone")
-    parser.add_argument("--config", action="config")
-    build = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the name of versions before 4.49
-    backbone = build(parser.parse_args(["--config", str(tmp_path / "config.yaml")])).backbone
-    assert backbone.net.drop_rate == 0.25
-    assert {m.affine_kind for m in backbone.modules() if isinstance(m, FrozenBatchNorm)} == {"shift"}
-    with pytest.raises(jsonargparse.ArgumentError, match="embedding"):
-        parser.parse_args(["--backbone.name", TINY, "--backbone.output", "embedding"])
+def test_a_policy_that_is_none_or_matches_nothing_is_named_before_weights_are_looked_for() -> None:
+    with pytest.raises(FinetuneBNError, match="policy: got 'freeze'"):
+        create_backbone(TINY, "pretrained", policy="freeze")  # type: ignore[arg-type]
+    with pytest.raises(NoBatchNormMatched, match="VisionTransformer"):
+        create_backbone("test_vit", None, policy=Freeze())

@@ -10,12 +10,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import finetune_bn as fbn
-from finetune_bn.callbacks import BatchNormConversion, StepLimit
+from finetune_bn.callbacks import BatchNormConversion, BatchNormSchedule, StepLimit
 from finetune_bn.errors import FinetuneBNError
 
 
@@ -67,15 +68,22 @@ class Two(Net):
         return [torch.optim.SGD(self.net[i].parameters(), lr=self.lr) for i in (0, 4)]
 
 
-def fit(folder: Path, net: pl.LightningModule, *callbacks: pl.Callback, **arguments: Any) -> pl.Trainer:
+def fit(
+    folder: Path,
+    net: pl.LightningModule,
+    *callbacks: pl.Callback,
+    policy: fbn.Policy | None = None,
+    ckpt_path: str | None = None,
+    **arguments: Any,
+) -> pl.Trainer:
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(24, 3, 8, 8, generator=generator), torch.arange(24) % 2)
     settings: dict[str, Any] = {
         "max_epochs": 1, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
         "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder,
     }  # fmt: skip
-    trainer = pl.Trainer(callbacks=[BatchNormConversion(fbn.Freeze()), *callbacks], **settings | arguments)
-    trainer.fit(net, DataLoader(data, 4))
+    trainer = pl.Trainer(callbacks=[BatchNormConversion(policy), *callbacks], **settings | arguments)
+    trainer.fit(net, DataLoader(data, 4), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -133,12 +141,66 @@ def test_of_several_optimizers_those_that_train_convolutions_are_limited(tmp_pat
     assert (net.net[4].weight - head).norm() > 0.01 * head.norm()
 
 
-def test_where_no_optimizer_trains_convolutions_it_says_so(tmp_path: Path) -> None:
-    net = Net()
-    net.net[0].requires_grad_(False)
-    net.configure_optimizers = lambda: torch.optim.SGD(net.net[4].parameters(), lr=0.1)  # type: ignore[method-assign]
-    with pytest.raises(FinetuneBNError, match="optimizer: got 'SGD'; allowed: an optimizer that trains convolutions"):
-        fit(tmp_path, net, StepLimit())
+class Grows(BaseFinetuning):
+    """Trains the head first and adds the backbone to the optimizer later, as BackboneFinetuning and its kin do."""
+
+    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
+        self.freeze(pl_module.net[:4])
+
+    def finetune_function(self, pl_module: pl.LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[:4], optimizer, lr=pl_module.lr)
+
+
+class HeadFirst(Net):
+    """Gives the optimizer what is trained at the start."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_parameter_group_that_is_added_later_is_limited_and_a_head_alone_is_no_error(
+    first: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Lightning-AI/pytorch-lightning#5706 and its kin: groups added by BackboneFinetuning are not what was there before.
+    net, limit = HeadFirst(), StepLimit(1e-3)
+    order = (limit, Grows()) if first else (Grows(), limit)
+    with caplog.at_level("INFO"):
+        trainer = fit(tmp_path, net, *order, max_epochs=3)
+    assert len(trainer.optimizers[0].param_groups) == 2
+    assert [moved > 0 for moved in net.moved] == [False] * 6 + [True] * 12
+    assert max(net.moved) == pytest.approx(1e-3, rel=1e-3)
+    assert "the optimizer trains no convolution yet" in caplog.text
+    assert "steps of 1 of the 1 convolutions that the optimizer trains are bounded" in caplog.text
+
+
+def test_convolutions_frozen_by_the_schedule_are_limited_from_then_on(tmp_path: Path) -> None:
+    net, free = Net(), Net()
+    schedule = BatchNormSchedule(0.5, fbn.Freeze("none"), recalibrate=False)
+    fit(tmp_path, net, StepLimit(1e-4), schedule, policy=fbn.Keep(), max_epochs=2)
+    fit(tmp_path, free, policy=fbn.Keep(), max_epochs=2)
+    assert max(net.moved[6:]) == pytest.approx(1e-4, rel=1e-3)
+    assert max(net.moved[:6]) > 1e-3  # a live layer takes no notice of the size of the weights before it
+
+
+def test_what_started_at_zero_is_free_after_resuming_too(tmp_path: Path) -> None:
+    class Zero(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            nn.init.zeros_(self.net[0].weight)
+
+    limit = StepLimit(1e-3)
+    trainer = fit(tmp_path, Zero(), limit, enable_checkpointing=True)
+    resumed = StepLimit(1e-3)
+    seen: list[tuple[str, ...]] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.append(resumed.limits[0].free)
+
+    fit(tmp_path, Zero(), resumed, Look(), max_epochs=2, ckpt_path=trainer.checkpoint_callback.best_model_path)
+    assert seen[-1] == ("net.0",)
 
 
 def test_two_processes_take_the_same_steps(tmp_path: Path) -> None:

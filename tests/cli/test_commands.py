@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
 
-from finetune_bn.cli.commands import FinetuneBNCLI, main, readable
+from finetune_bn.cli import FinetuneBNCLI, main, readable
 from finetune_bn.conversion.plan import Plan
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.layers.frozen import FrozenBatchNorm
@@ -213,7 +213,7 @@ RULES = '{"class_path": "Rules", "init_args": {"rules": [%s]}}'
         (("--checkpoint_path", "x"), "There is no 'checkpoint_path'. Did you mean ckpt_path?"),
         # values
         (("--data.batch_size", "four"), "data.batch_size: got 'four'; allowed: int."),
-        (("--data.batch_size", "0"), "batch_size: got 0; allowed: an integer of at least 1."),
+        (("--data.batch_size", "0"), "batch_size: got 0; allowed: a whole number from 1 up."),
         (("--data.vendors", "noto"), "data.vendors: got 'noto'; allowed: list."),
         (("--model.schedule", "cos"), "model.schedule: got 'cos'; allowed: 'cosine', 'constant'."),
         (("--model.lr", "-1"), "lr: got -1.0; allowed: a number above 0."),
@@ -318,7 +318,7 @@ def test_a_mistake_ends_the_process_with_status_1_and_one_line() -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"finetune-bn: error: config: File does not exist: '.*nowhere.yaml' See .*\n", done.stderr)
+    assert re.fullmatch(r"finetune-bn: error: config: got 'nowhere.yaml'; allowed: .*\n", done.stderr)
 
 
 def test_a_fault_that_is_not_the_users_keeps_its_traceback() -> None:
@@ -336,7 +336,7 @@ def test_a_fault_while_an_error_of_ours_is_handled_is_not_hidden_behind_it(monke
         except FinetuneBNError:
             raise ZeroDivisionError from None
 
-    monkeypatch.setattr("finetune_bn.cli.commands.plan", fail)
+    monkeypatch.setattr("finetune_bn.cli.trainer.plan", fail)
     with pytest.raises(ZeroDivisionError):
         main([*PLAN])
 

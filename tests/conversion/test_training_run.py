@@ -175,9 +175,14 @@ def test_the_run_leaves_no_trace(policy: fbn.Policy) -> None:
 def test_restoring_survives_an_error() -> None:
     layer = settle(nn.BatchNorm2d(3))
     mean = layer.running_mean.clone()
-    with pytest.raises(RuntimeError, match="on purpose"), tensors_restored(layer):
-        layer.running_mean.add_(1)
-        raise RuntimeError("on purpose")
+
+    def fail() -> None:
+        with tensors_restored(layer):
+            layer.running_mean.add_(1)
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail()
     assert torch.equal(layer.running_mean, mean)
 
 

@@ -2,16 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from finetune_bn.data import images
-from finetune_bn.data.images import Batch, ImageSet, ImageSource, as_rgb, collate, find_unreadable
+from finetune_bn.data.images import Batch, ImageSet, ImageSource, collate, find_unreadable
 from finetune_bn.data.order import Draw
 from finetune_bn.errors import BadData
 
@@ -43,21 +40,6 @@ def test_every_color_mode_is_read_as_rgb(mode: str, tmp_path: Path) -> None:
     Image.new(mode, (5, 7)).save(path)
     image = Files([path]).read(0)
     assert (image.mode, image.size) == ("RGB", (5, 7))
-
-
-def test_sixteen_bit_gray_is_scaled_not_clipped() -> None:
-    levels = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
-    for image in (Image.fromarray(levels), Image.fromarray(levels.astype(np.int32))):
-        assert np.asarray(as_rgb(image))[0, :, 0].tolist() == [0, 100, 255]
-
-
-@pytest.mark.parametrize(
-    ("pixels", "message"),
-    [(np.ones((2, 2), np.float32), "range is unknown"), (np.full((2, 2), 70000, np.int32), "do not fit 16 bits")],
-)
-def test_pixels_without_an_agreed_white_are_refused(pixels: NDArray[Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        as_rgb(Image.fromarray(pixels))
 
 
 def test_each_kind_of_bad_file_is_one_error_that_names_it(tmp_path: Path, spoil: Spoil) -> None:

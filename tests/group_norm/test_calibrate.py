@@ -241,4 +241,4 @@ def test_processes_fit_to_the_images_of_all_and_distil_in_step() -> None:
     alone, x, _ = converted(groups="auto")
     fbn.calibrate_group_norm(alone, [x])
     for value, other in zip(alone.state_dict().values(), results[0][0], strict=True):
-        torch.testing.assert_close(value, torch.tensor(other), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, torch.tensor(other, dtype=value.dtype), rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ from finetune_bn.errors import FinetuneBNError
 from finetune_bn.functional.frozen import scale_shift
 from finetune_bn.functional.group_norm import closed_form
 from finetune_bn.layers import GroupNorm, GroupNormAct2d
+from finetune_bn.layers.extra_state import pack, unpack
 from finetune_bn.layers.group_norm import number_of_groups, why_not_group_norm
 from tests.models import settle
 
@@ -53,7 +54,7 @@ def test_it_is_torchs_group_norm_with_the_weights_of_the_closed_form(kind: str) 
     torch.testing.assert_close(layer(x), F.group_norm(x, 2, weight, bias, 1e-3))
     assert isinstance(layer, nn.GroupNorm)
     assert not isinstance(layer, nn.modules.batchnorm._BatchNorm)
-    assert list(layer.state_dict()) == ["weight", "bias"]
+    assert list(layer.state_dict()) == ["weight", "bias", "_extra_state"]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -141,37 +142,161 @@ def test_norm_act_applies_drop_and_act_of_its_source() -> None:
     torch.testing.assert_close(fresh(x), F.group_norm(x, 2).relu())
 
 
-def test_a_state_dict_goes_to_torchs_group_norm_and_back() -> None:
-    layer, x = GroupNorm.from_batch_norm(make(eps=1e-5), 2), images()
-    torchs = nn.GroupNorm(2, 8)
+def test_a_layer_made_as_such_has_the_state_dict_of_torchs_group_norm_and_back() -> None:
+    layer, torchs, x = GroupNorm(2, 8), nn.GroupNorm(2, 8), images()
+    with torch.no_grad():
+        layer.weight.mul_(3)
     torchs.load_state_dict(layer.state_dict(), strict=True)
     assert torch.equal(torchs(x), layer(x))
-    other = GroupNorm.from_batch_norm(make(eps=1e-5), 2, init="reset")
+    other = GroupNorm(2, 8)
     other.load_state_dict(torchs.state_dict(), strict=True)
     assert torch.equal(other(x), layer(x))
 
 
-def test_a_file_carries_the_number_of_groups_eps_and_the_batch_norm() -> None:
-    layer = GroupNorm.from_batch_norm(make(), 4, eps=0.5)
+def test_torchs_group_norm_does_not_take_a_converted_layers_state_for_its_own() -> None:
+    with pytest.raises(RuntimeError, match="_extra_state"):
+        nn.GroupNorm(2, 8).load_state_dict(GroupNorm.from_batch_norm(make(), 4).state_dict(), strict=True)
+
+
+def settled(seed: int = 0) -> GroupNorm:
+    """Return a converted layer with every fact that it can have, none of it the default."""
+    bn = settle(nn.BatchNorm2d(8, eps=1e-3), seed)
+    layer = GroupNorm.from_batch_norm(bn, 4, eps=0.5)
     layer.alpha = 0.25
-    file = io.BytesIO()
-    torch.save(layer.state_dict(), file)
-    file.seek(0)
-    other = GroupNorm.from_batch_norm(nn.BatchNorm2d(8), "auto")
-    other.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    layer.balance = ("..conv", torch.tensor([1.0, -2.0, 0.5, 4.0, -8.0, 1.0, 2.0, -0.25]))
+    return layer
+
+
+def half_and_back(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: value.half().to(value.dtype if name != "_extra_state" else torch.float32) for name, value in state.items()
+    }
+
+
+WAYS: dict[str, Any] = {
+    "as it is": lambda state: state,
+    "dict": dict,
+    "stripped": lambda state: {k.removeprefix("m."): v for k, v in {f"m.{k}": v for k, v in state.items()}.items()},
+    "safetensors": lambda state: safetensors_of(state),
+    "in half precision": half_and_back,
+    "in bfloat16": lambda state: {name: value.bfloat16() for name, value in state.items()},
+}
+
+
+def safetensors_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    torch_files = pytest.importorskip("safetensors.torch")
+    return torch_files.load(torch_files.save(dict(state)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_groups_eps_balance_alpha_and_the_batch_norm_come_along_whatever_copies_the_state_dict(way: str) -> None:
+    layer, other = settled(), GroupNorm.from_batch_norm(nn.BatchNorm2d(8), "auto")
+    other.load_state_dict(WAYS[way](layer.state_dict()), strict=True)
     assert (other.num_groups, other.eps, other.alpha) == (4, 0.5, 0.25)
-    assert torch.equal(other(images()), layer(images()))
+    assert layer.balance is not None
+    assert other.balance is not None
+    assert other.balance[0] == "..conv"
+    assert torch.equal(other.balance[1].float(), layer.balance[1])
+    coarse = way.startswith("in ")
+    torch.testing.assert_close(other(images()), layer(images()), rtol=0.02 if coarse else 0, atol=0.05 if coarse else 0)
     expected = layer.to_batch_norm().state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in other.to_batch_norm().state_dict().items())
 
 
+def old_file(layer: GroupNorm) -> dict[str, Any]:
+    """Return the state dict as versions before the tensor of bytes wrote it, with their metadata."""
+    state = layer.state_dict()
+    del state["_extra_state"]
+    source = {name: value.clone() for name, value in layer._source[0].state_dict().items()}
+    facts = {"num_groups": layer.num_groups, "eps": layer.eps, "alpha": layer.alpha, "source": source}
+    state._metadata[""]["finetune_bn"] = facts | {"balance": layer.balance}
+    return state  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("without", [(), ("eps",), ("eps", "balance")], ids=str)
+def test_a_file_of_an_older_version_loads_by_its_metadata(without: tuple[str, ...]) -> None:
+    layer, other = settled(), settled(1)
+    state = old_file(layer)
+    for name in without:
+        del state._metadata[""]["finetune_bn"][name]  # type: ignore[attr-defined]
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    other.balance = None
+    other.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    assert (other.num_groups, other.eps, other.alpha) == (4, 0.5, 0.25)
+    assert (other.balance is None) == ("balance" in without)
+    expected = layer.to_batch_norm().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in other.to_batch_norm().state_dict().items())
+
+
+def spoiled(**changes: Any) -> Any:
+    """Return what changes one fact of a state dict."""
+
+    def change(state: dict[str, Any]) -> dict[str, Any]:
+        facts, tensors = unpack(state["_extra_state"])
+        for name, value in changes.items():
+            if isinstance(value, Tensor):
+                tensors[name] = value
+            else:
+                facts[name] = value
+        return {**state, "_extra_state": pack(facts, tensors)}
+
+    return change
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "torch.nn.GroupNorm": (
+        lambda s: nn.GroupNorm(4, 8).state_dict(),
+        "without the number of groups.*torch.nn.GroupNorm",
+    ),
+    "an old file's dict": (lambda s: dict(old_file(settled())), "copied without its metadata"),
+    "BatchNorm": (lambda s: make().state_dict(), "was converted to GroupNorm"),
+    "another width": (
+        lambda s: GroupNorm.from_batch_norm(nn.BatchNorm2d(4), 2).state_dict(),
+        "size mismatch for weight",
+    ),
+    "groups that do not divide": (spoiled(num_groups=3), "3 groups, and the layer 8 channels"),
+    "groups of another kind": (spoiled(num_groups=2.0), r"2\.0 groups"),
+    "eps": (spoiled(eps=float("nan")), "eps=nan"),
+    "alpha": (spoiled(alpha=2.0), "alpha=2.0"),
+    "factors": (spoiled(factors=torch.ones(3, dtype=torch.float64), balanced="..conv"), "size mismatch for factors"),
+    "source": (spoiled(running_mean=torch.ones(3)), "size mismatch for BatchNorm running_mean"),
+    "averaged": (lambda s: {**s, "_extra_state": s["_extra_state"].double() * 0.999}, "numbers that are no bytes"),
+    "cut off": (lambda s: {**s, "_extra_state": s["_extra_state"][:-3]}, "not whole"),
+    "too long": (lambda s: {**s, "_extra_state": torch.cat([s["_extra_state"]] * 2)}, "not whole"),
+    "noise": (lambda s: {**s, "_extra_state": torch.zeros(40, dtype=torch.uint8)}, "does not begin with the format"),
+    "an object": (lambda s: {**s, "_extra_state": {"num_groups": 2}}, "no tensor of bytes"),
+}
+
+
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_batch_norms_state_dict_is_refused_and_not_taken_for_one_of_group_norm(strict: bool) -> None:
-    layer = GroupNorm.from_batch_norm(make(), 4)
-    before = layer.weight.clone()
-    with pytest.raises(RuntimeError, match="was converted to GroupNorm"):
-        layer.load_state_dict(make().state_dict(), strict=strict)
-    assert torch.equal(layer.weight, before)
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_known_is_refused_by_name_and_the_layer_stays_as_it_was(case: str, strict: bool) -> None:
+    change, message = REFUSED[case]
+    net, other = nn.Sequential(settled()), settled(1)
+    before = copy.deepcopy((net.state_dict(), net[0].to_batch_norm().state_dict()))
+    state = {f"0.{name}": value for name, value in change(other.state_dict()).items()}
+    with pytest.raises(RuntimeError, match=rf"(?s)\b0: .*{message}"):
+        net.load_state_dict(state, strict=strict)
+    for now, then in zip((net.state_dict(), net[0].to_batch_norm().state_dict()), before, strict=True):
+        assert all(torch.equal(now[name], value) for name, value in then.items())
+
+
+def test_the_packed_tensor_is_of_one_size_whatever_the_facts_are() -> None:
+    # Weight averaging copies one network's state dict into another's, tensor by tensor.
+    plain = GroupNorm.from_batch_norm(settle(nn.BatchNorm2d(8)), 1)
+    assert plain.state_dict()["_extra_state"].shape == settled().state_dict()["_extra_state"].shape
+
+
+def test_a_layer_on_the_meta_device_takes_a_file() -> None:
+    with torch.device("meta"):
+        layer = GroupNorm.from_batch_norm(nn.BatchNorm2d(8), "auto")
+    assert list(layer.state_dict()) == ["weight", "bias", "_extra_state"]
+    layer.load_state_dict(settled().state_dict(), strict=True, assign=True)
+    assert torch.equal(layer(images()), settled()(images()))
+    expected = settled().to_batch_norm().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in layer.to_batch_norm().state_dict().items())
 
 
 @pytest.mark.parametrize("make_bn", [make, norm_act], ids=["plain", "norm_act"])

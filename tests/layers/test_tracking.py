@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, update_bn
 
+import finetune_bn as fbn
 from finetune_bn.errors import UnsupportedLayer
 from finetune_bn.layers import TrackingBatchNorm
 from finetune_bn.layers.norm_act import EVAL, GHOST, RENORM, STOCHASTIC, Family

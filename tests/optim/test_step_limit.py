@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import finetune_bn as fbn
 from finetune_bn.errors import FinetuneBNError
+from finetune_bn.layers import FrozenBatchNorm2d
 from finetune_bn.optim.step_limit import LimitedSteps, limit_steps, share_of_peak, step_factors
+from tests.models import settle
 
 
 def net_and_data(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
@@ -128,9 +130,10 @@ def test_steps_within_the_bound_are_the_optimizers_to_the_last_bit() -> None:
 def test_transposed_convolutions_have_their_channels_in_the_second_place_and_shared_ones_count_once() -> None:
     torch.manual_seed(0)
     up = nn.ConvTranspose2d(3, 5, 2)
-    net = nn.ModuleDict({"one": up, "two": up, "head": nn.Linear(2, 2)})
+    net = nn.ModuleDict({"one": up, "norm": FrozenBatchNorm2d(5), "two": up, "head": nn.Linear(2, 2)})
     optimizer = torch.optim.SGD(net.parameters(), lr=10.0)
-    limit_steps(optimizer, net, 0.01)
+    limit = limit_steps(optimizer, net, 0.01)
+    assert limit.limited == ("one",)
     old = up.weight.detach().clone()
     up(torch.randn(2, 3, 4, 4)).square().sum().backward()
     optimizer.step()
@@ -215,12 +218,150 @@ def test_a_ratio_out_of_range_is_one_clear_error(ratio: Any) -> None:
         limit_steps(torch.optim.SGD(net.parameters(), lr=0.1), net, ratio)
 
 
-@pytest.mark.parametrize("case", ["head alone", "another net"])
-def test_an_optimizer_without_a_convolution_of_the_net_is_refused(case: str) -> None:
+def test_an_optimizer_of_another_net_is_refused() -> None:
     net, _ = net_and_data()
-    held = net[6].parameters() if case == "head alone" else net_and_data()[0].parameters()
-    with pytest.raises(FinetuneBNError, match="optimizer: got 'SGD'; allowed: an optimizer that trains convolutions"):
-        limit_steps(torch.optim.SGD(held, lr=0.1), net)
+    with pytest.raises(FinetuneBNError, match="optimizer: got 'SGD'; allowed: an optimizer that holds parameters of"):
+        limit_steps(torch.optim.SGD(net_and_data()[0].parameters(), lr=0.1), net)
+
+
+@pytest.mark.parametrize("floor", [0, -1, "0.1", None])
+def test_a_floor_out_of_range_is_one_clear_error(floor: Any) -> None:
+    net, _ = net_and_data()
+    with pytest.raises(FinetuneBNError, match=r"floor: got .*; allowed: a number above 0"):
+        limit_steps(torch.optim.SGD(net.parameters(), lr=0.1), net, floor=floor)
+
+
+# What is not bounded
+
+
+class LoRA(nn.Module):
+    """A convolution that is not trained, and beside it two small ones, of which the second starts at zero."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.base = conv.requires_grad_(False)
+        self.a = nn.Conv2d(conv.in_channels, 4, 3, padding=1, bias=False)
+        self.b = nn.Conv2d(4, conv.out_channels, 1, bias=False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.b(self.a(x))
+
+
+def backbone(in_channels: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(in_channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+    net = settle(nn.Sequential(*parts, nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()))
+    return fbn.convert(net, fbn.Freeze("none"), example_input=torch.rand(2, in_channels, 16, 16))
+
+
+def trained(net: nn.Module, x: Tensor, y: Tensor, limited: bool, example: bool) -> LimitedSteps | None:
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=3e-3)
+    limit = limit_steps(optimizer, net, example_input=x[:2] if example else None) if limited else None
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return limit
+
+
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("case", ["lora", "head"])
+def test_adapters_and_new_heads_learn_as_without_a_limit(case: str, example: bool) -> None:
+    # cybertronai/pytorch-lamb#6: a bound relative to the norm never lets a layer that starts at zero learn.
+    x = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0].mean((1, 2)) > 0).long()
+    nets = []
+    for limited in (True, False):
+        net = backbone()
+        if case == "lora":
+            net[0], net[3] = LoRA(net[0]), LoRA(net[3])
+            net = nn.Sequential(net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2))
+        else:
+            net = nn.Sequential(net.requires_grad_(False), nn.Conv2d(32, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        limit = trained(net, x, y, limited, example)
+        if limit is not None:
+            assert limit.limited == ()
+            assert limit.free == (("0.0.a", "0.0.b", "0.3.a", "0.3.b") if case == "lora" else ("1",))
+            assert limit.share == 0
+        nets.append(net)
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+    if case == "lora":
+        assert nets[0][0][3].b.weight.norm() > 0.1
+
+
+def test_a_convolution_that_starts_at_zero_in_front_of_a_frozen_layer_is_not_bounded() -> None:
+    net = backbone()
+    nn.init.zeros_(net[3].weight)
+    limit = limit_steps(torch.optim.AdamW(net.parameters(), lr=1e-3), net)
+    assert (limit.limited, limit.free) == (("0",), ("3",))
+
+
+def test_a_channel_of_zeros_moves_as_far_as_the_floor_lets_it() -> None:
+    net, x = net_and_data()
+    with torch.no_grad():
+        net[0].weight[2] = 0.0
+    optimizer = torch.optim.SGD(net.parameters(), lr=100.0)
+    limit_steps(optimizer, net, 1e-3, floor=0.5)
+    step(net, optimizer, x)
+    assert float(net[0].weight[2].detach().norm()) == pytest.approx(0.5e-3, rel=1e-4)
+
+
+def test_parameter_groups_added_later_are_limited_and_until_then_it_says_that_none_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net, x = net_and_data()
+    optimizer = torch.optim.SGD(net[6].parameters(), lr=0.5)
+    with caplog.at_level("INFO", "finetune_bn"):
+        limit = limit_steps(optimizer, net, 1e-3)
+        step(net, optimizer, x)
+        assert limit.limited == ()
+        optimizer.add_param_group({"params": net[:5].parameters()})
+        old = net[0].weight.detach().clone().flatten(1)
+        step(net, optimizer, x)
+    assert limit.limited == ("0", "3")
+    moved = (net[0].weight.detach().flatten(1) - old).norm(dim=1) / old.norm(dim=1)
+    assert float(moved.max()) == pytest.approx(1e-3, rel=1e-3)
+    assert [r.message.split(" (")[0] for r in caplog.records] == [
+        "StepLimit: steps are not bounded: the optimizer trains no convolution yet.",
+        "StepLimit: steps of 2 of the 2 convolutions that the optimizer trains are bounded",
+    ]
+
+
+@pytest.mark.parametrize("closure", ["keyword", "position"])
+def test_a_step_with_a_closure_is_limited_and_returns_the_loss(closure: str) -> None:
+    net, x = net_and_data()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    limit_steps(optimizer, net, 1e-3)
+    old = net[0].weight.detach().clone().flatten(1)
+
+    def run() -> Tensor:
+        optimizer.zero_grad()
+        loss = net(x).square().mean()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure=run) if closure == "keyword" else optimizer.step(run)
+    moved = (net[0].weight.detach().flatten(1) - old).norm(dim=1) / old.norm(dim=1)
+    assert float(moved.max()) == pytest.approx(1e-3, rel=1e-3)
+    assert float(loss) > 0
+
+
+def test_in_lbfgs_whose_closure_runs_between_its_moves_the_whole_step_is_bounded() -> None:
+    net, x = net_and_data(torch.float64)
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=1.0)
+    limit_steps(optimizer, net, 1e-3)
+    old = net[0].weight.detach().clone().flatten(1)
+
+    def run() -> Tensor:
+        optimizer.zero_grad()
+        loss = net(x).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(run)
+    moved = (net[0].weight.detach().flatten(1) - old).norm(dim=1) / old.norm(dim=1)
+    assert 0 < float(moved.max()) <= 1.0001e-3
 
 
 def test_it_is_one_object_for_one_optimizer() -> None:

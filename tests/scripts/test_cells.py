@@ -75,3 +75,9 @@ def test_cells_that_appear_with_the_results_are_measured_once_each_on_one_thread
     cells.run(store, next_cells, measure, 2, "score")
     assert sorted(row["number"] for row in store.rows) == [0, 1, 2, 3]
     assert all(row["score"] == row["number"] and row["threads"] == 1 for row in store.rows)
+
+
+def test_the_interval_of_a_mean_is_that_of_students_t() -> None:
+    # 5, 7, 9: mean 7, sd 2; t with 2 degrees of freedom at 97.5 % is 4.303, as any table of it says
+    assert cells.interval([5.0, 7.0, 9.0]) == pytest.approx((7, 7 - 4.303 * 2 / 3**0.5, 7 + 4.303 * 2 / 3**0.5))
+    assert cells.interval([1.0, 1.0]) == (1, 1, 1)

@@ -50,22 +50,20 @@ def test_each_arm_has_three_seeds_at_its_own_best_rate_and_no_cell_comes_twice(s
     assert not [key for key in keys if key["arm"] == "live_recalibrated"], "no training of its own"
 
 
-def test_what_is_recommended_is_best_or_within_one_spread_everywhere_and_the_text_says_so(store: Store) -> None:
+def test_frozen_is_compared_with_live_seed_by_seed_and_the_text_says_so(store: Store) -> None:
     fill(store, frozen_is_best)
-    summary = study.summarize(store)
-    assert summary["recommended"] == "none", "merged is a little better in the first row, and measured there alone"
-    text = study.markdown(summary)
-    assert "**frozen, affine none** is that in every row" in text
-    assert "+30.0 (NT-Xent, 16 x 2)" in text
+    text = study.markdown(study.summarize(store))
+    assert "of frozen, affine none, against live, with 95 % intervals: NT-Xent, 16 x 2 +30.0 (+30.0 to +30.0);" in text
+    assert "of frozen, affine none, steps limited, against frozen, affine none, with" in text
     assert "| NT-Xent, 16 x 2 | live, recalibrated after training | 0.001 | 30.0 ± 1.0 | -1.0 ± 0.0 |" in text
     assert "Not run to the end" not in text
 
 
-def test_where_rows_disagree_nothing_is_recommended(store: Store) -> None:
-    fill(store, lambda key: frozen_is_best(key) - 50 * (key["arm"] == "none" and key["k"] == 4))
-    summary = study.summarize(store)
-    assert summary["recommended"] is None
-    assert "No arm is the best" in study.markdown(summary)
+def test_bold_is_the_best_of_a_row_and_what_is_within_one_spread_of_it(store: Store) -> None:
+    fill(store, frozen_is_best)
+    near = {(row["loss"], row["k"]): row["arms"] for row in study.summarize(store)["best_or_within_one_spread"]}
+    assert near["ntxent", 2] == ["merged", "none"]
+    assert near["ntxent", 4] == ["none"]
 
 
 def test_a_study_that_was_cut_off_names_what_is_missing(store: Store, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import study_small_batch as study
+from store import Store
 
 
 def line(arm: str, *accuracy: float) -> dict[str, Any]:
@@ -25,7 +26,6 @@ def test_a_rate_is_tolerated_while_all_up_to_the_best_are_within_the_points() ->
     ]
     found = study.robustness(lines)
     assert found is not None
-    assert (found["best_frozen"], found["points"]) == ("original", 0)
     assert found["tolerated"] == {"none": [1e-4, 5e-4], "limited": [1e-4, 1e-3]}
 
 
@@ -37,3 +37,19 @@ def test_without_both_arms_nothing_is_said(arm: str) -> None:
 def test_the_limited_arm_is_measured_at_batch_4_alone() -> None:
     assert "limited" in study.arms_at(4)
     assert not any("limited" in study.arms_at(batch) for batch in study.BATCHES if batch != 4)
+
+
+def test_frozen_is_compared_with_live_seed_by_seed_by_the_arm_that_was_fixed_in_advance(tmp_path: Path) -> None:
+    store = Store(tmp_path / "x.json", "python study.py", study.SEEDS, device="cpu")
+    test = {"live": (50.0, 60.0, 70.0), "none": (61.0, 70.0, 79.0), "merged": (90.0, 90.0, 90.0)}
+    for arm, accuracies in test.items():
+        for seed, accuracy in enumerate(accuracies):
+            for lr in study.FIRST_RUNGS if seed == 0 else (5e-4,):
+                row = study.cell(arm, 2, lr, seed) | {"val_accuracy": float(lr == 5e-4), "test_accuracy": accuracy}
+                store.add(row)
+    margin = study.against_live(store, 2)
+    assert margin is not None
+    assert (margin["arm"], margin["seeds"], margin["points_above_live"]) == ("none", 3, 10)  # 11, 10 and 9
+    half = 4.303 * 1 / 3**0.5
+    assert margin["interval"] == pytest.approx([10 - half, 10 + half])
+    assert study.against_live(store, 4) is None
