@@ -164,6 +164,21 @@ def plain_step(*tensors: Tensor | None) -> bool:
     )
 
 
+def in_transform() -> bool:
+    """Tell whether a transform of `torch.func` is running: vmap, grad, jvp and what is made of them."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _loose(y: Tensor) -> Tensor:
+    """Return what an autograd function returned, in a form that an activation in place may write to."""
+    return y.clone() if in_transform() else y  # under vmap it is a view
+
+
+def in_forward_mode() -> bool:
+    """Tell whether forward-mode derivatives are being taken, which an autograd function of ours does not know."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
 def frozen_batch_norm(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
@@ -173,8 +188,8 @@ def frozen_batch_norm(
     in float32, and dtype and memory format of `x` are kept. What differs is backward: `F.batch_norm` keeps `x`
     even where nothing needs it, this keeps [C] numbers unless `weight` is being trained; and where the gradient of a
     single image comes in other strides than the image, PyTorch's CPU kernel returns wrong numbers, which this does not
-    (2.14: a `flatten(2).transpose(1, 2)` behind the layer). Reverse mode may be nested as deep as wanted; forward mode
-    (`torch.func.jvp`) raises where anything requires grad.
+    (2.14: a `flatten(2).transpose(1, 2)` behind the layer). Reverse mode may be nested as deep as wanted; in forward
+    mode (`torch.func.jvp`, `torch.func.hessian`) it is PyTorch's own in all.
     """
     if not torch.jit.is_scripting():  # by itself: only so does torch.jit.script leave out what it cannot read
         return batch_norm_in_step(x, running_mean, running_var, weight, bias, eps, None)
@@ -193,18 +208,18 @@ def batch_norm_in_step(
     """Return `frozen_batch_norm` of the same tensors for a layer that has `constants` of its own."""
     # What is captured to be deployed is to hold BatchNorm, which every backend knows.
     captured = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[no-untyped-call]
-    if torch.is_grad_enabled() and not captured:
+    if torch.is_grad_enabled() and not captured and not in_forward_mode():
         known = constants if constants is not None and plain_step(running_mean, running_var, weight) else None
         if weight is not None and weight.requires_grad:
             mean, var = running_mean, running_var
             mean, var = (mean.clone(), var.clone()) if known is None else known.of(mean, var, eps).copies
-            return _LearnableScaleBatchNorm.apply(x, bias, weight, mean, var, eps)  # type: ignore[no-any-return]
+            return _loose(_LearnableScaleBatchNorm.apply(x, bias, weight, mean, var, eps))
         if x.requires_grad or (bias is not None and bias.requires_grad):
             if known is None:
                 scale = _scale(weight, running_var, eps).to(x.dtype)
             else:
                 scale = known.scale(weight, running_var, eps, x.dtype)
-            return _ConstantScaleBatchNorm.apply(x, bias, scale, running_mean, running_var, weight, eps)  # type: ignore[no-any-return]
+            return _loose(_ConstantScaleBatchNorm.apply(x, bias, scale, running_mean, running_var, weight, eps))
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 

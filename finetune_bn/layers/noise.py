@@ -20,6 +20,7 @@ from finetune_bn.layers.frozen import (
     check_affine,
 )
 from finetune_bn.layers.leaf import as_leaf
+from finetune_bn.layers.recomputed import Passes
 from finetune_bn.layers.tracking import KeepsAside
 
 # The spread is an average over about so many batches: it follows the weights as they are trained.
@@ -79,6 +80,7 @@ class NoisyFrozenBatchNorm(KeepsAside, FrozenBatchNorm):
     def _begin(self, noise: int) -> None:
         check_noise(noise, self.affine_kind)
         self.noise = noise
+        self._passes = Passes()
         like = self.running_mean
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         for name in ("spread_of_mean", "spread_of_square"):
@@ -97,8 +99,11 @@ class NoisyFrozenBatchNorm(KeepsAside, FrozenBatchNorm):
         if not self.training:
             return frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         spread = self.spread_of_mean, self.spread_of_square
-        mean, var = noisy_statistics(self.running_mean, self.running_var, spread, self.noise)
-        self._measure(x)
+        self._passes.begin(x, {}, type(self).__name__)
+        statistics = self.running_mean, self.running_var
+        mean, var = self._passes.draw(lambda: noisy_statistics(*statistics, spread, self.noise))
+        if not self._passes.repeats:
+            self._measure(x)
         # These statistics are in float32 also where the layer's are not, and all four must be of one dtype.
         return frozen_batch_norm(x, mean, var, widened(self.weight), widened(self.bias), self.eps)
 

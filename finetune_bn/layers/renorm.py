@@ -106,7 +106,7 @@ class BatchRenorm(KeepsAside, TrackingBatchNorm):
 
     def limits(self) -> tuple[Tensor, Tensor]:
         """Return the scalars r_max and d_max of the next training batch."""
-        seen = self.get_buffer("num_batches_tracked")
+        seen = self._state("num_batches_tracked")
         step = (seen - self.start - self.bn_steps).to(at_least_float32(self.get_buffer("running_mean")).dtype)
         t = (step / self.ramp_steps).clamp(0, 1) if self.ramp_steps else (step >= 0).to(step.dtype)
         r = 1 / (1 - t) if math.isinf(self.r_max) else 1 + (self.r_max - 1) * t

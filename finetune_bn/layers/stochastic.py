@@ -66,7 +66,8 @@ class StochasticBatchNorm(TrackingBatchNorm):
 
     def _normalize(self, x: Tensor) -> Normalized:
         mean, var = self._statistics()
-        by_batch = (torch.rand(self.num_features, device=x.device) < self.p) | self._is_new()
+        drawn = self._passes.draw(lambda: torch.rand(self.num_features, device=x.device))
+        by_batch = (drawn < self.p) | self._is_new()
         return stochastic_norm(x, mean, var, self.weight, self.bias, self.eps, by_batch)
 
 

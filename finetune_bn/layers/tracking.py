@@ -14,6 +14,7 @@ from finetune_bn.functional.batch import Normalized, batch_statistics, values_pe
 from finetune_bn.functional.frozen import at_least_float32, frozen_batch_norm
 from finetune_bn.layers.frozen import _store, share_hooks, why_not_frozen
 from finetune_bn.layers.leaf import as_leaf
+from finetune_bn.layers.recomputed import Passes
 
 ASIDE = "finetune_bn"  # key in a state dict's metadata, which a layer of torch or timm passes over
 _PARAMETERS, _BUFFERS = ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
@@ -57,8 +58,8 @@ class TrackingBatchNorm(_BatchNorm):
     It is a `_BatchNorm`, because its statistics are live: stochastic weight averaging and `update_bn` have to see it,
     and re-estimate it right. It is none of `BatchNorm1d`, `2d`, `3d`, because code that asks for those replaces them
     by what knows nothing of groups, clipping or an activation. Conversion to SyncBatchNorm would do the same, and is
-    answered with an error. In a distributed run each process normalizes by images of its own. Under activation
-    checkpointing a batch passes twice and is tracked and counted twice, as in BatchNorm.
+    answered with an error. In a distributed run each process normalizes by images of its own. Under gradient
+    checkpointing a batch passes twice, and is tracked and counted once, see `recomputed`.
 
     A batch (or a ghost group) with a single value a channel has no variance. It is normalized by the running
     statistics, and counted in `num_fallbacks`; it still updates them where the batch has two values or more.
@@ -98,6 +99,7 @@ class TrackingBatchNorm(_BatchNorm):
 
     def _begin(self, source: tuple[_BatchNorm, ...]) -> None:
         self._source = source
+        self._passes = Passes()
         device = self.get_buffer("running_mean").device
         self.register_buffer("num_fallbacks", torch.zeros((), dtype=torch.long, device=device), persistent=False)
 
@@ -113,12 +115,27 @@ class TrackingBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         if not self.training:
             return self._evaluate(input)
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            return self._train(input)
+        try:
+            return self._train(input)
+        except RuntimeError as error:
+            raise UnsupportedLayer(
+                f"{type(self).__name__}: in training mode it goes by the batch and changes its running statistics, "
+                f"which this transform of torch.func cannot follow ({error}). Call eval() first, or take "
+                "torch.autograd.functional.hessian, or pass the buffers through torch.func.functional_call."
+            ) from error
+
+    def _train(self, input: Tensor) -> Tensor:
+        self._passes.begin(input, {name: self.get_buffer(name) for name in _BUFFERS}, type(self).__name__)
         if self._smallest_group(input) * values_per_image(input) > 1:
             y, mean, var = self._normalize(input)
             self._track(mean, var)
             return y
-        self.num_fallbacks.add_(1)
         y = self._evaluate_fixed(input)
+        if self._passes.repeats:
+            return y
+        self.num_fallbacks.add_(1)
         n = input.shape[0] * values_per_image(input)
         if n > 1:
             mean, var = batch_statistics(input)
@@ -141,8 +158,13 @@ class TrackingBatchNorm(_BatchNorm):
         mean, var = self._statistics()
         return frozen_batch_norm(x, mean, var, self.weight, self.bias, self.eps)
 
+    def _state(self, name: str) -> Tensor:
+        """Return a buffer, as it was when a pass that is run again ran first."""
+        before = self._passes.state if self.training else None
+        return self.get_buffer(name) if before is None else before[name]
+
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        return self.get_buffer("running_mean"), self.get_buffer("running_var")
+        return self._state("running_mean"), self._state("running_var")
 
     def _is_new(self) -> Tensor:
         """Return, as a scalar, whether the running statistics are those of a layer that has seen nothing.
@@ -150,12 +172,12 @@ class TrackingBatchNorm(_BatchNorm):
         `update_bn` and Lightning's StochasticWeightAveraging make a layer new before they re-estimate it.
         """
         mean, var = self._statistics()
-        return (self.get_buffer("num_batches_tracked") == 0) & (mean == 0).all() & (var == 1).all()
+        return (self._state("num_batches_tracked") == 0) & (mean == 0).all() & (var == 1).all()
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
         """Move the running statistics towards those of a batch, as BatchNorm does."""
-        if not self.track_running_stats:
+        if not self.track_running_stats or self._passes.repeats:
             return
         seen = self.get_buffer("num_batches_tracked").add_(1)
         share = 1.0 / seen if self.momentum is None else self.momentum
