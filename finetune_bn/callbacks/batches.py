@@ -7,16 +7,21 @@ from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Generator
+from torch import Generator, nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from finetune_bn.data.order import SeededOrder
 from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.utilities.batches import Feeder, Forward, kind_of
+from finetune_bn.utilities.probe import undisturbed
+from finetune_bn.utilities.randomness import RandomStates
 
 _BATCH_SIZE = 32  # where the loader has a batch sampler that names none
+_SAMPLE = 2  # images of a batch that is tried
 _PASS_DATA = "Pass a DataLoader as `data`."
 
 
@@ -44,6 +49,23 @@ class ModuleBatches:
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
+    def sample(self) -> Any:
+        """Return a small batch without iterating over the loader; None where there is no other way to one."""
+        loader, random = self._loader, RandomStates()
+        try:
+            if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+                if not isinstance(loader.dataset, Sized) or loader.batch_sampler is None:
+                    return None
+                few = range(min(len(loader.dataset), _SAMPLE))
+                batches = [loader.collate_fn([loader.dataset[i] for i in few])] if few else []
+            else:
+                batches = list(loader[:1]) if isinstance(loader, (list, tuple)) else []
+        except (LookupError, TypeError):  # the data set knows no numbers
+            return None
+        finally:
+            random.restore()
+        return next(iter(ModuleBatches(self._trainer, self._module, batches, (0, 1))), None)
+
 
 class SizedModuleBatches(ModuleBatches):
     """Those of a loader that knows how many it has."""
@@ -63,6 +85,29 @@ def batches_for(
     except TypeError:  # so does a DataLoader over an iterable data set that has no length
         sized = False
     return (SizedModuleBatches if sized else ModuleBatches)(trainer, pl_module, loader, share)
+
+
+def try_batch(trainer: pl.Trainer, target: nn.Module, batches: ModuleBatches, forward: Forward | None) -> None:
+    """Pass a small batch through the part that is to be measured: what does not fit is said before the training.
+
+    Raises:
+        FinetuneBNError: nothing says which part of a batch the network takes, or it does not take it.
+    """
+    with torch.inference_mode(False):
+        batch = batches.sample()
+        if batch is None:
+            return
+        feeder = Feeder(target, forward, None)
+        chunk = feeder.chunk(batch, 0)
+        with undisturbed(target), trainer.precision_plugin.forward_context():
+            try:
+                feeder(chunk)
+            except FinetuneBNError:
+                raise
+            except Exception as error:
+                allowed = f"what {type(target).__name__} takes"
+                remedy = f"It said: {type(error).__name__}: {error}. Or pass forward=, a function (module, batch)."
+                raise FinetuneBNError(complaint("data", kind_of(batch), allowed, remedy)) from error
 
 
 def training_batches(
