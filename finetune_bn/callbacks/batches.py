@@ -37,7 +37,11 @@ class ModuleBatches:
     """
 
     def __init__(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Iterable[Any], share: tuple[int, int]
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        loader: Iterable[Any],
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._trainer, self._module, self._loader, self._share = trainer, pl_module, loader, share
 
@@ -48,6 +52,11 @@ class ModuleBatches:
             batch = trainer.precision_plugin.convert_input(batch)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    def __len__(self) -> int:
+        """Return the number of batches of this process; a TypeError where the loader does not know how many it has."""
+        rank, world_size = self._share
+        return len(range(rank, len(self._loader), world_size))  # type: ignore[arg-type]
 
     def sample(self) -> Any:
         """Return a small batch without iterating over the loader; None where there is no other way to one."""
@@ -64,27 +73,7 @@ class ModuleBatches:
             return None
         finally:
             random.restore()
-        return next(iter(ModuleBatches(self._trainer, self._module, batches, (0, 1))), None)
-
-
-class SizedModuleBatches(ModuleBatches):
-    """Those of a loader that knows how many it has."""
-
-    def __len__(self) -> int:
-        """Return the number of batches of this process."""
-        rank, world_size = self._share
-        return len(range(rank, len(self._loader), world_size))  # type: ignore[arg-type]
-
-
-def batches_for(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Iterable[Any], share: tuple[int, int] = (0, 1)
-) -> ModuleBatches:
-    """Return the batches of a loader, passed through the module's hooks; with a length where the loader has one."""
-    try:
-        sized = isinstance(loader, Sized) and len(loader) >= 0
-    except TypeError:  # so does a DataLoader over an iterable data set that has no length
-        sized = False
-    return (SizedModuleBatches if sized else ModuleBatches)(trainer, pl_module, loader, share)
+        return next(iter(ModuleBatches(self._trainer, self._module, batches)), None)
 
 
 def try_batch(trainer: pl.Trainer, target: nn.Module, batches: ModuleBatches, forward: Forward | None) -> None:
@@ -132,7 +121,7 @@ def training_batches(
         iid = getattr(own, "iid_dataloader", None)
         # Without the augmentation of training, and already this rank's part.
         if callable(iid):
-            return batches_for(trainer, pl_module, iid(split))
+            return ModuleBatches(trainer, pl_module, iid(split))
         if split != "train":
             return pooled_batches(trainer, pl_module, flattened(getattr(own, f"{split}_dataloader")()), seed)
         source = trainer.train_dataloader if data is None else None
@@ -140,7 +129,7 @@ def training_batches(
     if data is not None:
         shared = isinstance(getattr(data, "sampler", None), DistributedSampler)
         share = (0, 1) if shared else (trainer.global_rank, world_size)
-        return batches_for(trainer, pl_module, data, share)
+        return ModuleBatches(trainer, pl_module, data, share)
     return _shuffled(trainer, pl_module, trainer.train_dataloader, seed)
 
 
@@ -234,5 +223,5 @@ def _shuffled(trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Any, s
             f"Recalibration: {type(loaders[0].dataset).__name__} is an IterableDataset, which cannot be shuffled: its "
             "images are taken in its own order. Statistics of the first ones alone may be off where it is sorted."
         )
-        return batches_for(trainer, pl_module, iid_loader(loaders[0], seed), (rank, world_size))
-    return batches_for(trainer, pl_module, iid_loader(loaders[0], seed, rank, world_size))
+        return ModuleBatches(trainer, pl_module, iid_loader(loaders[0], seed), (rank, world_size))
+    return ModuleBatches(trainer, pl_module, iid_loader(loaders[0], seed, rank, world_size))

@@ -280,7 +280,7 @@ class Collector:
         number = here.pop()
         layer = self.layers[number]
         own = merge_all(brought) if brought else Moments.none(layer.before.mean.numel(), layer.before.mean.device)
-        pooled = self.ranks.merge(own)
+        pooled = own.all_reduce(self.ranks.group)
         self.check_finite(number, pooled)
         on_layer(len(self.order))
         settled = self.settle(number, pooled)
