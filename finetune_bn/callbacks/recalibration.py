@@ -10,7 +10,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.utils.data import DataLoader
@@ -20,13 +19,15 @@ from finetune_bn.callbacks.batches import ModuleBatches, flattened, pooled_batch
 from finetune_bn.callbacks.module import (
     OwnStatistics,
     broadcast_statistics,
+    check_whole_network,
     frozen_layers,
     load_sources,
+    loader_names,
     sources_of,
     target_of,
 )
 from finetune_bn.callbacks.notes import Notes
-from finetune_bn.callbacks.timing import When, check_averaging, check_test, check_timing, domain_names
+from finetune_bn.callbacks.timing import When, check_averaging, check_test, check_timing
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.recalibration.bank import StatisticsBank
@@ -199,9 +200,7 @@ class BatchNormRecalibration(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            allowed = "a strategy in which each process has the whole network, such as ddp"
-            raise FinetuneBNError(complaint("strategy", type(trainer.strategy).__name__, allowed))
+        check_whole_network(trainer)
         self._own.put_back()
         self._notes.forget()
         self._step = -1
@@ -359,7 +358,7 @@ class BatchNormRecalibration(Callback):
         if self.when != "test":
             return
         loaders = flattened(test_loaders)
-        names = domain_names(trainer, len(loaders))
+        names = loader_names(trainer, len(loaders))
         self._own.keep(pl_module)
         self.bank = self._domain = None
         with self._own.back_on_error():

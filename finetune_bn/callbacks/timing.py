@@ -64,10 +64,3 @@ def check_averaging(trainer: pl.Trainer, callback: Callback, when: When, tempora
         given = [type(c).__name__ for c in callbacks]
         why = "It puts the averaged network in place, which is the one to recalibrate."
         raise FinetuneBNError(complaint("callbacks", given, "BatchNormRecalibration behind WeightAveraging", why))
-
-
-def domain_names(trainer: pl.Trainer, loaders: int) -> list[str]:
-    """Return one name for each test loader: the data module's where it has them."""
-    domains = getattr(trainer.datamodule, "domains", None)  # type: ignore[attr-defined]
-    named = isinstance(domains, (list, tuple)) and len(domains) == loaders == len(set(domains))
-    return [str(name) for name in domains] if named and domains else [str(i) for i in range(loaders)]

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.layers.folds import FoldMode, check_fold
+from finetune_bn.functional.shared_backward import FOLD_MODES, FoldMode
 from finetune_bn.layers.frozen import Affine, check_affine
 from finetune_bn.layers.ghost import check_groups
 from finetune_bn.layers.group_norm import Init, check_grouping
 from finetune_bn.layers.noise import check_noise
 from finetune_bn.layers.renorm import check_limits, check_momentum
 from finetune_bn.layers.stochastic import check_alpha, check_probability
+from finetune_bn.utilities.checks import choice
 
 
 class Policy:
@@ -55,9 +56,9 @@ class Freeze(Policy):
         noise: keep the noise that statistics have in i.i.d. batches of so many images: in training each batch is
             normalized by statistics drawn around the fixed ones. It regularizes as BatchNorm does, and no image
             depends on another. None: no noise. Not with `merged`.
-        fold: whether the convolution or linear map in front computes the affine within its own weight, which needs no
-            operation and no memory of an activation's size (Tune mode). `auto`: where that is cheaper; `always`:
-            wherever it can be done; `never`. It takes a probe input: `example_input`, but for timm models.
+        fold: whether a layer whose scale is trained takes part in the backward pass of the convolution in front, so
+            that it keeps no activation for itself (Tune mode). All tensors of the forward pass stay what they are.
+            `auto`: where that is cheaper, decided in each step; `always`: wherever it can be done; `never`.
     """
 
     affine: Affine = "none"
@@ -66,7 +67,7 @@ class Freeze(Policy):
 
     def __post_init__(self) -> None:
         check_affine(self.affine)
-        check_fold(self.fold)
+        choice("fold", self.fold, FOLD_MODES)
         if self.noise is not None:
             check_noise(self.noise, self.affine)
 
@@ -350,15 +351,21 @@ def policy_from_dict(data: dict[str, Any]) -> Policy:
         FinetuneBNError: no policy of that name, or arguments it does not take.
     """
     name = data.get("policy") if isinstance(data, dict) else data
-    if not isinstance(data, dict) or name not in _BY_NAME:
+    if not isinstance(data, dict) or not isinstance(name, str) or name not in _BY_NAME:
         raise FinetuneBNError(complaint("policy", name, f"a dict whose policy is one of {', '.join(_BY_NAME)}"))
     arguments = {k: v for k, v in data.items() if k != "policy"}
     try:
         if name == "Rules":
-            arguments["rules"] = [Rule(**r | {"policy": policy_from_dict(r["policy"])}) for r in arguments["rules"]]
+            policies = [rule["policy"] for rule in arguments["rules"]]
+            if any(isinstance(policy, dict) and policy.get("policy") == "Rules" for policy in policies):
+                raise FinetuneBNError(complaint("rule.policy", "Rules", "a policy, not rules within rules"))
+            arguments["rules"] = [
+                Rule(**rule | {"policy": policy_from_dict(policy)})
+                for rule, policy in zip(arguments["rules"], policies, strict=True)
+            ]
         return _BY_NAME[name](**arguments)
     except (KeyError, TypeError) as error:
-        raise FinetuneBNError(complaint("policy", data, f"the arguments of {name}")) from error
+        raise FinetuneBNError(complaint("policy", data, f"the arguments of {name}", f"{error}.")) from error
 
 
 def check_policy(policy: object) -> Policy:

@@ -156,6 +156,16 @@ class ImageDataModule(LightningDataModule):
         # Not to the logger: Lightning refuses to start when a foreign module's hyperparameters have the same names.
         self.save_hyperparameters(logger=False)
 
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, weights_only: bool | None = True, **kwargs: Any) -> Any:
+        """Return what a checkpoint holds, as Lightning does; no code in it is run, wherever it comes from.
+
+        Lightning's default for an address is to unpickle it.
+        """
+        if len(args) < 5:  # the fifth is weights_only
+            kwargs["weights_only"] = weights_only is None or weights_only
+        return super().load_from_checkpoint(*args, **kwargs)
+
     @abstractmethod
     def _scan(self) -> Contents:
         """Find out what the data set holds; called once, on first need."""

@@ -95,9 +95,20 @@ def find_probes(model: nn.Module, example_input: Any = None) -> list[Probe]:
             continue
         like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
         generator = torch.Generator().manual_seed(0)
-        image = torch.randn(1, *size, generator=generator).to(like.device, like.dtype)
+        image = torch.randn(1, _channels(module, config or {}, size[0]), *size[1:], generator=generator).to(
+            like.device, like.dtype
+        )
         probes.append(Probe(name, (image,), given=False))
     return probes
+
+
+def _channels(module: nn.Module, config: dict[str, Any], channels: int) -> int:
+    """Return how many channels an image for a timm model has: `in_chans=` changes the stem, and not the config."""
+    names = config.get("first_conv")
+    for name in (names,) if isinstance(names, str) else names or ():
+        with contextlib.suppress(AttributeError):
+            return int(module.get_submodule(name).in_channels)  # type: ignore[arg-type]
+    return channels
 
 
 def can_run(model: nn.Module) -> bool:

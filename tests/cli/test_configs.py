@@ -20,8 +20,7 @@ import yaml
 from PIL import Image
 
 from finetune_bn.callbacks import GroupNormCalibration
-from finetune_bn.cli import configs
-from finetune_bn.cli.commands import FinetuneBNCLI, main
+from finetune_bn.cli import FinetuneBNCLI, configs, main
 from finetune_bn.layers import FrozenBatchNorm, GroupNorm
 from finetune_bn.tasks import MetricLearning
 
@@ -36,6 +35,7 @@ POLICIES = {
     ("quickstart", "batch_norm/shift"): {"policy": "Freeze", "affine": "shift"},
     ("quickstart", "batch_norm/merged"): {"policy": "Freeze", "affine": "merged"},
     ("quickstart", "batch_norm/original"): {"policy": "Freeze", "affine": "original"},
+    ("quickstart", "with/train_norm_only"): {"policy": "Freeze", "affine": "original"},
     ("metric_learning", "batch_norm/live"): {"policy": "Keep"},
     ("metric_learning",): {"policy": "Freeze", "affine": "none"},
     ("metric_learning", "batch_norm/merged"): {"policy": "Freeze", "affine": "merged"},
