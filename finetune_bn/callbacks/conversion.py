@@ -331,11 +331,16 @@ def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
 
     Returns:
         Whether the checkpoint held a plan.
+
+    Raises:
+        FinetuneBNError: the plan is none, or of another module.
     """
-    state = checkpoint.get(CHECKPOINT_KEY)
-    if state:
-        the_plan = Plan.from_dict(state["plan"])
-        _carry_out(pl_module, state["module"] or "", lambda target: convert(target, the_plan, verify=False))
+    saved = _saved_plan(checkpoint)
+    if saved is not None:
+        the_plan, path = saved
+        if not _has_part(pl_module, path):
+            raise NoBatchNormMatched(complaint("ckpt_path", path, f"a checkpoint of {type(pl_module).__name__}"))
+        _carry_out(pl_module, path, lambda target: convert(target, the_plan, verify=False))
         return True
     needed = policy_in_state(pl_module, checkpoint.get("state_dict", {}))
     if needed is not None:
@@ -346,6 +351,24 @@ def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
         )
         _carry_out(pl_module, "", lambda target: convert(target, needed, verify=False))
     return False
+
+
+def _saved_plan(checkpoint: dict[str, Any]) -> tuple[Plan, str] | None:
+    """Return the plan in a checkpoint and the path of the part that it is of; None where there is no plan."""
+    state = checkpoint.get(CHECKPOINT_KEY)
+    if state is None or state == {}:
+        return None
+    if not isinstance(state, dict) or "plan" not in state or not isinstance(state.get("module"), str | None):
+        raise FinetuneBNError(complaint(CHECKPOINT_KEY, state, "what BatchNormConversion keeps in a checkpoint"))
+    return Plan.from_dict(state["plan"]), state.get("module") or ""
+
+
+def _has_part(pl_module: pl.LightningModule, path: str) -> bool:
+    try:
+        pl_module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _carry_out(pl_module: pl.LightningModule, path: str, change: Callable[[nn.Module], nn.Module]) -> None:
