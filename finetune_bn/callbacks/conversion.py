@@ -18,6 +18,7 @@ from finetune_bn.callbacks.conversion_checks import (
     check_sharing,
     copy_again,
     example_for,
+    gone,
     pending,
     unheld,
 )
@@ -95,7 +96,7 @@ class BatchNormConversion(Callback):
             if overrides(pl_module, name):
                 self._intercept(pl_module, name, after=lambda: self._convert_new(trainer, pl_module))
         # Called with the checkpoint just before its weights are loaded, in every stage and for every module.
-        self._intercept(pl_module, "on_load_checkpoint", before=lambda c: self._replay(c, pl_module, stage))
+        self._intercept(pl_module, "on_load_checkpoint", before=lambda c: self._replay(c, trainer, pl_module, stage))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -115,13 +116,18 @@ class BatchNormConversion(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_layers(pl_module)
         assert self.plan is not None
+        missing = gone(self.target(pl_module), self.plan)
+        if missing:
+            rank_zero_warn(
+                f"BatchNormConversion: {_some(missing)} of the plan are no longer in the network: layers were taken "
+                "out after they were converted."
+            )
         forgotten = unheld(self.target(pl_module), self.plan, trainer.optimizers)
         if forgotten:
-            shown = ", ".join(forgotten[:4]) + (", ..." if len(forgotten) > 4 else "")
             rank_zero_warn(
-                f"BatchNormConversion: {len(forgotten)} trainable tensors of converted layers are in no optimizer, so "
-                f"they stay as they are: {shown}. Make the optimizer in configure_optimizers, which is called after "
-                "the conversion."
+                f"BatchNormConversion: {len(forgotten)} trainable tensors of converted layers are in no optimizer and "
+                f"stay as they are: {_some(forgotten)}. Make the optimizer in configure_optimizers, which is called "
+                "after the conversion."
             )
         # Only now is everything as it will be trained: all callbacks have had their turn, and the weights are loaded.
         rank_zero_info(f"BatchNormConversion: {status(pl_module)}")
@@ -205,7 +211,7 @@ class BatchNormConversion(Callback):
         target = self._target(pl_module)
         if target is None or not find_batch_norms(target, group_norms=True):
             return
-        if self.plan is None or pending(target, self.plan, self.policy):
+        if self.plan is None or pending(target, self.plan, self.policy) or gone(target, self.plan):
             self._convert(pl_module)
             copy_again(trainer, pl_module)
 
@@ -214,12 +220,11 @@ class BatchNormConversion(Callback):
         assert self.plan is not None
         late = pending(self.target(pl_module), self.plan, None if self._replayed else self.policy)
         if late:
-            shown = ", ".join(late[:4]) + (", ..." if len(late) > 4 else "")
             allowed = "layers that are there before the optimizer is made"
             remedy = (
                 "They were made, or put in place, after that: build the network in __init__, setup or configure_model."
             )
-            given = f"{len(late)} BatchNorm layers that are not converted: {shown}"
+            given = f"{len(late)} BatchNorm layers that are not converted: {_some(late)}"
             raise FinetuneBNError(complaint(type(pl_module).__name__, given, allowed, remedy))
 
     def _apply(self, pl_module: pl.LightningModule, the_plan: Plan, example_input: Any = None) -> None:
@@ -235,10 +240,14 @@ class BatchNormConversion(Callback):
             if row.policy is None:
                 rank_zero_warn(f"BatchNormConversion: {' = '.join(row.names)} ({row.kind}) {row.reason}.")
 
-    def _replay(self, checkpoint: dict[str, Any], pl_module: pl.LightningModule, stage: str) -> None:
+    def _replay(
+        self, checkpoint: dict[str, Any], trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
+    ) -> None:
         state = checkpoint.get(CHECKPOINT_KEY)
         if not state and stage == "fit":
             check_resumed(checkpoint, self.plan, self.policy.describe())
+        if not state:
+            _replay_weights(checkpoint, pl_module)
         if not state or state == self.saved_plan():
             return
         saved = Plan.from_dict(state["plan"])
@@ -254,6 +263,7 @@ class BatchNormConversion(Callback):
         if self._target(pl_module) is None:
             raise NoBatchNormMatched(complaint("ckpt_path", self.module, "a checkpoint of the same LightningModule"))
         self._apply(pl_module, saved)
+        copy_again(trainer, pl_module)
 
     def _started(self, pl_module: pl.LightningModule) -> None:
         """The network stands and is loaded: a conversion that never happened must not go unnoticed."""
@@ -323,21 +333,49 @@ def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
 
     Returns:
         Whether the checkpoint held a plan.
+
+    Raises:
+        FinetuneBNError: the plan is none, or of another module.
     """
-    state = checkpoint.get(CHECKPOINT_KEY)
-    if state:
-        the_plan = Plan.from_dict(state["plan"])
-        _carry_out(pl_module, state["module"] or "", lambda target: convert(target, the_plan, verify=False))
+    saved = _saved_plan(checkpoint)
+    if saved is not None:
+        the_plan, path = saved
+        if not _has_part(pl_module, path):
+            raise NoBatchNormMatched(complaint("ckpt_path", path, f"a checkpoint of {type(pl_module).__name__}"))
+        _carry_out(pl_module, path, lambda target: convert(target, the_plan, verify=False))
         return True
+    _replay_weights(checkpoint, pl_module)
+    return False
+
+
+def _replay_weights(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> None:
+    """Make the layers that weights without a plan are of, as far as they tell: GroupNorm and EvalNorm."""
     needed = policy_in_state(pl_module, checkpoint.get("state_dict", {}))
     if needed is not None:
         rank_zero_warn(
-            "replay: the checkpoint holds no plan (ModelCheckpoint with save_weights_only=True keeps none for modules "
-            f"that do not save it themselves). Its {len(needed.rules)} GroupNorm and EvalNorm layers are made by what "
-            "its weights say of them; all other BatchNorm layers stay live: convert them before they are trained."
+            "The checkpoint holds no plan (ModelCheckpoint with save_weights_only=True keeps none for modules that do "
+            f"not save it themselves). Its {len(needed.rules)} GroupNorm and EvalNorm layers are made by what its "
+            "weights say of them; all other layers stay as they are: convert them before they are trained."
         )
         _carry_out(pl_module, "", lambda target: convert(target, needed, verify=False))
-    return False
+
+
+def _saved_plan(checkpoint: dict[str, Any]) -> tuple[Plan, str] | None:
+    """Return the plan in a checkpoint and the path of the part that it is of; None where there is no plan."""
+    state = checkpoint.get(CHECKPOINT_KEY)
+    if state is None or state == {}:
+        return None
+    if not isinstance(state, dict) or "plan" not in state or not isinstance(state.get("module"), str | None):
+        raise FinetuneBNError(complaint(CHECKPOINT_KEY, state, "what BatchNormConversion keeps in a checkpoint"))
+    return Plan.from_dict(state["plan"]), state.get("module") or ""
+
+
+def _has_part(pl_module: pl.LightningModule, path: str) -> bool:
+    try:
+        pl_module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _carry_out(pl_module: pl.LightningModule, path: str, change: Callable[[nn.Module], nn.Module]) -> None:
@@ -347,3 +385,7 @@ def _carry_out(pl_module: pl.LightningModule, path: str, change: Callable[[nn.Mo
     if changed is not target:
         parent, _, name = path.rpartition(".")
         setattr(pl_module.get_submodule(parent), name, changed)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
