@@ -160,8 +160,8 @@ def table(store: Store, net: str, size: int, batch: int) -> str:
                 lines.append(f"| {name} | {precision} | {figures} |")
     lines += [
         "",
-        "Time on the host, the same net with a 64th of the channels, 32 px, batch 2, one CPU core: what a norm layer costs "
-        "over the net without norm layers, of what a live layer costs; and the whole step, of that net's.",
+        "Time on the host, the same net with a 64th of the channels, 32 px, batch 2, one CPU core: what a norm layer "
+        "costs over the net without norm layers, of what a live layer costs; and the whole step, of that net's.",
         "",
         "| variant | precision | of live | step, of the floor |",
         "|---|---|---|---|",

@@ -122,7 +122,7 @@ def batch_norm_in_step(
 
 
 class _ConstantScale(torch.autograd.Function):
-    """Eval-mode BN whose scale is not trained: backward keeps the scale, which is the layer's, and no activation."""
+    """Eval-mode BN whose scale is not trained: backward keeps the scale and no activation."""
 
     @staticmethod
     def forward(
@@ -136,7 +136,8 @@ class _ConstantScale(torch.autograd.Function):
         eps: float,
         cudnn: bool,
     ) -> Tensor:
-        ctx.scale, ctx.bias_dtype = scale, None if bias is None else bias.dtype
+        ctx.save_for_backward(scale)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return torch.batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, cudnn)
 
     @staticmethod
@@ -146,7 +147,7 @@ class _ConstantScale(torch.autograd.Function):
         if need_bias:
             wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
             of_bias = grad.sum([d for d in range(grad.dim()) if d != 1], dtype=wide).to(ctx.bias_dtype)
-        return grad * ctx.scale if need_x else None, of_bias, None, None, None, None, None, None
+        return grad * ctx.saved_tensors[0] if need_x else None, of_bias, None, None, None, None, None, None
 
 
 _apply_constant = direct_apply(_ConstantScale)
