@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("lightning.pytorch")
 pytest.importorskip("jsonargparse")
@@ -202,6 +203,18 @@ def test_weight_averaging_is_used_from_the_command(name: str) -> None:
     kinds = [type(callback).__name__ for callback in cli.trainer.callbacks]
     assert kinds.index("BatchNormConversion") < kinds.index(name)
     assert cli.trainer.global_step == 4
+
+
+def test_the_averaged_weights_of_the_checkpoint_are_tested_after_the_training_as_they_are_later() -> None:
+    steps = ("--trainer.limit_train_batches", "4", "--trainer.limit_test_batches", "1", "--model.lr", "1e-2")
+    args = ["--config", "quickstart", "--config", "with/ema", *SMALL[2:], *steps]
+    after = FinetuneBNCLI(["fit", *args, "--test_after_fit", "true"]).trainer.callback_metrics
+    (checkpoint,) = Path().rglob("*.ckpt")
+    later = FinetuneBNCLI(["test", *args, "--ckpt_path", str(checkpoint)]).trainer.callback_metrics
+    assert float(after["test_loss"]) == pytest.approx(float(later["test_loss"]), rel=1e-5)
+    state = torch.load(checkpoint, weights_only=True)
+    last, averaged = state["current_model_state"], state["state_dict"]
+    assert not torch.equal(last["net.conv_stem.weight"], averaged["net.conv_stem.weight"])
 
 
 # --- splits that are not there --------------------------------------------------------------------------------------
