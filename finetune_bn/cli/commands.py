@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ class FinetuneBNCLI(LightningCLI):
     @override
     def __init__(self, args: Any = None, run: bool = True) -> None:
         self.checkpoint: dict[str, Any] = {}
+        given = sys.argv[1:] if args is None else args
+        first = given[0] if isinstance(given, list) and given else None
+        self._typed = [verb for verb in self.subcommands() if verb == first]
         super().__init__(
             model_class=pl.LightningModule,
             datamodule_class=pl.LightningDataModule,
@@ -75,6 +79,13 @@ class FinetuneBNCLI(LightningCLI):
         words = "A YAML file, or the name of a packaged one (`finetune-bn configs`). Of several the later ones win."
         parser.add_argument("-c", "--config", action=ConfigByName, help=words)
         return parser
+
+    @override
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        # Only the parser of the command that was typed: to build all seven takes longer than to plan a network.
+        if self._typed:
+            self.__dict__["subcommands"] = lambda: {verb: FinetuneBNCLI.subcommands()[verb] for verb in self._typed}
+        super()._add_subcommands(parser, **kwargs)
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

@@ -110,7 +110,7 @@ def test_without_the_extras_the_command_says_what_to_install(monkeypatch: pytest
 # --- stopped --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["plan", "recalibrate", "export"])
+@pytest.mark.parametrize("verb", ["plan", "recalibrate"])
 def test_ctrl_c_ends_in_one_line_and_status_130(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,7 +178,7 @@ def test_a_config_that_is_not_utf8_is_named_with_its_line() -> None:
     assert "config: got 'latin.yaml'; allowed: a file in UTF-8. Line 3 is not" in message
 
 
-@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+@pytest.mark.parametrize("verb", ["validate", "predict"])
 def test_without_a_checkpoint_the_untrained_head_is_told(verb: str) -> None:
     limit = ("--trainer.limit_test_batches", "1", "--trainer.limit_predict_batches", "1")
     with pytest.warns(
