@@ -125,9 +125,12 @@ class Plan:
                 rest = {k: row[k] for k in ("kind", "num_features", "reason", "refused", "position")}
                 rest |= {k: row.get(k, "") for k in ("folded_into", "not_folded")}  # older plans have none of the three
                 rest["folded_from"] = row.get("folded_from", 0)
-                rows.append(PlanRow(tuple(row["names"]), policy=policy, **rest))
+                names = tuple(row["names"])
+                if not names or not all(isinstance(name, str) for name in names):
+                    raise TypeError("names are texts")
+                rows.append(PlanRow(names, policy=policy, **rest))
             return cls(data["model"], tuple(rows))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise FinetuneBNError(complaint("plan", data, "what Plan.to_dict returned")) from error
 
     def __str__(self) -> str:

@@ -277,6 +277,9 @@ class FrozenBatchNorm(nn.Module):
         """Return what in a state dict this layer cannot take, one line each."""
         names = ("weight", "bias", "running_mean", "running_var")
         given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        strange = [name for name, value in given.items() if not isinstance(value, Tensor)]
+        if strange:
+            return [f"{prefix}{name}: a {type(given[name]).__name__}, and no tensor" for name in strange]
         problems = [
             f"size mismatch for {prefix}{name}: the shape in the checkpoint is {tuple(value.shape)}, "
             f"in this model {tuple(getattr(self, name).shape)}"
