@@ -6,7 +6,7 @@ VERBS = {
     "fit": "Train, and keep the best checkpoint, the config and a report.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "test": "Evaluate a checkpoint on the test images, domain by domain.",
-    "predict": "Write classes and scores, or embeddings, of the test images to a CSV file.",
+    "predict": "Write classes and scores, or embeddings, of the test images, or of any: predict --model FILE images.",
     "plan": "Show what would happen to each BatchNorm layer of the model, and why. Trains nothing.",
     "recalibrate": "Give a checkpoint the BatchNorm statistics of the data, and write it to a new file.",
     "export": "Write the network of a checkpoint to a file that needs neither its code nor this package.",
