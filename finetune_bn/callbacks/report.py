@@ -23,7 +23,8 @@ from typing_extensions import override
 
 from finetune_bn.callbacks.conversion import BatchNormConversion
 from finetune_bn.callbacks.reload import Reload, reload_and_test, timm_net
-from finetune_bn.diagnosis.training_report import DomainResult, TrainingReport, timm_code
+from finetune_bn.diagnosis.loading_code import timm_code
+from finetune_bn.diagnosis.training_report import DomainResult, TrainingReport
 from finetune_bn.errors import FinetuneBNError, MissingDependency, complaint
 from finetune_bn.layers.sites import find_batch_norms
 
