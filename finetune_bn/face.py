@@ -32,7 +32,8 @@ from finetune_bn.errors import FinetuneBNError
 from finetune_bn.group_norm.calibrate import calibrate_group_norm
 from finetune_bn.group_norm.distil import Distillation, distil
 from finetune_bn.group_norm.record import Calibration, LayerFit
-from finetune_bn.metric_learning.pk_sampler import PKBatchSampler, ResumableDataLoader
+from finetune_bn.metric_learning.pk_sampler import PKBatchSampler
+from finetune_bn.metric_learning.resumable_loader import ResumableDataLoader
 from finetune_bn.optim.step_limit import limit_steps
 from finetune_bn.optim.train_only import Trained, train_only
 from finetune_bn.optim.trained_part import apply_trained, remove_trained, save_trained

@@ -79,6 +79,19 @@ def test_ci_runs_what_the_readme_says_and_can_be_executed() -> None:
     assert script.read_text(encoding="utf-8").splitlines()[-1] == "exec make test"
 
 
+def test_the_public_workflow_does_what_ci_does_on_every_python_that_is_promised() -> None:
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    assert "bash .ci/run" in [step.get("run") for step in jobs["test"]["steps"]]
+    promised = [line.rpartition(" :: ")[2] for line in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+$", line)]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == promised
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = [word for step in steps for word in re.findall(r"^make (\w+)$", step.get("run", ""), re.MULTILINE)]
+    assert targets
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
+
+
 def test_make_without_a_target_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)

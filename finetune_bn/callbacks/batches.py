@@ -13,6 +13,7 @@ from torch import Generator
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from finetune_bn.callbacks.lightning_names import before_transfer
 from finetune_bn.data.order import SeededOrder
 from finetune_bn.errors import FinetuneBNError, complaint
 
@@ -41,7 +42,7 @@ class ModuleBatches:
         trainer, module = self._trainer, self._module
         for batch in islice(self._loader, rank, None, world_size):
             batch = trainer.precision_plugin.convert_input(batch)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = before_transfer(module, batch)
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 

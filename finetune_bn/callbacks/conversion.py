@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
+from finetune_bn.callbacks.conversion_checks import (
+    check_order,
+    check_resumed,
+    check_sharing,
+    copy_again,
+    example_for,
+    pending,
+    unheld,
+)
+from finetune_bn.callbacks.lightning_names import overrides
 from finetune_bn.conversion.convert import convert, revert
 from finetune_bn.conversion.folding import as_carried_out
 from finetune_bn.conversion.from_state import policy_in_state
@@ -30,9 +39,11 @@ class BatchNormConversion(Callback):
     """Convert the BatchNorm layers of the model when the Trainer starts, and keep them that way.
 
     Works with any LightningModule, also with one that builds its network in `setup` or `configure_model`. The layers
-    are converted before the optimizer is made and before the network is copied, wrapped or compiled. The plan goes
-    into the checkpoint; a resumed run replays the plan of its checkpoint. Frozen layers cannot be brought back to
-    life by `train()`, `requires_grad_(True)`, `BackboneFinetuning`, weight averaging or `sync_batchnorm`.
+    are converted before the optimizer is made and before the network is wrapped or compiled; weight averaging copies
+    the converted network wherever it stands in the list of callbacks. When the training starts, layers that are not as
+    the plan says, because they were made later, are an error that names them. The plan goes into the checkpoint; a
+    resumed run replays the plan of its checkpoint. Frozen layers cannot be brought back to life by `train()`,
+    `requires_grad_(True)`, `BackboneFinetuning`, weight averaging or `sync_batchnorm`.
 
     It also watches for a network that has collapsed, which happens silently when the learning rate is too high for
     frozen layers, and says so once, with the remedy.
@@ -45,6 +56,9 @@ class BatchNormConversion(Callback):
             to it. By default the whole LightningModule.
         verify: Prove on a sample input that the outputs are the same after the conversion.
         watch_every_n_steps: How often a training batch is looked at for signs of collapse; 0 never looks.
+        example_input: What the part's `forward` takes, as a tensor, tuple or dict, or the shape of one image batch such
+            as [1, 3, 224, 224], to find out what can be folded and to prove the conversion. Not needed for timm models,
+            nor where the LightningModule has an `example_input_array`.
     """
 
     def __init__(
@@ -53,15 +67,16 @@ class BatchNormConversion(Callback):
         module: str | None = None,
         verify: bool = True,
         watch_every_n_steps: int = 50,
+        example_input: Any = None,
     ) -> None:
         super().__init__()
         self.policy = check_policy(Freeze() if policy is None else policy)
-        if watch_every_n_steps < 0:
-            raise FinetuneBNError(complaint("watch_every_n_steps", watch_every_n_steps, "0 (never) or more"))
         self.module = module
+        self.example_input = example_input
         self.verify = verify
         self.plan: Plan | None = None
-        self.watch = CollapseWatch(watch_every_n_steps)
+        self.watch = CollapseWatch(watch_every_n_steps, rank_zero_warn)
+        self._replayed = False
         self._intercepted: list[tuple[pl.LightningModule, str, Any]] = []
 
     @property
@@ -71,20 +86,23 @@ class BatchNormConversion(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        _check_order(trainer.callbacks, self)  # type: ignore[attr-defined]
-        self.plan = None  # the callback may have served another module before
-        has_layers = bool(find_batch_norms(self._target(pl_module) or nn.Module(), group_norms=True))
-        if has_layers:
+        check_order(trainer.callbacks, self)  # type: ignore[attr-defined]
+        self._release()
+        self.plan, self._replayed = None, False  # the callback may have served another module before
+        if find_batch_norms(self._target(pl_module) or nn.Module(), group_norms=True):
             self._convert(pl_module)
-        if not has_layers or is_overridden("configure_model", pl_module):
-            self._intercept(pl_module, "configure_model", after=lambda: self._convert_new(pl_module))
+            copy_again(trainer, pl_module, before=self)
+        for name in ("setup", "configure_model"):  # what these build, or build anew
+            if overrides(pl_module, name):
+                self._intercept(pl_module, name, after=lambda: self._convert_new(trainer, pl_module))
         # Called with the checkpoint just before its weights are loaded, in every stage and for every module.
-        self._intercept(pl_module, "on_load_checkpoint", before=lambda c: self._replay(c, pl_module))
+        self._intercept(pl_module, "on_load_checkpoint", before=lambda c: self._replay(c, pl_module, stage))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.watch.reset()
         self._started(pl_module)
+        self._check_layers(pl_module)
         policies = [row.policy for row in self.plan.rows] if self.plan is not None else []
         wanted = any(isinstance(policy, ToGroupNorm) and policy.init == "sequential" for policy in policies)
         names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]
@@ -96,6 +114,16 @@ class BatchNormConversion(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_layers(pl_module)
+        assert self.plan is not None
+        forgotten = unheld(self.target(pl_module), self.plan, trainer.optimizers)
+        if forgotten:
+            shown = ", ".join(forgotten[:4]) + (", ..." if len(forgotten) > 4 else "")
+            rank_zero_warn(
+                f"BatchNormConversion: {len(forgotten)} trainable tensors of converted layers are in no optimizer, so "
+                f"they stay as they are: {shown}. Make the optimizer in configure_optimizers, which is called after "
+                "the conversion."
+            )
         # Only now is everything as it will be trained: all callbacks have had their turn, and the weights are loaded.
         rank_zero_info(f"BatchNormConversion: {status(pl_module)}")
 
@@ -116,7 +144,11 @@ class BatchNormConversion(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._hold_again(pl_module)
-        self.watch.before_batch(self._target(pl_module), batch_idx)
+        self.watch.before_batch(self._target(pl_module), batch_idx, batch)
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
+        self.watch.detach()
 
     @override
     def on_train_batch_end(
@@ -125,27 +157,8 @@ class BatchNormConversion(Callback):
         self.watch.after_batch()
 
     @override
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if not trainer.sanity_checking:
-            self.watch.before_batch(self._target(pl_module), batch_idx)
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.watch.after_batch()
-
-    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.watch.after_batch()
+        self.watch.detach()
         self._release()
 
     @override
@@ -184,25 +197,49 @@ class BatchNormConversion(Callback):
             return None
 
     def _convert(self, pl_module: pl.LightningModule) -> None:
-        self._apply(pl_module, plan(self.target(pl_module), self.policy, probe=may_fold(self.policy)))
+        target, example = self.target(pl_module), example_for(pl_module, self.module, self.example_input)
+        probe = may_fold(self.policy) or example is not None
+        self._apply(pl_module, plan(target, self.policy, example, probe=probe), example)
 
-    def _convert_new(self, pl_module: pl.LightningModule) -> None:
-        """Convert what the module has built since its layers were converted, if it has built any."""
-        known = {row.names for row in self.plan.rows} if self.plan is not None else set()
-        if not {site.names for site in find_batch_norms(self.target(pl_module), group_norms=True)} <= known:
+    def _convert_new(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Convert what the module has built, or built anew, since its layers were converted, if it has."""
+        target = self._target(pl_module)
+        if target is None or not find_batch_norms(target, group_norms=True):
+            return
+        if self.plan is None or pending(target, self.plan, self.policy):
             self._convert(pl_module)
+            copy_again(trainer, pl_module)
 
-    def _apply(self, pl_module: pl.LightningModule, the_plan: Plan) -> None:
-        _check_sharing(pl_module, self.module or "")
-        _carry_out(pl_module, self.module or "", lambda target: convert(target, the_plan, verify=self.verify))
+    def _check_layers(self, pl_module: pl.LightningModule) -> None:
+        """Raise where layers that will be trained are not what the plan says."""
+        assert self.plan is not None
+        late = pending(self.target(pl_module), self.plan, None if self._replayed else self.policy)
+        if late:
+            shown = ", ".join(late[:4]) + (", ..." if len(late) > 4 else "")
+            allowed = "layers that are there before the optimizer is made"
+            remedy = (
+                "They were made, or put in place, after that: build the network in __init__, setup or configure_model."
+            )
+            given = f"{len(late)} BatchNorm layers that are not converted: {shown}"
+            raise FinetuneBNError(complaint(type(pl_module).__name__, given, allowed, remedy))
+
+    def _apply(self, pl_module: pl.LightningModule, the_plan: Plan, example_input: Any = None) -> None:
+        check_sharing(pl_module, self.module or "")
+        _carry_out(
+            pl_module,
+            self.module or "",
+            lambda target: convert(target, the_plan, example_input=example_input, verify=self.verify),
+        )
         self.plan = the_plan = as_carried_out(the_plan, self.target(pl_module))
         rank_zero_info(f"BatchNormConversion: {str(the_plan).splitlines()[0]}")
         for row in the_plan.rows:
             if row.policy is None:
                 rank_zero_warn(f"BatchNormConversion: {' = '.join(row.names)} ({row.kind}) {row.reason}.")
 
-    def _replay(self, checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> None:
+    def _replay(self, checkpoint: dict[str, Any], pl_module: pl.LightningModule, stage: str) -> None:
         state = checkpoint.get(CHECKPOINT_KEY)
+        if not state and stage == "fit":
+            check_resumed(checkpoint, self.plan, self.policy.describe())
         if not state or state == self.saved_plan():
             return
         saved = Plan.from_dict(state["plan"])
@@ -214,7 +251,7 @@ class BatchNormConversion(Callback):
             )
         with contextlib.suppress(NoBatchNormMatched):  # what the checkpoint did not convert is not to stay converted
             _carry_out(pl_module, self.module or "", lambda target: revert(target, verify=False))
-        self.module = state["module"]
+        self.module, self._replayed = state["module"], True
         if self._target(pl_module) is None:
             raise NoBatchNormMatched(complaint("ckpt_path", self.module, "a checkpoint of the same LightningModule"))
         self._apply(pl_module, saved)
@@ -236,6 +273,7 @@ class BatchNormConversion(Callback):
             if any(parameter.requires_grad for parameter in parameters):
                 for parameter in parameters:
                     parameter.requires_grad_(False)
+                    parameter.grad = None
                 freed.append(name)
         if freed:
             rank_zero_warn(
@@ -310,39 +348,3 @@ def _carry_out(pl_module: pl.LightningModule, path: str, change: Callable[[nn.Mo
     if changed is not target:
         parent, _, name = path.rpartition(".")
         setattr(pl_module.get_submodule(parent), name, changed)
-
-
-def _check_sharing(pl_module: pl.LightningModule, path: str) -> None:
-    """Raise where a layer to be converted is also held outside of the part: there the old one would go on."""
-    inside = {
-        id(site.module): site.names[0] for site in find_batch_norms(pl_module.get_submodule(path), group_norms=True)
-    }
-    for site in find_batch_norms(pl_module, group_norms=True):
-        outside = [name for name in site.names if path and name != path and not name.startswith(f"{path}.")]
-        if outside and id(site.module) in inside:
-            given = f"{path!r}, whose layer {inside[id(site.module)]!r} is also {', '.join(outside)}"
-            raise FinetuneBNError(
-                complaint(
-                    "module", given, "a part that shares no BatchNorm with the rest", "Convert the whole by rules."
-                )
-            )
-
-
-def _check_order(callbacks: Sequence[Callback], own: Callback) -> None:
-    """Weight averaging copies the module in its own `setup`: what is converted later is not in the copy."""
-    before = callbacks[: callbacks.index(own)]
-    if any(isinstance(c, BatchNormConversion) for c in before):
-        allowed = "one BatchNormConversion (on the command line the section `batch_norm` is one)"
-        raise FinetuneBNError(
-            complaint("callbacks", [type(c).__name__ for c in callbacks], allowed, "Rules treat parts differently.")
-        )
-    early = [type(c).__name__ for c in before if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
-    if early:
-        raise FinetuneBNError(
-            complaint(
-                "callbacks",
-                [type(c).__name__ for c in callbacks],
-                f"BatchNormConversion before {early[0]}",
-                f"{early[0]} copies the network when it is set up, so the copy would keep its BatchNorm layers.",
-            )
-        )

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
+from finetune_bn.callbacks.lightning_names import SHARDED, is_a, overrides
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.layers.sites import find_batch_norms
@@ -70,7 +70,7 @@ def target_of(pl_module: pl.LightningModule, path: str | None) -> nn.Module:
         FinetuneBNError: there is no such part, or it has no `forward`.
     """
     target = part_of(pl_module, path)
-    if target is pl_module and type(pl_module).forward is pl.LightningModule.forward:
+    if target is pl_module and not overrides(pl_module, "forward"):
         allowed = f"the part whose forward takes images; BatchNorm layers are in {_parts(pl_module)}"
         why = f"{type(pl_module).__name__} has no forward of its own."
         raise FinetuneBNError(complaint("module", path, allowed, why))
@@ -122,6 +122,20 @@ def check_whole_network(trainer: pl.Trainer) -> None:
     Raises:
         FinetuneBNError: the strategy shards the parameters over the processes.
     """
-    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+    if is_a(trainer.strategy, SHARDED):
         allowed = "a strategy in which each process has the whole network, such as ddp"
         raise FinetuneBNError(complaint("strategy", type(trainer.strategy).__name__, allowed))
+
+
+def loader_names(trainer: pl.Trainer, loaders: int, alone: str = "0") -> list[str]:
+    """Return one name for each evaluation loader: that of its domain where the data module has one for each.
+
+    Args:
+        trainer: with the data module.
+        loaders: how many there are.
+        alone: name of a single loader without a domain.
+    """
+    domains = getattr(getattr(trainer, "datamodule", None), "domains", None)
+    if isinstance(domains, (list, tuple)) and len(domains) == loaders == len(set(domains)):
+        return [str(name) for name in domains]
+    return [alone] if loaders == 1 else [str(i) for i in range(loaders)]

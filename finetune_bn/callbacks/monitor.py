@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from finetune_bn.callbacks.batch_composition import labels_of
+from finetune_bn.callbacks.lightning_names import logged_step
 from finetune_bn.callbacks.module import check_whole_network, part_of
 from finetune_bn.diagnosis.advice import Look, advise, fisher
 from finetune_bn.diagnosis.inspector import Inspector, LayerLook, layer_inputs
@@ -112,6 +113,7 @@ class BatchNormMonitor(Callback):
             return
         self._inspector.begin(sites)
         self._fallbacks = _fallbacks(sites)
+        self._synchronized = trainer.world_size > 1 and any(isinstance(s.module, nn.SyncBatchNorm) for s in sites)
 
     @override
     def on_train_batch_start(
@@ -132,8 +134,9 @@ class BatchNormMonitor(Callback):
             self._keep(batch)
         if self._until_look == 0:
             self._interval = self._until_look = self.every_n_steps
-            if self._call.chunk is not None:
-                self._look(trainer, pl_module, self._call.chunk)
+            chunk = self._call.chunk
+            if self._agree(trainer, chunk is not None) and chunk is not None:
+                self._look(trainer, pl_module, chunk)
         self._call.forget()
 
     @override
@@ -149,7 +152,7 @@ class BatchNormMonitor(Callback):
         self.look: Look | None = None
         self.metrics: dict[str, float] = {}
         self.causes: list[str] = []
-        self._on = False
+        self._on = self._synchronized = False
         self._looks = self._fallbacks = 0
         self._interval = min(_COMPARED, self.every_n_steps)
         self._until_look = self._interval
@@ -220,15 +223,27 @@ class BatchNormMonitor(Callback):
         before = self.look
         try:
             self.look = self._inspect(trainer, pl_module, chunk)
+            self._agree_or_stop(trainer)
         except Exception as error:  # whatever a network raises in eval mode must not end its training
+            if not isinstance(error, _FailedElsewhere):
+                self._agree(trainer, False)
             self._on = False
             self._warn("error", f"a look failed, and there will be no more: {type(error).__name__}: {error}")
             return
         self.metrics = self.look.metrics(self.per_layer)
         for logger in trainer.loggers if trainer.is_global_zero else ():
-            logger.log_metrics(self.metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(self.metrics, step=logged_step(trainer))
         for cause, sentence in advise(self.look, before):
             self._warn(cause, sentence)
+
+    def _agree(self, trainer: pl.Trainer, mine: bool) -> bool:
+        """Return what all processes say, beside SyncBatchNorm: its forward pass waits for theirs, so all make it."""
+        return trainer.strategy.reduce_boolean_decision(mine) if self._synchronized else mine
+
+    def _agree_or_stop(self, trainer: pl.Trainer) -> None:
+        """Stop this look where that of another process failed; that one says so instead of coming here."""
+        if not self._agree(trainer, True):
+            raise _FailedElsewhere("in another process")
 
     def _inspect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, chunk: Chunk) -> Look:
         target, training = self._call.target, self._call.training
@@ -251,8 +266,9 @@ class BatchNormMonitor(Callback):
             )
             self._introduce(sites, layers, target, pl_module)
             p_value = self._p_value(lambda kept: run(kept.content), sites, layers)
+            self._agree_or_stop(trainer)
             gap = _gap(in_eval, run(chunk.content, as_in_training=True), len(chunk))
-        leakage = self._leakage(pl_module, target, chunk, lambda content: run(content, as_in_training=True))
+        leakage = self._leakage(trainer, pl_module, target, chunk, lambda content: run(content, as_in_training=True))
         return Look(
             images=len(chunk),
             layers=layers,
@@ -295,16 +311,22 @@ class BatchNormMonitor(Callback):
         return p_value
 
     def _leakage(
-        self, pl_module: pl.LightningModule, target: nn.Module, chunk: Chunk, run: Callable[[Any], Any]
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        target: nn.Module,
+        chunk: Chunk,
+        run: Callable[[Any], Any],
     ) -> Leakage | None:
         other, self._other = self._other, None
         if self.every_n_steps == 1:
             self._other = chunk
-        if other is None:
-            return None
-        images = min(len(chunk), len(other))
-        if images < 2 or chunk.shape_key is None or chunk.shape_key != other.shape_key:
+        images = 0 if other is None else min(len(chunk), len(other))
+        alike = other is not None and chunk.shape_key is not None and chunk.shape_key == other.shape_key
+        if other is not None and (images < 2 or not alike):
             self._tell("leakage is not tested", "it takes two batches of images of one shape, two or more each")
+        self._agree_or_stop(trainer)
+        if not self._agree(trainer, images >= 2 and alike) or other is None:
             return None
         with self._aside(pl_module):
             return measure_leakage(
@@ -339,6 +361,10 @@ class BatchNormMonitor(Callback):
         if cause not in self.causes:
             self.causes.append(cause)
             rank_zero_warn(f"BatchNormMonitor: {sentence.rstrip('.')}.")
+
+
+class _FailedElsewhere(Exception):
+    """The look of another process failed."""
 
 
 def _gap(in_eval: Any, in_training: Any, images: int) -> float | None:

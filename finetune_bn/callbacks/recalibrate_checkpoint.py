@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from finetune_bn.callbacks.batches import batches_for, training_batches
 from finetune_bn.callbacks.conversion import replay
+from finetune_bn.callbacks.lightning_names import attach_data
 from finetune_bn.callbacks.module import load_sources, sources_of
 from finetune_bn.callbacks.recalibration import CHECKPOINT_KEY, BatchNormRecalibration
 from finetune_bn.errors import FinetuneBNError, complaint
@@ -52,7 +51,7 @@ def recalibrate_checkpoint(
         recalibration: how it is done.
         split: whose images are taken: train, val or test; no label is used.
         domain: only the images of this domain, of a data module of finetune_bn.
-        weights_only: as in `Trainer.fit`.
+        weights_only: read tensors and plain values, and run no code. None is True, also for an address.
 
     Returns:
         The path of the new file, and what was measured.
@@ -60,11 +59,13 @@ def recalibrate_checkpoint(
     Raises:
         FinetuneBNError: there is no such checkpoint, it is of another module, or the data cannot be used.
     """
+    if output is None and "://" in str(ckpt_path):
+        raise FinetuneBNError(complaint("output", None, "a file, where the checkpoint is an address"))
     source = Path(ckpt_path)
     path = source.with_name(f"{source.stem}-recalibrated{source.suffix}") if output is None else Path(output)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise FinetuneBNError(complaint("output", str(path), "a file in a folder that there is"))
-    checkpoint = _load(trainer, source, weights_only)
+    checkpoint = _load(trainer, ckpt_path, weights_only)
     _attach(trainer, model, datamodule, split)
     _restore(model, checkpoint)
     trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device)
@@ -98,24 +99,27 @@ def load_into(
         model: the module that the checkpoint is of, as it was built for its training.
         trainer: a Trainer of one process.
         ckpt_path: a checkpoint that Lightning saved.
-        weights_only: as in `Trainer.fit`.
+        weights_only: read tensors and plain values, and run no code. None is True, also for an address.
 
     Raises:
         FinetuneBNError: there is no such checkpoint, or it is of another module.
     """
-    checkpoint = _load(trainer, Path(ckpt_path), weights_only)
+    checkpoint = _load(trainer, ckpt_path, weights_only)
     trainer.strategy.connect(model)
     model.configure_model()
     _restore(model, checkpoint)
 
 
-def _load(trainer: pl.Trainer, path: Path, weights_only: bool | None) -> dict[str, Any]:
+def _load(trainer: pl.Trainer, path: str | Path, weights_only: bool | None) -> dict[str, Any]:
     allowed = "a checkpoint that Lightning saved"
     try:
-        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=weights_only)
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise FinetuneBNError(complaint("ckpt_path", str(path), allowed, f"{error}")) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        # Lightning's default is torch's, and for an address False.
+        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True if weights_only is None else weights_only)
+    except Exception as error:  # torch.load raises whatever broken bytes lead it to
+        why = (str(error).strip().splitlines() or [""])[0]
+        raise FinetuneBNError(complaint("ckpt_path", str(path), allowed, f"{type(error).__name__}: {why}")) from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise FinetuneBNError(complaint("ckpt_path", str(path), allowed))
     return checkpoint
 
@@ -125,7 +129,7 @@ def _attach(trainer: pl.Trainer, model: pl.LightningModule, datamodule: pl.Light
     if trainer.world_size > 1:
         raise FinetuneBNError(complaint("trainer.devices", trainer.world_size, "1: a file is written by one process"))
     trainer.strategy.connect(model)
-    trainer._data_connector.attach_data(model, datamodule=datamodule)
+    attach_data(trainer, model, datamodule)
     trainer.strategy.setup_environment()
     trainer.state.fn = TrainerFn.VALIDATING
     trainer.validating = True

@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
@@ -22,17 +21,19 @@ from finetune_bn.callbacks.batches import ModuleBatches, flattened, pooled_batch
 from finetune_bn.callbacks.module import (
     OwnStatistics,
     broadcast_statistics,
+    check_whole_network,
     frozen_layers,
     load_sources,
+    loader_names,
     sources_of,
     target_of,
 )
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.recalibration.bank import StatisticsBank
-from finetune_bn.recalibration.measurement import How, Mode, Part, Settings
 from finetune_bn.recalibration.recalibrate import recalibrate
 from finetune_bn.recalibration.record import Recalibration
+from finetune_bn.recalibration.settings import How, Mode, Part, RecalibrationSettings
 
 When = Literal["validation", "steps", "fit_start", "test"]
 WHEN: tuple[When, ...] = get_args(When)
@@ -141,7 +142,9 @@ class BatchNormRecalibration(Callback):
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.temporary, self.per_domain, self.source_first = temporary, per_domain, source_first
         self.module, self.layers, self.seed = module, layers, seed
-        self.settings = Settings(mode, how, part, prior, max_samples, min_samples, tolerance, batch_size, memory)
+        self.settings = RecalibrationSettings(
+            mode, how, part, prior, max_samples, min_samples, tolerance, batch_size, memory
+        )
         self.record: Recalibration | None = None
         self.bank: StatisticsBank | None = None
         self._own = OwnStatistics()
@@ -162,7 +165,7 @@ class BatchNormRecalibration(Callback):
         pl_module: pl.LightningModule,
         batches: ModuleBatches | None = None,
         progress: bool | None = False,
-        settings: Settings | None = None,
+        settings: RecalibrationSettings | None = None,
     ) -> Recalibration | None:
         """Recalibrate now.
 
@@ -225,9 +228,7 @@ class BatchNormRecalibration(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            allowed = "a strategy in which each process has the whole network, such as ddp"
-            raise FinetuneBNError(complaint("strategy", type(trainer.strategy).__name__, allowed))
+        check_whole_network(trainer)
         self._own.put_back()
         self._said.clear()
         self._metrics.clear()
@@ -384,7 +385,7 @@ class BatchNormRecalibration(Callback):
         if self.when != "test":
             return
         loaders = flattened(test_loaders)
-        names = _domains(trainer, len(loaders))
+        names = loader_names(trainer, len(loaders))
         self._own.keep(pl_module)
         self.bank = self._domain = None
         with self._own.back_on_error():
@@ -458,10 +459,3 @@ class BatchNormRecalibration(Callback):
             given = [type(c).__name__ for c in callbacks]
             why = "It puts the averaged network in place, which is the one to recalibrate."
             raise FinetuneBNError(complaint("callbacks", given, "BatchNormRecalibration behind WeightAveraging", why))
-
-
-def _domains(trainer: pl.Trainer, loaders: int) -> list[str]:
-    """Return one name for each test loader: the data module's where it has them."""
-    domains = getattr(trainer.datamodule, "domains", None)  # type: ignore[attr-defined]
-    named = isinstance(domains, (list, tuple)) and len(domains) == loaders == len(set(domains))
-    return [str(name) for name in domains] if named and domains else [str(i) for i in range(loaders)]

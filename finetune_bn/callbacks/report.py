@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from finetune_bn.callbacks.conversion import BatchNormConversion
+from finetune_bn.callbacks.module import loader_names
 from finetune_bn.callbacks.reload import Reload, reload_and_test, timm_net
 from finetune_bn.diagnosis.loading_code import timm_code
 from finetune_bn.diagnosis.training_report import DomainResult, TrainingReport
@@ -73,7 +74,9 @@ class FinetuneReport(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Only now is it known where a resumed training goes on.
         self.history = [record for record in self.history if (record["epoch"] or 0) < trainer.current_epoch]
-        self._epoch, self._seen = None, {}
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        amid = trainer.fit_loop.restarted_mid_epoch and progress.processed < progress.ready
+        self._epoch, self._seen = trainer.current_epoch if amid else None, {}
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -98,7 +101,7 @@ class FinetuneReport(Callback):
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        domains = _domains(trainer)
+        domains = loader_names(trainer, len(tree_leaves(trainer.test_dataloaders)), alone="all")
         # In all processes: a metric over several of them, as the confusion matrix may be, is computed by all.
         confusion: Any = getattr(pl_module, "test_confusion", None)
         confusion = confusion.compute() if callable(getattr(confusion, "compute", None)) else confusion
@@ -208,15 +211,6 @@ class FinetuneReport(Callback):
     def _write(self, report: TrainingReport) -> None:
         self.path = report.write(self._folder)
         self._news = report
-
-
-def _domains(trainer: pl.Trainer) -> list[str]:
-    """Return one name for each test loader: the data module's where it has them."""
-    loaders = len(tree_leaves(trainer.test_dataloaders))
-    names = list(getattr(getattr(trainer, "datamodule", None), "domains", None) or [])
-    if len(names) == loaders:
-        return [str(name) for name in names]
-    return ["all"] if loaders == 1 else [str(i) for i in range(loaders)]
 
 
 def _results(

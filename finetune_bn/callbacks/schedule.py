@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from finetune_bn.callbacks.module import broadcast_statistics, part_of
+from finetune_bn.callbacks.lightning_names import AVERAGING, ddp_options, is_a
+from finetune_bn.callbacks.module import broadcast_statistics, check_whole_network, part_of
 from finetune_bn.callbacks.recalibration import BatchNormRecalibration
 from finetune_bn.callbacks.step_limit import StepLimit
 from finetune_bn.conversion.convert import convert
@@ -107,14 +107,8 @@ class BatchNormSchedule(Callback):
             return
         self.frozen = False  # the callback may have served another module before; a checkpoint will say
         self.record = None
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            allowed = "a strategy in which each process has the whole network, such as ddp"
-            raise FinetuneBNError(complaint("strategy", type(trainer.strategy).__name__, allowed))
-        averaging = [
-            type(c).__name__
-            for c in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(c, (WeightAveraging, StochasticWeightAveraging))
-        ]
+        check_whole_network(trainer)
+        averaging = [type(c).__name__ for c in trainer.callbacks if is_a(c, AVERAGING)]  # type: ignore[attr-defined]
         alike = all(isinstance(p, Keep) or p == Freeze("original") for p in _policies(self.policy))
         if averaging and not alike:
             why = f"{averaging[0]} pairs the parameters of the network with those of its copy, by their order."
@@ -180,6 +174,16 @@ class BatchNormSchedule(Callback):
             values = {"images": float(self.record.images), "shift": self.record.shift}
             metrics = {f"recalibration/{name}": value for name, value in values.items()}
             pl_module.log_dict(metrics, on_step=True, on_epoch=False)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.frozen:
+            rank_zero_warn(
+                f"BatchNormSchedule: the training ended at step {trainer.global_step} with live BatchNorm layers. They "
+                f"were to be frozen for its last {self.frozen_fraction:.0%}, by max_epochs={trainer.max_epochs} and "
+                f"max_steps={trainer.max_steps}, and it ended earlier, or has too few batches. Where EarlyStopping "
+                "ends it, set max_epochs to what it really takes, or freeze from the start by BatchNormConversion."
+            )
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -286,10 +290,8 @@ def _policies(policy: Policy) -> list[Policy]:
 
 def _check_unused(trainer: pl.Trainer, pl_module: pl.LightningModule, the_plan: Plan) -> None:
     """Raise where parameters will leave the network that DDP was told to expect gradients of."""
-    strategy = trainer.strategy
-    options = strategy._ddp_kwargs if isinstance(strategy, DDPStrategy) else {}
-    ready = options.get("find_unused_parameters") and not options.get("static_graph")
-    if not isinstance(strategy, DDPStrategy) or ready:
+    options = ddp_options(trainer)
+    if options is None or (options.get("find_unused_parameters") and not options.get("static_graph")):
         return
     for row in the_plan.rows:
         assert isinstance(row.policy, Freeze)

@@ -75,7 +75,7 @@ def find(given: str) -> str:
         return given
     for path in (Path(given), Path(f"{given}.yaml")):
         if path.is_file():
-            return str(path)
+            return _in_utf8(path)
     configs = packaged()
     name = given.removesuffix(".yaml")
     if name in configs:
@@ -84,3 +84,13 @@ def find(given: str) -> str:
     close = close or difflib.get_close_matches(name, configs, n=2)
     meant = f"Did you mean {' or '.join(close)}?" if close else f"There are: {', '.join(configs)}."
     raise FinetuneBNError(complaint("config", given, "a YAML file, or the name of a packaged config", meant))
+
+
+def _in_utf8(path: Path) -> str:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        remedy = f"Line {line} is not: save it as UTF-8 in your editor."
+        raise FinetuneBNError(complaint("config", str(path), "a file in UTF-8", remedy)) from error
+    return str(path)

@@ -20,6 +20,9 @@ from finetune_bn.utilities.probe import Probe, distance, find_probes, quietly, t
 
 log = logging.getLogger("finetune_bn")
 
+_LARGEST_ONNX = 2**31 - 2**24  # the format's limit, less what the graph takes
+_DIVERGED = "The training has diverged: export a checkpoint from before."
+
 
 def export(model: nn.Module, output: str | Path, example_input: Any = None) -> Path:
     """Write the eval-mode model to a file that needs none of its code: `.onnx`, or `.pt2` of `torch.export`.
@@ -37,7 +40,8 @@ def export(model: nn.Module, output: str | Path, example_input: Any = None) -> P
         The path.
 
     Raises:
-        FinetuneBNError: an argument is wrong.
+        FinetuneBNError: an argument is wrong, a weight or an output is NaN, or the network cannot be captured, or does
+            not fit into the file.
         ConversionMismatch: the file would compute something else.
         MissingDependency: onnx or onnxscript is not installed.
     """
@@ -47,10 +51,23 @@ def export(model: nn.Module, output: str | Path, example_input: Any = None) -> P
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise FinetuneBNError(complaint("output", str(output), "a file in a folder that there is"))
     check_model(model)
+    if path.suffix == ".onnx":
+        _check_size(model)
+    _check_values(model)
     probe = _probe(model, example_input)
     before = probe.run(model)
+    if any(tensor.isnan().any() for tensor in before):
+        raise FinetuneBNError(complaint("model", "outputs that are NaN", "a network that computes numbers", _DIVERGED))
     with quietly(model):
-        content, after = (_onnx if path.suffix == ".onnx" else _pt2)(model, probe)
+        try:
+            content, after = (_onnx if path.suffix == ".onnx" else _pt2)(model, probe)
+        except FinetuneBNError:
+            raise
+        except Exception as error:  # of whatever kind the exporter, its passes and the runtime raise
+            why = (str(error).strip().splitlines() or [""])[0]
+            fits = "a network that torch.export captures"
+            why = f"{type(error).__name__}: {why}"
+            raise FinetuneBNError(complaint("model", type(model).__name__, fits, why)) from error
     off = 0.0 if after is None else distance(after, before)
     allowed = allowed_distance(model)
     if not off <= allowed:
@@ -64,6 +81,30 @@ def export(model: nn.Module, output: str | Path, example_input: Any = None) -> P
     except OSError as error:
         raise FinetuneBNError(complaint("output", str(output), "a file that can be written", f"{error}.")) from error
     return path
+
+
+def _check_values(model: nn.Module) -> None:
+    """Raise where a weight or a statistic is no number: the file would be as the network, and of no use."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    statistics = ("running_mean", "running_var")
+    bad = [
+        name
+        for name, tensor in tensors
+        if (isinstance(tensor, nn.Parameter) or name.endswith(statistics)) and not tensor.is_meta
+        if not torch.isfinite(tensor).all()
+    ]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        given = f"NaN or infinite values in {bad[0]}{more}"
+        raise FinetuneBNError(complaint("model", given, "a network whose weights are numbers", _DIVERGED))
+
+
+def _check_size(model: nn.Module) -> None:
+    size = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
+    if size > _LARGEST_ONNX:
+        given = f"weights of {size / 2**30:.1f} GB"
+        allowed = f"up to {_LARGEST_ONNX / 2**30:.0f} GB in one .onnx file"
+        raise FinetuneBNError(complaint("output", given, allowed, "Write a .pt2 file."))
 
 
 def _probe(model: nn.Module, example_input: Any) -> Probe:

@@ -350,15 +350,21 @@ def policy_from_dict(data: dict[str, Any]) -> Policy:
         FinetuneBNError: no policy of that name, or arguments it does not take.
     """
     name = data.get("policy") if isinstance(data, dict) else data
-    if not isinstance(data, dict) or name not in _BY_NAME:
+    if not isinstance(data, dict) or not isinstance(name, str) or name not in _BY_NAME:
         raise FinetuneBNError(complaint("policy", name, f"a dict whose policy is one of {', '.join(_BY_NAME)}"))
     arguments = {k: v for k, v in data.items() if k != "policy"}
     try:
         if name == "Rules":
-            arguments["rules"] = [Rule(**r | {"policy": policy_from_dict(r["policy"])}) for r in arguments["rules"]]
+            policies = [rule["policy"] for rule in arguments["rules"]]
+            if any(isinstance(policy, dict) and policy.get("policy") == "Rules" for policy in policies):
+                raise FinetuneBNError(complaint("rule.policy", "Rules", "a policy, not rules within rules"))
+            arguments["rules"] = [
+                Rule(**rule | {"policy": policy_from_dict(policy)})
+                for rule, policy in zip(arguments["rules"], policies, strict=True)
+            ]
         return _BY_NAME[name](**arguments)
     except (KeyError, TypeError) as error:
-        raise FinetuneBNError(complaint("policy", data, f"the arguments of {name}")) from error
+        raise FinetuneBNError(complaint("policy", data, f"the arguments of {name}", f"{error}.")) from error
 
 
 def check_policy(policy: object) -> Policy:

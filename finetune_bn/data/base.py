@@ -29,7 +29,8 @@ from finetune_bn.data.transforms import (
     model_normalization,
 )
 from finetune_bn.errors import BadData, complaint
-from finetune_bn.metric_learning.pk_sampler import SHORT, ResumableDataLoader, Short
+from finetune_bn.metric_learning.pk_sampler import SHORT, Short
+from finetune_bn.metric_learning.resumable_loader import ResumableDataLoader
 
 # Lightning's words for a stage beside the names of the splits.
 SPLITS = {"train": "train", "val": "val", "test": "test", "fit": "train", "validate": "val", "predict": "test"}
@@ -155,6 +156,16 @@ class ImageDataModule(LightningDataModule):
         # Not to the logger: Lightning refuses to start when a foreign module's hyperparameters have the same names.
         self.save_hyperparameters(logger=False)
 
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, weights_only: bool | None = True, **kwargs: Any) -> Any:
+        """Return what a checkpoint holds, as Lightning does; no code in it is run, wherever it comes from.
+
+        Lightning's default for an address is to unpickle it.
+        """
+        if len(args) < 5:  # the fifth is weights_only
+            kwargs["weights_only"] = weights_only is None or weights_only
+        return super().load_from_checkpoint(*args, **kwargs)
+
     @abstractmethod
     def _scan(self) -> Contents:
         """Find out what the data set holds; called once, on first need."""
@@ -268,7 +279,10 @@ class ImageDataModule(LightningDataModule):
                 "BatchNorm behind global pooling fails on it, the others normalize it by itself alone. "
                 "Set drop_last: true, or another train_size or batch_size."
             )
-        return self._loader(images, order, self.batch_size, drop_last=self.drop_last)
+        options = self._options(images, training=True)
+        return ResumableDataLoader(
+            images, sampler=order, batch_size=self.batch_size, drop_last=self.drop_last, **options
+        )
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Return one loader per domain; an empty list if the data set has no validation images."""
@@ -344,11 +358,9 @@ class ImageDataModule(LightningDataModule):
         )
         return ResumableDataLoader(images, batch_sampler=sampler, **self._options(images, training=True))
 
-    def _loader(
-        self, images: ImageSet, order: SeededOrder | None, batch_size: int, drop_last: bool = False
-    ) -> DataLoader[Any]:
+    def _loader(self, images: ImageSet, order: SeededOrder | None, batch_size: int) -> DataLoader[Any]:
         options = self._options(images, training=order is not None)
-        return DataLoader(images, batch_size=batch_size, sampler=order, drop_last=drop_last, **options)
+        return DataLoader(images, batch_size=batch_size, sampler=order, **options)
 
     def _options(self, images: ImageSet, training: bool) -> dict[str, Any]:
         workers = self.num_workers

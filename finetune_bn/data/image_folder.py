@@ -11,6 +11,7 @@ from PIL import Image
 from finetune_bn.data.base import NAMES_SHOWN, Contents, ImageDataModule
 from finetune_bn.data.checks import choice, choices
 from finetune_bn.data.images import ImageSource
+from finetune_bn.data.walk import Walk, check_name, subfolders, visible
 from finetune_bn.errors import BadData, complaint
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -57,7 +58,8 @@ class ImageFolderData(ImageDataModule):
     `validation`) and `test`; without `val` a part of `train` becomes the validation set, without `test` there is no
     test set. Without splits: `root/<class>/*.jpg`, cut into train, val and test by the seed, class by class.
     Sub-folders of a class count as part of it; hidden files are not looked at; files that are no images by their
-    suffix are left alone, counted and listed.
+    suffix are left alone, counted and listed. Links are followed, but each folder is looked at once; a folder that is
+    reached as two classes or splits is refused.
 
     Attributes:
         ignored: the files and folders left alone because they are neither an image nor a split.
@@ -92,7 +94,9 @@ class ImageFolderData(ImageDataModule):
     def _scan(self) -> Contents:
         self.ignored = []
         folders = self._split_folders()
-        entries = {split: self._read(folder) for split, folder in folders.items()}
+        walk = Walk(self.root)
+        entries = {split: self._read(folder, split, walk) for split, folder in folders.items()}
+        self.ignored += walk.left_out
         if self.ignored:
             shown = ", ".join(self.ignored[:NAMES_SHOWN]) + (", ..." if len(self.ignored) > NAMES_SHOWN else "")
             rank_zero_warn(f"{len(self.ignored)} files or folders are not images or splits and left alone: {shown}")
@@ -110,7 +114,7 @@ class ImageFolderData(ImageDataModule):
         found: dict[str, Path] = {}
         for split, names in SPLIT_FOLDERS.items():
             # a folder of that name without sub-folders is a class that happens to be called so
-            present = [self.root / name for name in names if _subfolders(self.root / name)]
+            present = [self.root / name for name in names if subfolders(self.root / name)]
             if len(present) > 1:
                 given = [folder.name for folder in present]
                 raise BadData(complaint(f"root ({self.root})", given, f"one of them, as the {split} split"))
@@ -122,29 +126,31 @@ class ImageFolderData(ImageDataModule):
             raise BadData(complaint(f"root ({self.root})", given, "a train folder beside them", remedy))
         if not found:
             return {"": self.root}
-        others = [path for path in _visible(self.root) if path not in found.values()]
+        others = [path for path in visible(self.root) if path not in found.values()]
         self.ignored += [str(path) for path in others]
         return found
 
-    def _read(self, folder: Path) -> list[Entry]:
+    def _read(self, folder: Path, split: str, walk: Walk) -> list[Entry]:
         if self.domains_from is None:
-            return self._read_classes(folder, ONE_DOMAIN)
-        domains = _subfolders(folder)
+            return self._read_classes(folder, ONE_DOMAIN, split, walk)
+        domains = subfolders(folder)
         if not domains:
             remedy = "Leave domains_from out if the classes lie directly in it."
             raise BadData(complaint(f"root ({folder})", [], "one sub-folder per domain, with the classes", remedy))
-        self.ignored += [str(path) for path in _visible(folder) if not path.is_dir()]
-        return [entry for domain in domains for entry in self._read_classes(domain, domain.name)]
+        self.ignored += [str(path) for path in visible(folder) if not path.is_dir()]
+        return [entry for domain in domains for entry in self._read_classes(domain, domain.name, split, walk)]
 
-    def _read_classes(self, folder: Path, domain: str) -> list[Entry]:
-        classes = _subfolders(folder)
+    def _read_classes(self, folder: Path, domain: str, split: str, walk: Walk) -> list[Entry]:
+        classes = subfolders(folder)
         if not classes:
             raise BadData(complaint(f"root ({folder})", [], "one sub-folder of images per class"))
-        self.ignored += [str(path) for path in _visible(folder) if not path.is_dir()]
+        self.ignored += [str(path) for path in visible(folder) if not path.is_dir()]
         entries: list[Entry] = []
         empty: list[str] = []
         for path in classes:
-            files = _files(path)
+            check_name(path)
+            parts = (split, domain if self.domains_from else "", f"class {path.name}")
+            files = walk.files(path, " ".join(part for part in parts if part))
             images = [file for file in files if file.suffix.lower() in SUFFIXES]
             self.ignored += [str(file) for file in files if file.suffix.lower() not in SUFFIXES]
             entries += [Entry(image, path.name, domain) for image in images]
@@ -207,19 +213,3 @@ class ImageFolderData(ImageDataModule):
 
 def _without_test(splits: dict[str, list[int]]) -> dict[str, list[int]]:
     return {name: splits[name] for name in ("train", "val")}
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return [path for path in _visible(folder) if path.is_dir()] if folder.is_dir() else []
-
-
-def _files(folder: Path) -> list[Path]:
-    """Return all visible files below a folder, in a fixed order; links to folders are followed."""
-    files: list[Path] = []
-    for path in _visible(folder):
-        files += _files(path) if path.is_dir() else [path]
-    return files

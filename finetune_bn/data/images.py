@@ -68,10 +68,10 @@ class ImageSource(ABC):
             return rgb
         except UNREADABLE as error:
             allowed = "an image file that can be read whole"
-            remedy = (
-                f"It failed with: {type(error).__name__}: {error}. "
-                "Replace or remove it, or set on_bad_image: skip to leave out and list all such images."
-            )
+            remedy = f"It failed with: {type(error).__name__}: {error}. "
+            if isinstance(error, Image.DecompressionBombError):
+                remedy += "Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust where it is from. "
+            remedy += "Replace or remove it, or set on_bad_image: skip to leave out and list all such images."
             raise BadData(complaint("image", self.name(index), allowed, remedy)) from error
 
 

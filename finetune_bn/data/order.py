@@ -13,6 +13,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from finetune_bn.data.splits import derive_seed
 from finetune_bn.metric_learning.pk_sampler import PKBatchSampler
+from finetune_bn.metric_learning.resumable_loader import KeepsPlace, Place
+from finetune_bn.utilities.checks import number
 
 
 class Draw(int):
@@ -50,11 +52,12 @@ def randomness(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class SeededOrder(DistributedSampler[Any]):
+class SeededOrder(KeepsPlace, DistributedSampler[Any]):
     """Yields a `Draw` per image in an order that depends on `(seed, epoch)` only, cut for one rank.
 
     The epoch is set by Lightning through `set_epoch`, so a resumed run goes on with the order it would have had;
-    in a plain loop it counts by itself, so that every pass differs. It is a `DistributedSampler` because Lightning
+    in a plain loop it counts by itself, so that every pass differs. In a `ResumableDataLoader` a run goes on in the
+    middle of an epoch, and hears of the epoch before workers begin. It is a `DistributedSampler` because Lightning
     leaves those alone, where it would wrap any other sampler and lose the epoch.
 
     Args:
@@ -67,6 +70,8 @@ class SeededOrder(DistributedSampler[Any]):
             If not, the counts may differ by one and no image is repeated.
     """
 
+    unit = "image"
+
     def __init__(
         self,
         data: Sized,
@@ -77,26 +82,48 @@ class SeededOrder(DistributedSampler[Any]):
         world_size: int = 1,
         even: bool = True,
     ) -> None:
+        self.place = Place()
+        seed = number("seed", seed, whole=True)
+        rank, world_size = number("rank", rank, whole=True), number("world_size", world_size, whole=True)
         super().__init__(data, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        self._total = len(data)
+        self.num_items = len(data)
         self._even = even
 
+    @property
+    def epoch(self) -> int:
+        """Epoch of the pass to come."""
+        return self.place.epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self.place = Place(epoch)
+
     def __iter__(self) -> Iterator[Draw]:
-        """Yield this rank's draws of the current epoch, and move on to the next epoch."""
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        order = list(range(self._total))
+        """Yield this rank's draws of the current epoch, from the place that was loaded; the next pass is the next."""
+        epoch, start = self.begin()
+        return self._draws(epoch, start)
+
+    def _draws(self, epoch: int, start: int) -> Iterator[Draw]:
         if self.shuffle:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-            order = torch.randperm(self._total, generator=generator).tolist()
-        if self._even and order:
-            wanted = len(self) * self.num_replicas
-            order = (order * (wanted // len(order) + 1))[:wanted]
-        return (Draw(index, derive_seed(self.seed, epoch, index)) for index in order[self.rank :: self.num_replicas])
+            order = torch.randperm(self.num_items, generator=generator)
+        else:
+            order = torch.arange(self.num_items)
+        if self._even and len(order):
+            order = order[torch.arange(len(self) * self.num_replicas) % len(order)]
+        for following, index in enumerate(order[self.rank :: self.num_replicas][start:].tolist(), start + 1):
+            self.reached(epoch, following)
+            yield Draw(index, derive_seed(self.seed, epoch, index))
 
     def __len__(self) -> int:
         """Return the number of images that this rank sees in an epoch."""
         extra = self.num_replicas - 1 if self._even else self.num_replicas - 1 - self.rank
-        return (self._total + extra) // self.num_replicas
+        return (self.num_items + extra) // self.num_replicas
+
+    def plan(self) -> dict[str, Any]:
+        """Return what decides the order of all ranks, as plain data."""
+        own = {"seed": self.seed, "shuffle": self.shuffle, "world_size": self.num_replicas, "even": self._even}
+        return {**own, "images": self.num_items}
 
 
 class SeededLabelBatches(PKBatchSampler):
@@ -110,5 +137,5 @@ class SeededLabelBatches(PKBatchSampler):
             start: number of the first batch.
         """
         rank = self.rank
-        for number, batch in enumerate(super().batches(epoch, start), start):
-            yield [Draw(image, derive_seed(self.seed, epoch, rank, number, i)) for i, image in enumerate(batch)]
+        for place, batch in enumerate(super().batches(epoch, start), start):
+            yield [Draw(image, derive_seed(self.seed, epoch, rank, place, i)) for i, image in enumerate(batch)]

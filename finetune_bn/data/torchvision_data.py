@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import tarfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,7 @@ SPLIT_WORDS = {
 }
 # Where data sets keep all labels, so that no image has to be decoded to know them.
 LABEL_ATTRIBUTES = ("targets", "_labels", "labels", "y", "_samples", "samples")
+_FILTER_LOCK = threading.RLock()
 
 
 class WrappedImages(ImageSource):
@@ -152,7 +156,12 @@ class TorchvisionData(ImageDataModule):
             arguments["download"] = self.download
         called = f"torchvision.datasets.{self._name}"
         try:
-            return self._factory(**arguments)
+            with _safe_archives():
+                return self._factory(**arguments)
+        except tarfile.FilterError as error:
+            remedy = f"It said: {error}. Nothing of it is to be trusted; fetch the data set from where it is published."
+            allowed = "an archive whose files all stay in the folder that it is unpacked in"
+            raise BadData(complaint("root", self.root, allowed, remedy)) from error
         except ImportError as error:
             raise MissingDependency(f"{called} needs a package that is not installed: {error}") from error
         except TypeError as error:
@@ -219,6 +228,18 @@ class TorchvisionData(ImageDataModule):
         held_out = official["test"] if "test" in official else official["val"]
         count = len(official["train"])
         return {**self._cut(keys[:count], labels[:count], self.val_fraction, 0.0), "test": held_out}
+
+
+@contextmanager
+def _safe_archives() -> Iterator[None]:
+    """Unpack no file of a tar archive outside its folder; Python does so by itself from 3.14 on, zip always did."""
+    with _FILTER_LOCK:
+        before = tarfile.TarFile.extraction_filter
+        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+        try:
+            yield
+        finally:
+            tarfile.TarFile.extraction_filter = before
 
 
 class _NoSuchSplit(Exception):

@@ -22,10 +22,9 @@ from finetune_bn.layers.group_norm import GroupNorm, eval_batch_norm
 from finetune_bn.layers.norm_act import behind_norm
 from finetune_bn.layers.sites import BatchNormSite
 from finetune_bn.recalibration.collector import cut
-from finetune_bn.recalibration.recalibrate import _undisturbed, _unwrapped
 from finetune_bn.utilities.batches import Chunk, Feeder, Forward, Stock, check_batches
 from finetune_bn.utilities.lockstep import DifferentPaths, caller_settings, meet, run_in_lockstep
-from finetune_bn.utilities.probe import Probe
+from finetune_bn.utilities.probe import Probe, undisturbed, unwrapped
 from finetune_bn.utilities.processes import Ranks
 from finetune_bn.utilities.progress import progress_bar
 
@@ -81,7 +80,7 @@ def calibrate_group_norm(
         FinetuneBNError: an argument, a batch or the model is none that this can work with; too few images; NaN or
             infinite activations. Nothing was changed then.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     sites = group_norm_sites(model)
     check_batches(batches)
     if max_samples is not None and (isinstance(max_samples, bool) or max_samples < _MIN_IMAGES):
@@ -92,7 +91,7 @@ def calibrate_group_norm(
     ranks = Ranks(group, student.device)
     settings = caller_settings(student.device)  # with the caller's autocast, which is off in what follows
     share = max_samples if max_samples is None else -(-max_samples // ranks.world)
-    with _undisturbed(model), progress_bar("Fitting GroupNorm", "layers", len(sites), progress) as report:
+    with undisturbed(model), progress_bar("Fitting GroupNorm", "layers", len(sites), progress) as report:
         twin = batch_norm_twin(model)
         teacher = Feeder(twin, forward, device)
         stock = Stock(check_batches(batches), student, share)

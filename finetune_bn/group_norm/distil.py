@@ -15,9 +15,8 @@ from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.group_norm.twin import batch_norm_twin, group_norm_sites
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.sites import BatchNormSite
-from finetune_bn.recalibration.recalibrate import _undisturbed, _unwrapped
 from finetune_bn.utilities.batches import Chunk, Feeder, Forward, Stock, check_batches, join
-from finetune_bn.utilities.probe import tensors_in
+from finetune_bn.utilities.probe import tensors_in, undisturbed, unwrapped
 from finetune_bn.utilities.processes import Ranks
 from finetune_bn.utilities.progress import progress_bar
 
@@ -99,14 +98,14 @@ def distil(
     check_distillation(
         epochs=epochs, batch_size=batch_size, lr=lr, affine_only=affine_only, blend=blend, max_samples=max_samples
     )
-    model = _unwrapped(model)
+    model = unwrapped(model)
     sites = group_norm_sites(model)
     feeder = Feeder(model, forward, device)
     ranks = Ranks(group, feeder.device)
     share = max_samples if max_samples is None else -(-max_samples // ranks.world)
     kind = feeder.device.type
     amp = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-    with _undisturbed(model), torch.inference_mode(False), contextlib.ExitStack() as stack:
+    with undisturbed(model), torch.inference_mode(False), contextlib.ExitStack() as stack:
         pair = _Pair(sites, feeder, Feeder(batch_norm_twin(model), forward, device))
         stack.enter_context(pair.listening())
         stock = Stock(check_batches(batches), feeder, share)

@@ -24,6 +24,7 @@ def hold_affine(bn: _BatchNorm, *, reset: bool) -> None:
             continue
         before[name] = (parameter.requires_grad, parameter.detach().clone() if reset else None)
         parameter.requires_grad_(False)
+        parameter.grad = None  # with one, and be it zero, an optimizer that holds the parameter moves it
         if reset:
             with torch.no_grad():
                 parameter.fill_(constant)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,11 +47,15 @@ class StatisticsBank:
         """Copy the statistics that the model has now under the name of a domain; one that is there is replaced.
 
         Raises:
-            FinetuneBNError: the name is none, or the model has no statistics.
+            FinetuneBNError: the name is none, or the model has no statistics, or such as are NaN or negative.
         """
         if not isinstance(name, str) or not name:
             raise FinetuneBNError(complaint("name", name, "the name of a domain, a text"))
-        self._domains[name] = _read(model)
+        layers = _read(model)
+        trouble = _trouble(layers)
+        if trouble:
+            raise FinetuneBNError(complaint("model", type(model).__name__, "sound statistics", f"It {trouble}."))
+        self._domains[name] = layers
 
     def use(self, name: str, model: nn.Module) -> None:
         """Write the statistics of a domain into the model's layers, in place; gamma and beta keep their values.
@@ -77,10 +80,17 @@ class StatisticsBank:
         return _Restoring(model)
 
     def save(self, path: str | Path) -> None:
-        """Write the bank to a file, as a whole or not at all."""
+        """Write the bank to a file, as a whole or not at all.
+
+        Raises:
+            FinetuneBNError: it cannot be written.
+        """
         buffer = io.BytesIO()
         torch.save({"format": _FORMAT, "domains": self._domains}, buffer)
-        write_atomically(path, buffer.getvalue())
+        try:
+            write_atomically(path, buffer.getvalue())
+        except OSError as error:
+            raise FinetuneBNError(complaint("path", str(path), "a file that can be written", f"{error}.")) from error
 
     @classmethod
     def load(cls, path: str | Path) -> StatisticsBank:
@@ -89,16 +99,21 @@ class StatisticsBank:
         Raises:
             FinetuneBNError: there is no such file, or it holds no bank.
         """
+        allowed = "a file that StatisticsBank.save wrote"
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise FinetuneBNError(
-                complaint("path", str(path), "a file that StatisticsBank.save wrote", f"{error}")
-            ) from error
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise FinetuneBNError(complaint("path", str(path), "a file that StatisticsBank.save wrote"))
+        except Exception as error:  # torch.load raises whatever broken bytes lead it to
+            why = (str(error).strip().splitlines() or [""])[0]
+            raise FinetuneBNError(complaint("path", str(path), allowed, f"{type(error).__name__}: {why}")) from error
+        domains = content.get("domains") if isinstance(content, dict) and content.get("format") == _FORMAT else None
+        if not isinstance(domains, dict):
+            raise FinetuneBNError(complaint("path", str(path), allowed))
+        for name, layers in domains.items():
+            trouble = "is no name" if not isinstance(name, str) or not name else _trouble(layers)
+            if trouble:
+                raise FinetuneBNError(complaint("path", str(path), allowed, f"Its domain {name!r} {trouble}."))
         bank = cls()
-        bank._domains = content["domains"]
+        bank._domains = domains
         return bank
 
     def __repr__(self) -> str:
@@ -125,6 +140,23 @@ class _Restoring(contextlib.AbstractContextManager[None]):
         with torch.no_grad():
             for tensor, copy in self._copies:
                 tensor.copy_(copy)
+
+
+def _trouble(layers: object) -> str | None:
+    """Return why this is no mean and variance of each layer by its name, or None where it is."""
+    if not isinstance(layers, dict) or not layers:
+        return "has no layers"
+    for name, pair in layers.items():
+        if not isinstance(name, str) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            return f"has no pair of mean and variance for {name!r}"
+        if not all(isinstance(t, Tensor) and t.is_floating_point() and t.dim() == 1 for t in pair):
+            return f"has statistics for {name!r} that are no tensors of floating-point numbers, one a channel"
+        mean, var = pair
+        if mean.shape != var.shape:
+            return f"has {len(mean)} means and {len(var)} variances for {name!r}"
+        if not torch.isfinite(mean).all() or not (torch.isfinite(var) & (var >= 0)).all():
+            return f"has statistics for {name!r} that are NaN, infinite, or a variance below 0"
+    return None
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

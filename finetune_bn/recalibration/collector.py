@@ -7,28 +7,35 @@ those that they had.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.functional.image_spread import ImageSpread
+from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.functional.moments import (
     ImageMoments,
     Moments,
-    accumulator,
     has_long_rows,
     measure_images,
     measures_faster,
     merge_all,
-    merge_rows,
 )
 from finetune_bn.layers.statistics import Statistics, normalize, normalize_by_batch
+from finetune_bn.recalibration.measured_layer import MeasuredLayer
+from finetune_bn.recalibration.rehearsal import patched
 from finetune_bn.utilities.batches import Chunk, Feeder, join, recut
-from finetune_bn.utilities.lockstep import FINISHED, DifferentPaths, caller_settings, meet, run_in_lockstep
+from finetune_bn.utilities.lockstep import (
+    FINISHED,
+    MOST_PASSES,
+    NotSideBySide,
+    caller_settings,
+    meet,
+    run_in_lockstep,
+)
 from finetune_bn.utilities.processes import OtherProcessFailed, Ranks
 
 # All of the first images tell how images differ, later ones at intervals: the estimate needs no more, and costs time.
@@ -36,113 +43,24 @@ _LOOK_AT_ALL, _LOOK_EVERY = 32, 16
 # Images that go through the model at once in lock-step, at most; and on a CPU as many as hold so many values, by which
 # 32 of 64 pixels and 2 of 224 pixels: enough to fill a core, and few enough for its caches.
 PIECE, _VALUES_OF_A_PIECE = 64, 1 << 19
-# So many measurements of a layer are merged at once.
-_MERGE_AT = 32
 
 Settle = Callable[[int, Moments], Statistics]
 
 
 def cut(chunks: Sequence[Chunk], device: torch.device) -> list[Chunk]:
-    """Return the chunks as pieces of the size in which they go through a model in lock-step."""
+    """Return the chunks as pieces of the size in which they go through a model in lock-step.
+
+    Of larger size where they would be more than `MOST_PASSES`; what can be neither cut nor joined stays as it is.
+    """
     size = PIECE
     if chunks and device.type == "cpu":
         fit = max(_VALUES_OF_A_PIECE // max(chunks[0].values_of_an_image, 1), 1)
         size = min(size, 1 << (fit.bit_length() - 1))  # a power of two, as batches are: less to cut and join
-    return list(recut(chunks, size))
-
-
-class Layer:
-    """A layer that measures, and what it has measured.
-
-    What arrives waits and is merged many at once: one by one the small operations would take longer than the sums.
-
-    Args:
-        name: its first name in the model.
-        module: the layer.
-        before: its statistics when the measuring began.
-
-    Attributes:
-        not_finite: numbers of the batches with NaN or infinite values.
-    """
-
-    def __init__(self, name: str, module: nn.Module, before: Statistics) -> None:
-        self.name = name
-        self.module = module
-        self.before = before
-        self.forget()
-
-    def forget(self) -> None:
-        """Start anew."""
-        channels, device = self.before.mean.numel(), self.before.mean.device
-        self._known = (Moments.none(channels, device), ImageSpread.none(channels, device))
-        self.not_finite: set[int] = set()
-        self._waiting: list[Moments] = []
-        self._counts: list[int] = []
-        self._images: list[ImageMoments] = []
-        self._rows = torch.zeros(2, _MERGE_AT, channels, dtype=self.before.mean.dtype, device=device)
-
-    def suits_kernel(self, x: Tensor) -> bool:
-        """Whether BatchNorm's kernel for training can run here; torch refuses to train with eps 0."""
-        return self.before.eps > 0 and self._rows.dtype == accumulator(x)
-
-    @property
-    def next_row(self) -> tuple[Tensor, Tensor]:
-        """Where the kernel for training is to write mean and unbiased variance, before `note_row`; 0 as yet."""
-        mean, var = self._rows[:, len(self._counts)]
-        return mean, var
-
-    def note_row(self, count: int, images: Sequence[ImageMoments]) -> None:
-        """Add what was written to `next_row`: statistics of so many values a channel; and as in `note` the images."""
-        self._counts.append(count)
-        self._images += images
-        if len(self._counts) == _MERGE_AT:
-            self._merge()
-
-    def note(self, moments: Moments, images: Sequence[ImageMoments] = (), not_finite: Iterable[int] = ()) -> None:
-        """Add what arrived, the images among it that tell how images differ, and which batches are not finite."""
-        self._waiting.append(moments)
-        self._images += images
-        self.not_finite.update(not_finite)
-        if len(self._waiting) == _MERGE_AT:
-            self._merge()
-
-    @property
-    def moments(self) -> Moments:
-        """The moments of everything that arrived."""
-        self._merge()
-        return self._known[0]
-
-    @property
-    def spread(self) -> ImageSpread:
-        """How images differ."""
-        self._merge()
-        return self._known[1]
-
-    def _merge(self) -> None:
-        moments, spread = self._known
-        parts = self._waiting
-        if counts := self._counts:
-            means, variances = self._rows[:, : len(counts)]
-            degrees = torch.tensor(counts, device=means.device)[:, None] - 1
-            parts = [*parts, merge_rows(counts, means, variances * degrees)]
-            self._rows.zero_()
-        if parts:
-            moments = merge_all([moments, *parts])
-        if self._images:
-            spread = spread.merge(ImageSpread.of_images(self._images))
-        self._known = moments, spread
-        self._waiting, self._counts, self._images = [], [], []
-
-    def snapshot(self) -> Callable[[], None]:
-        """Return what brings back the state of now."""
-        self._merge()
-        known, not_finite = self._known, set(self.not_finite)
-
-        def restore() -> None:
-            self.forget()
-            self._known, self.not_finite = known, not_finite
-
-        return restore
+    pieces = list(recut(chunks, size))
+    while len(pieces) > MOST_PASSES and size < sum(map(len, chunks)):
+        size *= 2
+        pieces = list(recut(chunks, size))
+    return pieces
 
 
 class Collector:
@@ -154,16 +72,22 @@ class Collector:
         ranks: the processes whose data are pooled.
         settle: turns (number of a layer, moments) into the statistics by which it is to normalize.
         preserve: the layers normalize by what they had, whatever they measure.
+
+    Attributes:
+        order: numbers of the layers, in the order of their first calls.
+        cut_up: whether images that are normalized together go through the model in pieces, in lock-step.
     """
 
-    def __init__(self, layers: Sequence[Layer], feeder: Feeder, ranks: Ranks, settle: Settle, preserve: bool) -> None:
+    def __init__(
+        self, layers: Sequence[MeasuredLayer], feeder: Feeder, ranks: Ranks, settle: Settle, preserve: bool
+    ) -> None:
         self.layers = list(layers)
         self.feeder = feeder
         self.ranks = ranks
         self.settle = settle
         self.preserve = preserve
         self.order: list[int] = []
-        self._cut_up = feeder.device.type == "cpu" and not preserve
+        self.cut_up = feeder.device.type == "cpu" and not preserve
         self._seen = 0
         self._settings = caller_settings(feeder.device)
         self._at = threading.local()
@@ -192,7 +116,7 @@ class Collector:
             chunks: the images; of one `shape_key`.
             as_kernel: the statistics settled on are those measured, which BatchNorm's kernel for training can use.
         """
-        if self._cut_up and len(pieces := self.cut(chunks)) > 1 and self._in_pieces(pieces):
+        if self.cut_up and len(pieces := cut(chunks, self.feeder.device)) > 1 and self._in_pieces(pieces):
             return
         chunk = join(chunks)
         way = self._preserving if self.preserve else partial(self._by_itself, as_kernel=as_kernel)
@@ -202,7 +126,7 @@ class Collector:
     def _in_pieces(self, pieces: Sequence[Chunk]) -> bool:
         """Run the pieces in lock-step: the same, without the large allocations, which cost more than sums.
 
-        False where the pieces take different paths through the model; then nothing was measured.
+        False where the pieces cannot, as they take different paths through the model; then nothing was measured.
         """
         seen, restore = self._seen, [layer.snapshot() for layer in self.layers]
         jobs = [partial(self._feed, piece, self._looked_at(piece)) for piece in pieces]
@@ -213,8 +137,8 @@ class Collector:
         try:
             with self._patched(self._by_all):
                 run_in_lockstep(jobs, pool, self._settings)
-        except DifferentPaths:
-            self._cut_up, self._seen = False, seen
+        except NotSideBySide:
+            self.cut_up, self._seen = False, seen
             for each in restore:
                 each()
             return False
@@ -248,24 +172,15 @@ class Collector:
         later = first + -(start + first) % _LOOK_EVERY
         return [part for part in (slice(0, first), slice(later, number, _LOOK_EVERY)) if part.start < part.stop]
 
-    @contextlib.contextmanager
-    def _patched(self, way: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    def _patched(self, way: Callable[[int, Tensor], Tensor]) -> contextlib.AbstractContextManager[None]:
         """Let the layers compute by `way(number, input)`; their hooks go on as they were."""
-        try:
-            for number, layer in enumerate(self.layers):
-                layer.module.forward = partial(self._arrive, way, number)
-            yield
-        finally:
-            for layer in self.layers:
-                vars(layer.module).pop("forward", None)
 
-    def _arrive(self, way: Callable[[int, Tensor], Tensor], number: int, x: Tensor) -> Tensor:
-        check = getattr(self.layers[number].module, "_check_input_dim", None)
-        if check is not None:
-            check(x)
-        if number not in self.order:
-            self.order.append(number)
-        return way(number, x)
+        def arrive(number: int, x: Tensor) -> Tensor:
+            if number not in self.order:
+                self.order.append(number)
+            return way(number, x)
+
+        return patched([layer.module for layer in self.layers], arrive)
 
     def _preserving(self, number: int, x: Tensor) -> Tensor:
         module = self.layers[number].module
@@ -276,7 +191,8 @@ class Collector:
     def _by_itself(self, number: int, x: Tensor, *, as_kernel: bool) -> Tensor:
         layer = self.layers[number]
         values = x.numel() // x.shape[1]
-        if as_kernel and values > 1 and layer.suits_kernel(x) and not measures_faster(x):
+        kernel = as_kernel and values > 1 and not self._at.chunk.mask and not measures_faster(x)
+        if kernel and layer.suits_kernel(x):
             mean, var = layer.next_row
             y = normalize_by_batch(layer.module, x, layer.before, mean, var)
             if Moments(values, mean, var * (values - 1)).mean_is_in_range():
@@ -287,7 +203,7 @@ class Collector:
                 self._measure(number, x)
             return y
         moments = self._measure(number, x)
-        if values == 1:  # one value alone has no variance to normalize by
+        if moments.count < 2:  # one value alone has no variance to normalize by
             return normalize(layer.module, x, layer.before)
         return normalize(layer.module, x, self.settle(number, moments))
 
@@ -297,17 +213,51 @@ class Collector:
         return normalize(self.layers[number].module, x, settled)
 
     def _measure(self, number: int, x: Tensor) -> Moments:
-        if has_long_rows(x):
+        layer = self.layers[number]
+        counting = self._counting(number, x)
+        if not (x if counting is None else counting).numel():  # as where a detector proposes nothing
+            moments = Moments.none(layer.before.mean.numel(), x.device)
+            layer.note(moments)
+            return moments
+        some: list[ImageMoments] = []
+        if counting is not None:
+            moments = Moments.of(counting)
+        elif has_long_rows(x):
             moments, images = measure_images(x)
-            some = [images[part] for part in self._at.looked_at]
+            if len(x) == len(self._at.chunk):
+                some = [images[part] for part in self._at.looked_at]
         else:
             moments = Moments.of(x)
             some = self._some_images(x, moments.mean)
-        self.layers[number].note(moments, some, () if moments.is_finite else self._not_finite(x))
+        layer.note(moments, some, () if moments.is_finite else self._not_finite(x))
         return moments
 
+    def _counting(self, number: int, x: Tensor) -> Tensor | None:
+        """Return the values of `x` that count, [n, C]; None where all do.
+
+        Raises:
+            BadData: there is no mask for what the layer sees.
+        """
+        chunk: Chunk = self._at.chunk
+        positions = tuple(x.shape[2:])
+        if not chunk.mask or (len(x) == len(chunk) and math.prod(positions) == 1):  # behind the pooling
+            return None
+        for mask in chunk.mask:
+            if tuple(mask.shape) == (len(x), *positions):
+                return x.movedim(1, -1)[mask]
+            if x.dim() == 2 and mask.numel() == len(x):
+                return x[mask.flatten()]
+        given = f"{', '.join(str(tuple(mask.shape)) for mask in chunk.mask)}"
+        allowed = f"one of shape {(len(chunk), *positions)} for layer {self.layers[number].name!r}"
+        if x.dim() == 2:
+            allowed = f"one of {len(x)} values for layer {self.layers[number].name!r}"
+        remedy = "Return several masks, one for each length that layers see, or leave the layer out by layers=."
+        raise BadData(complaint("mask", given, allowed, remedy))
+
     def _some_images(self, x: Tensor, pivot: Tensor) -> list[ImageMoments]:
-        """Return the moments of the images that tell how images differ."""
+        """Return the moments of the images that tell how images differ; none where a row is not an image."""
+        if len(x) != len(self._at.chunk):
+            return []
         return [ImageMoments.of(x[part], pivot) for part in self._at.looked_at if part.start < len(x)]
 
     def _not_finite(self, x: Tensor) -> set[int]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import random
-import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +16,12 @@ from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedL
 from finetune_bn.layers.sites import BatchNormSite, find_batch_norms, find_lookalikes
 from finetune_bn.layers.statistics import Statistics, statistics_of, store, why_no_statistics
 from finetune_bn.recalibration.bank import StatisticsBank
-from finetune_bn.recalibration.collector import Layer
-from finetune_bn.recalibration.measurement import How, Measuring, Mode, Part, Settings
+from finetune_bn.recalibration.measured_layer import MeasuredLayer
+from finetune_bn.recalibration.measurement import Measuring
 from finetune_bn.recalibration.record import LayerRecord, Recalibration
-from finetune_bn.utilities.batches import Feeder, Forward, check_batches
-from finetune_bn.utilities.probe import can_run, quietly
+from finetune_bn.recalibration.settings import How, Mode, Part, RecalibrationSettings
+from finetune_bn.utilities.batches import Feeder, Forward, Mask, check_batches
+from finetune_bn.utilities.probe import undisturbed, unwrapped
 
 
 def recalibrate(
@@ -40,6 +39,8 @@ def recalibrate(
     tolerance: float | None = None,
     batch_size: int | None = None,
     memory: int | None = None,
+    keep_batches: bool | None = None,
+    mask: Mask | None = None,
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     group: torch.distributed.ProcessGroup | None = None,
@@ -76,8 +77,16 @@ def recalibrate(
             sqrt(var + eps) (mean) and relative to var + eps (variance); root mean square over channels.
         batch_size: images that `one_pass` normalizes together; None: as many as fit in memory, 1,024 at most.
         memory: bytes for activations that wait in `exact`; None: half of what the device has free.
+        keep_batches: True passes batches to the model as they come, one after the other. False cuts and joins them to
+            the size that suits the machine. None does so unless a trial with four images shows that it changes what
+            layers see: where the first dimension is not images (clips x frames, bags, time first).
+        mask: `(batch)` that returns which values count, for batches that are padded: a bool tensor [N, positions...]
+            of the positions that BatchNorm layers see, or several for layers that see different numbers of them. For
+            lengths: `mask=lambda batch: torch.arange(batch[0].shape[2]) < batch[1][:, None]`.
         forward: `(model, batch)` that passes a batch to the model; None takes the first tensor of a tuple or list,
-            and of a dict what `model.forward` takes. Batches of tensors may be cut and joined before.
+            and of a dict what `model.forward` takes. With it a batch may be anything: lists of images and targets,
+            padded sequences with lengths, a graph library's batch; what is not tensors with an image in each row is
+            not cut.
         device: where batches are moved to; None: where the model is.
         group: process group over which statistics are pooled; None: all processes, where there are several.
         progress: show a progress bar; None: on a terminal.
@@ -89,11 +98,13 @@ def recalibrate(
         FinetuneBNError: an argument, a batch or the model is none that this can work with; too few images; NaN or
             infinite activations. Nothing was changed then.
     """
-    settings = Settings(mode, how, part, prior, max_samples, min_samples, tolerance, batch_size, memory)
-    model = _unwrapped(model)
-    patterns = (layers,) if isinstance(layers, str) else tuple(layers)
-    feeder = Feeder(model, forward, device)
+    settings = RecalibrationSettings(
+        mode, how, part, prior, max_samples, min_samples, tolerance, batch_size, memory, keep_batches
+    )
+    model = unwrapped(model)
+    patterns = _patterns(layers)
     check_batches(batches)
+    feeder = Feeder(model, forward, device, bool(keep_batches), mask)
     with contextlib.ExitStack() as undo:
         if source is not None:
             if how == "preserve":
@@ -112,7 +123,7 @@ def _recalibrate(
     model: nn.Module,
     batches: Iterable[Any],
     patterns: tuple[str, ...],
-    settings: Settings,
+    settings: RecalibrationSettings,
     feeder: Feeder,
     group: torch.distributed.ProcessGroup | None,
     progress: bool | None,
@@ -120,10 +131,10 @@ def _recalibrate(
     """Measure, and write when everything went well."""
     preserve = settings.how == "preserve"
     sites, left_alone = _choose(model, patterns, settings.how)
-    measured = [Layer(site.names[0], site.module, statistics_of(site.module)) for site in sites]
+    measured = [MeasuredLayer(site.names[0], site.module, statistics_of(site.module)) for site in sites]
     run = Measuring(model, measured, settings, feeder, group)
-    with _undisturbed(model):
-        run.run(batches, progress)
+    with undisturbed(model, feeder.functions) as state:
+        run.run(batches, state, progress)
         after = run.statistics()
         for site, statistics in zip(sites, after, strict=True):
             _check_storable(site, statistics)
@@ -143,6 +154,13 @@ def _recalibrate(
     alone = (*left_alone, *((name, "was not reached by the data") for name in idle))
     used = "exact" if run.exact or preserve else "one_pass"
     return Recalibration(used, settings.how, run.images, tuple(rows), alone, tuple(run.warnings))
+
+
+def _patterns(layers: object) -> tuple[str, ...]:
+    patterns = (layers,) if isinstance(layers, str) else layers
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise FinetuneBNError(complaint("layers", layers, "a name pattern such as 'layer4.*', or a list of them"))
+    return tuple(patterns)
 
 
 def _choose(
@@ -209,31 +227,3 @@ def _row(site: BatchNormSite, before: Statistics, after: Statistics, run: Measur
         after.eps,
         run.standard_error(number),
     )
-
-
-def _unwrapped(model: object) -> nn.Module:
-    """Return the module that does the work; a DDP wrapper would talk to other processes in each forward pass."""
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
-    if not isinstance(model, nn.Module):
-        raise FinetuneBNError(complaint("model", model, "a torch.nn.Module"))
-    sharded = {type(m).__name__ for m in model.modules()} & {"FullyShardedDataParallel"}
-    if sharded or any("FSDPModule" in (b.__name__ for b in type(m).__mro__) for m in model.modules()):
-        raise FinetuneBNError(complaint("model", "a model sharded by FSDP", "a whole one", "Recalibrate before it."))
-    if not can_run(model):
-        raise FinetuneBNError(complaint("model", "tensors without values (meta device, lazy layers)", "a real model"))
-    return model
-
-
-@contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """As `quietly`, and the random states that data sets and transforms use are restored too."""
-    state, numpy = random.getstate(), sys.modules.get("numpy")
-    numpy_state: Any = None if numpy is None else numpy.random.get_state()
-    try:
-        with quietly(model):
-            yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)

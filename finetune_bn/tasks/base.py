@@ -18,10 +18,12 @@ from typing_extensions import override
 
 from finetune_bn.backbones.create import create_backbone, data_config
 from finetune_bn.callbacks import BatchNormConversion, replay
+from finetune_bn.callbacks.batch_composition import warn_of_small_batches
 from finetune_bn.callbacks.conversion import CHECKPOINT_KEY
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.optim.parameter_groups import SCHEDULES, Schedule, lr_factor, parameter_groups
 from finetune_bn.tasks.checks import check_optimizer
+from finetune_bn.tasks.run_state import RunState
 from finetune_bn.utilities.checks import number
 
 
@@ -92,6 +94,17 @@ class TimmTask(pl.LightningModule, ABC):
         self.head_lr_factor, self.affine_lr_factor = head_lr_factor, affine_lr_factor
         self.channels_last, self.compiles = channels_last, compile
         self._loaded_plan: dict[str, Any] | None = None
+        self._run_state = RunState(self)
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, weights_only: bool | None = True, **kwargs: Any) -> Any:
+        """Return what a checkpoint holds, as Lightning does; no code in it is run, wherever it comes from.
+
+        Lightning's default for an address is to unpickle it.
+        """
+        if len(args) < 5:  # the fifth is weights_only
+            kwargs["weights_only"] = weights_only is None or weights_only
+        return super().load_from_checkpoint(*args, **kwargs)
 
     def _build(self, outputs: int) -> None:
         """Make the network, with a head of so many outputs; 0 for none."""
@@ -117,6 +130,19 @@ class TimmTask(pl.LightningModule, ABC):
     @override
     def on_fit_start(self) -> None:
         self._compile()
+
+    @override
+    def on_train_start(self) -> None:
+        self._run_state.start()
+        warn_of_small_batches(self.trainer, self)
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self._run_state.begin_epoch()
+
+    @override
+    def on_before_backward(self, loss: Tensor) -> None:
+        self._run_state.join_sums()
 
     @override
     def on_validation_start(self) -> None:
@@ -164,22 +190,18 @@ class TimmTask(pl.LightningModule, ABC):
         the_plan = next(filter(None, plans), self._loaded_plan)
         if the_plan is not None:
             checkpoint.setdefault(CHECKPOINT_KEY, the_plan)
+        self._run_state.save(checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if replay(checkpoint, self):
             self._loaded_plan = checkpoint[CHECKPOINT_KEY]
+        self._run_state.load(checkpoint)
 
     def _compile(self) -> None:
         # Not before this point: the layers are converted, the weights loaded. In place, so that names stay.
         if self.compiles and self.net._compiled_call_impl is None:
             self.net.compile()
-
-    def _loader_names(self, loaders: int) -> list[str]:
-        """Return one name for each evaluation loader: that of its domain where the data module has one for each."""
-        domains = getattr(getattr(self.trainer, "datamodule", None), "domains", None)
-        named = isinstance(domains, (list, tuple)) and len(domains) == loaders
-        return [str(name) for name in (domains if named and domains else range(loaders))]
 
     def _lr_factor(self) -> Callable[[int], float]:
         """Return the factor on each group's learning rate at an optimizer step, counted from 0."""

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from typing_extensions import override
 
+from finetune_bn.callbacks.module import loader_names
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.frozen import at_least_float32
 from finetune_bn.tasks.base import TimmTask
@@ -127,7 +128,7 @@ class ImageClassification(TimmTask):
             self.test_confusion.compute()
 
     def _scores(self, loaders: int) -> _Scores:
-        return _Scores(self.num_classes, self._loader_names(loaders), self.device)
+        return _Scores(self.num_classes, loader_names(self.trainer, loaders), self.device)
 
     def _evaluate(self, scores: _Scores, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         images, labels = images_and_labels(batch, batch_idx, self.num_classes)

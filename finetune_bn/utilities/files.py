@@ -2,17 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import secrets
+import stat
 from pathlib import Path
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a file so that, whatever happens, there is the old one or the whole new one; folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file so that, whatever happens, there is the old one or the whole new one; folders are made.
+
+    Also after a power failure: the content is on the disk before it takes the old one's name. A link stays a link, and
+    the file that it leads to is written; a file that was there keeps its mode and, where that may be done, its owner;
+    what is no regular file (a pipe, `/dev/stdout`) is written to.
+
+    Args:
+        path: the file.
+        content: what is in it; text as UTF-8.
+
+    Raises:
+        OSError: it cannot be written; a file that may not be written to is not replaced either.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    old = target.stat() if target.exists() else None
+    if old is not None and stat.S_ISDIR(old.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if old is not None and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    if old is not None and not stat.S_ISREG(old.st_mode):
+        target.write_bytes(data)
+        return
+    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        temporary.replace(path)
+        # A new file gets the mode that the user's umask leaves; what is secret is so from the first byte on.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if old is None else 0o600)
+        with os.fdopen(handle, "wb") as file:
+            if old is not None:
+                _take_over(file.fileno(), old)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _take_over(handle: int, old: os.stat_result) -> None:
+    """Give an open file owner and mode of the one that it is to replace."""
+    if not hasattr(os, "fchown"):  # Windows has neither
+        return
+    with contextlib.suppress(OSError):  # only root may give files away
+        os.fchown(handle, old.st_uid, old.st_gid)
+    with contextlib.suppress(OSError):  # some file systems have no modes
+        os.fchmod(handle, stat.S_IMODE(old.st_mode))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the new name reach the disk, on systems where a folder can be synced."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -15,8 +15,20 @@ from finetune_bn.errors import FinetuneBNError, complaint
 FINISHED = -1
 
 
-class DifferentPaths(FinetuneBNError):
+# Passes that stand side by side at most: each has a thread, and holds its activations.
+MOST_PASSES = 64
+
+
+class NotSideBySide(FinetuneBNError):
+    """The passes cannot run side by side; nothing was pooled that they all could use."""
+
+
+class DifferentPaths(NotSideBySide):
     """The passes do not call the same layers in the same order, so there is nothing to pool."""
+
+
+class TooFewThreads(NotSideBySide):
+    """The system starts no further thread; no pass has begun."""
 
 
 class _Cancelled(BaseException):
@@ -31,12 +43,15 @@ class _Pass:
         self.brought: Any = None
         self.answer: Any = None
         self.error: BaseException | None = None
-        self.cancelled = False
+        self.cancelled = self.done = False
         self._job, self._settings = job, settings
         # Queues as semaphores: threading's own take eight times as long to hand over.
         self._go: SimpleQueue[None] = SimpleQueue()
         self._back: SimpleQueue[None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Give the pass its thread, which waits for `proceed`."""
         self._thread.start()
 
     def proceed(self) -> None:
@@ -76,7 +91,7 @@ class _Pass:
             self.error = error
         finally:
             _CURRENT.of = None
-            self.place, self.brought = FINISHED, None
+            self.place, self.brought, self.done = FINISHED, None, True
             self._back.put(None)
 
 
@@ -95,6 +110,11 @@ def meet(place: int, brought: Any) -> Any:
     """
     current: _Pass = _CURRENT.of
     return current.wait_at(place, brought)
+
+
+def inside_a_pass() -> bool:
+    """Whether the calling thread is one that was started here for a forward pass."""
+    return getattr(_CURRENT, "of", None) is not None
 
 
 def run_in_lockstep(
@@ -116,9 +136,9 @@ def run_in_lockstep(
 
     Raises:
         DifferentPaths: the jobs arrived at different layers.
+        TooFewThreads: there is no thread for one of the jobs; none has begun.
     """
-    passes = [_Pass(job, settings) for job in jobs]
-    try:
+    with _started(jobs, settings) as passes:
         for each in passes:
             each.proceed()
         while True:
@@ -142,6 +162,50 @@ def run_in_lockstep(
                 each.answer, each.brought = answer, None
             for each in passes:
                 each.proceed()
+
+
+def run_in_turns(
+    jobs: Sequence[Callable[[], None]],
+    settings: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> list[BaseException | None]:
+    """Run each job to its end, in turns from one `meet` to the next, wherever that is; `meet` returns None.
+
+    Args:
+        jobs: forward passes.
+        settings: opened around each job in its thread.
+
+    Returns:
+        For each job the error that ended it, or None; the others go on.
+
+    Raises:
+        TooFewThreads: there is no thread for one of the jobs; none has begun.
+    """
+    with _started(jobs, settings) as passes:
+        while not all(each.done for each in passes):
+            for each in passes:
+                if not each.done:
+                    with contextlib.suppress(Exception):
+                        each.proceed()
+        return [each.error for each in passes]
+
+
+@contextlib.contextmanager
+def _started(
+    jobs: Sequence[Callable[[], None]], settings: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> Iterator[list[_Pass]]:
+    """Give each job a thread that waits; at the end, or where one cannot be started, end those that wait."""
+    passes: list[_Pass] = []
+    try:
+        for job in jobs:
+            each = _Pass(job, settings)
+            try:
+                each.start()
+            except RuntimeError as error:
+                allowed = f"a system that starts {len(jobs)} threads"
+                remedy = "mode='one_pass' or larger batches need fewer."
+                raise TooFewThreads(complaint("mode", f"thread {len(passes) + 1}: {error}", allowed, remedy)) from error
+            passes.append(each)
+        yield passes
     finally:
         for each in passes:
             each.cancel()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.utilities.lockstep import inside_a_pass
+from finetune_bn.utilities.module_state import ModuleState
+from finetune_bn.utilities.randomness import ONE_THREAD, RandomStates
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,20 @@ def find_probes(model: nn.Module, example_input: Any = None) -> list[Probe]:
             continue
         like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
         generator = torch.Generator().manual_seed(0)
-        image = torch.randn(1, *size, generator=generator).to(like.device, like.dtype)
+        image = torch.randn(1, _channels(module, config or {}, size[0]), *size[1:], generator=generator).to(
+            like.device, like.dtype
+        )
         probes.append(Probe(name, (image,), given=False))
     return probes
+
+
+def _channels(module: nn.Module, config: dict[str, Any], channels: int) -> int:
+    """Return how many channels an image for a timm model has: `in_chans=` changes the stem, and not the config."""
+    names = config.get("first_conv")
+    for name in (names,) if isinstance(names, str) else names or ():
+        with contextlib.suppress(AttributeError):
+            return int(module.get_submodule(name).in_channels)  # type: ignore[arg-type]
+    return channels
 
 
 def can_run(model: nn.Module) -> bool:
@@ -109,10 +124,11 @@ def quietly(model: nn.Module) -> Iterator[None]:
     forward pass (timm's levit and its kin keep attention biases in eval mode) is forgotten: weights may yet be loaded.
     """
     modes = [(module, module.training) for module in model.modules()]
-    plain = [module for module, _ in modes if not isinstance(module, torch.jit.ScriptModule)]
-    before = [(module, dict(vars(module)), _contents(module)) for module in plain]
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     with contextlib.ExitStack() as stack:
+        if not inside_a_pass():  # the thread that started the pass holds it
+            stack.enter_context(ONE_THREAD)
+        before = ModuleState(model, deep=False)
         stack.enter_context(torch.random.fork_rng(devices=[d.index or 0 for d in devices]))
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", *(d.type for d in devices)}:
@@ -130,11 +146,74 @@ def quietly(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
-            for module, attributes, contents in before:
-                vars(module).clear()
-                vars(module).update(attributes)
-                for name, content in contents.items():
-                    _refill(attributes[name], content)
+            before.restore()
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, functions: Iterable[Any] = ()) -> Iterator[ModuleState]:
+    """As `quietly`, for work on data: random states of numpy and Python, buffers and lists come back too.
+
+    Args:
+        model: the model.
+        functions: what else runs besides the model, and may keep something in closures and globals.
+
+    Yields:
+        What the modules hold at the beginning, in eval mode, to begin anew with in between.
+
+    Raises:
+        FinetuneBNError: another thread is at work on a part of the model.
+    """
+    with _at_work_on(model), ONE_THREAD:
+        random = RandomStates()
+        try:
+            with quietly(model):
+                state = ModuleState(model, functions)
+                try:
+                    yield state
+                finally:
+                    state.restore()
+        finally:
+            random.restore()
+
+
+_AT_WORK: dict[int, int] = {}
+_AT_WORK_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def _at_work_on(model: nn.Module) -> Iterator[None]:
+    """Let one thread at a time work on a module: its layers measure, and would measure the other's images too."""
+    parts, own = [id(module) for module in model.modules()], threading.get_ident()
+    with _AT_WORK_LOCK:
+        if any(_AT_WORK.get(part, own) != own for part in parts):
+            allowed = "a model on which no other thread is at work"
+            raise FinetuneBNError(complaint("model", type(model).__name__, allowed, "Wait for it, or take a copy."))
+        fresh = [part for part in parts if part not in _AT_WORK]
+        _AT_WORK.update(dict.fromkeys(fresh, own))
+    try:
+        yield
+    finally:
+        with _AT_WORK_LOCK:
+            for part in fresh:
+                del _AT_WORK[part]
+
+
+def unwrapped(model: object) -> nn.Module:
+    """Return the module that does the work; a DDP wrapper would talk to other processes in each forward pass.
+
+    Raises:
+        FinetuneBNError: it is no module, or one without all its values (sharded, on the meta device, lazy).
+    """
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    if not isinstance(model, nn.Module):
+        raise FinetuneBNError(complaint("model", model, "a torch.nn.Module"))
+    sharded = {type(m).__name__ for m in model.modules()} & {"FullyShardedDataParallel"}
+    if sharded or any("FSDPModule" in (b.__name__ for b in type(m).__mro__) for m in model.modules()):
+        raise FinetuneBNError(complaint("model", "a model sharded by FSDP", "a whole one", "Do it before sharding."))
+    if not can_run(model):
+        raise FinetuneBNError(complaint("model", "tensors without values (meta device, lazy layers)", "a real model"))
+    return model
 
 
 def tensors_in(output: Any, *, detach: bool = True) -> list[Tensor]:
@@ -147,16 +226,6 @@ def tensors_in(output: Any, *, detach: bool = True) -> list[Tensor]:
             parts = [getattr(leaf, f.name) for f in dataclasses.fields(leaf)]
             tensors += tensors_in(parts, detach=detach)
     return tensors
-
-
-def _contents(module: nn.Module) -> dict[str, dict[Any, Any]]:
-    return {name: dict(value) for name, value in vars(module).items() if isinstance(value, dict)}
-
-
-def _refill(held: dict[Any, Any], content: dict[Any, Any]) -> None:
-    if held.keys() != content.keys() or any(held[key] is not value for key, value in content.items()):
-        held.clear()
-        held.update(content)
 
 
 def distance(outputs: list[Tensor], reference: list[Tensor]) -> float:

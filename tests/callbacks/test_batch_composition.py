@@ -24,7 +24,8 @@ import finetune_bn as fbn
 from finetune_bn.callbacks.batch_composition import BatchCompositionGuard, labels_of, pk_violation
 from finetune_bn.callbacks.conversion import BatchNormConversion
 from finetune_bn.errors import BadData, FinetuneBNError
-from finetune_bn.metric_learning.pk_sampler import PKBatchSampler, ResumableDataLoader
+from finetune_bn.metric_learning.pk_sampler import PKBatchSampler
+from finetune_bn.metric_learning.resumable_loader import ResumableDataLoader
 
 P, K = 4, 2
 LABELS = torch.arange(24).repeat_interleave(5)
@@ -247,6 +248,31 @@ def test_the_guard_says_when_a_plain_loader_loses_its_place(
     assert re.search(message, said) if message else not said
     lost = found != [rank[4 if name == "step=4" else 15 :] for rank in whole]
     assert lost == bool(message)
+
+
+class KeepsCount(DataLoader[Any]):
+    """A loader of somebody else that has a state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": 3}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise AssertionError("Lightning 2.6 gives it none: once it does, the warning can go")
+
+
+class Asks(Diary):
+    """Wants to know the number of steps, so that Lightning sets its loaders up before it has read the checkpoint."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+
+def test_the_guard_says_when_lightning_keeps_the_state_of_a_foreign_loader_back(tmp_path: Path) -> None:
+    interrupt(tmp_path / "whole", lambda: make_loader(KeepsCount), 1)
+    trainer = make_trainer(tmp_path, 1, BatchCompositionGuard(), epochs=3)
+    with pytest.warns(UserWarning, match="not given the loader the state .*estimated_stepping_batches"):
+        trainer.fit(Asks(tmp_path), make_loader(KeepsCount), ckpt_path=tmp_path / "whole" / "step=4.ckpt")
 
 
 # Guarded

@@ -272,19 +272,44 @@ def test_a_checkpoint_of_another_module_is_an_error_that_says_so(tmp_path: Path)
 # ---- beside Lightning's own callbacks (each of these moves or resets live BatchNorm)
 
 
-def test_weight_averaging_in_front_of_the_conversion_is_an_error(tmp_path: Path) -> None:
-    for early in (WeightAveraging(), StochasticWeightAveraging(swa_lrs=0.01)):
-        with pytest.raises(FinetuneBNError, match=f"BatchNormConversion before {type(early).__name__}"):
-            trainer(tmp_path, early, BatchNormConversion()).fit(Foreign(), loader())
+class FinetuningScheduler(Callback):
+    """By its name finetuning-scheduler's, which lists the parameters when it is set up."""
 
 
+def test_a_schedule_of_phases_in_front_of_the_conversion_is_an_error(tmp_path: Path) -> None:
+    # finetuning-scheduler: 20 of 31 phases held parameters that were gone.
+    with pytest.raises(FinetuneBNError, match="BatchNormConversion before FinetuningScheduler"):
+        trainer(tmp_path, FinetuningScheduler(), BatchNormConversion()).fit(Foreign(), loader())
+
+
+@pytest.mark.parametrize("affine", ["none", "shift", "merged"])
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("where", ["init", "configure_model"])
-def test_weight_averaging_behind_the_conversion_averages_the_converted_net(where: str, tmp_path: Path) -> None:
+def test_weight_averaging_averages_the_converted_net_wherever_it_stands(
+    where: str, first: bool, affine: Affine, tmp_path: Path
+) -> None:
     model, average = Foreign(where), WeightAveraging()
     before = statistics(Foreign())
-    trainer(tmp_path, BatchNormConversion(fbn.Freeze("shift")), average).fit(model, loader())
+    order: list[Callback] = [average, BatchNormConversion(fbn.Freeze(affine))]
+    trainer(tmp_path, *(order if first else order[::-1])).fit(model, loader())
     assert len(frozen(model)) == 2
-    assert same(statistics(model), before)
+    if affine != "merged":
+        assert same(statistics(model), before)
+    start = make_net()
+    assert not torch.equal(model.backbone[0].weight, start[0].weight)  # the average of what was trained
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_stochastic_weight_averaging_may_stand_in_front_too(first: bool, tmp_path: Path) -> None:
+    models = []
+    for order in (True, False) if first else (False, True):
+        model = Foreign()
+        swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+        both: list[Callback] = [swa, BatchNormConversion()]
+        trainer(tmp_path, *(both if order else both[::-1]), epochs=3).fit(model, loader())
+        models.append(model)
+    assert same(models[0].state_dict(), models[1].state_dict())
+    assert len(frozen(models[0])) == 2
 
 
 def test_stochastic_weight_averaging_leaves_frozen_statistics_alone_and_resets_live_ones(tmp_path: Path) -> None:

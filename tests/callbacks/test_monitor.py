@@ -668,3 +668,48 @@ def test_layers_that_are_frozen_in_the_middle_of_the_training_are_seen_as_such(t
     trainer(tmp_path, Freezes(), monitor, Watch(), steps=18).fit(Foreign(), at_random())
     assert live[0]
     assert not live[-1]
+
+
+class Fails(Foreign):
+    """Raises in a pass that is none of the training, in the mode asked for."""
+
+    mode = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        live = any(m.training for m in self.modules() if isinstance(m, nn.BatchNorm2d))
+        if not torch.is_grad_enabled() and self.mode and live == (self.mode == "train"):
+            raise RuntimeError("on this process alone")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("here", "decisions"), [("eval", [True, False]), ("train", [True, True, False])])
+def test_beside_synchronized_layers_a_look_that_fails_in_one_process_makes_as_many_decisions_as_the_others(
+    here: str, decisions: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What one process says last is what all hear, so none is left waiting in a pass that the other does not make.
+    made: list[list[bool]] = []
+    for mode in (here, ""):
+        said: list[bool] = []
+        script = [True] * (len(decisions) - 1) + [False] if mode == "" else None
+
+        class Module(Fails):
+            pass
+
+        Module.mode = mode
+
+        class Watched(BatchNormMonitor):
+            def on_train_start(self, *args: Any) -> None:
+                super().on_train_start(*args)
+                self._synchronized = True
+
+        def reduce(self: Any, mine: bool, all: bool = True, said: Any = said, script: Any = script) -> bool:
+            said.append(mine)
+            return mine if script is None else script[len(said) - 1]
+
+        monkeypatch.setattr("lightning.pytorch.strategies.SingleDeviceStrategy.reduce_boolean_decision", reduce)
+        monitor = Watched(every_n_steps=1, leakage_every_n_looks=0)
+        with pytest.warns(UserWarning, match="a look failed, and there will be no more"):
+            trainer(tmp_path, monitor, steps=4).fit(Module(), at_random())
+        made.append(said)
+    assert made[0] == decisions
+    assert len(made[1]) == len(made[0])

@@ -254,10 +254,10 @@ def test_an_error_in_writing_leaves_what_was_there(tmp_path: Path, monkeypatch: 
     output = tmp_path / "out.ckpt"
     output.write_text("an older one")
 
-    def full(self: Path, content: bytes) -> int:
+    def full(handle: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FinetuneBNError, match=r"output: got .*out\.ckpt'; allowed: a file that can be written. no sp"):
         recalibrated(path, output)
     assert output.read_text() == "an older one"

@@ -628,8 +628,8 @@ def test_too_few_images_are_an_error(tmp_path: Path) -> None:
         ({"per_domain": True}, "per_domain: got True; allowed: true with when=test"),
         ({"when": "test", "how": "preserve"}, "how: got 'preserve'; .* changes nothing in a test"),
         ({"source_first": True}, "source_first: got True; allowed: true with when=test .* use how=preserve"),
-        ({"mode": "fast"}, "mode: got 'fast'; allowed: 'auto', 'exact', 'one_pass'"),
-        ({"max_samples": 0}, "max_samples: got 0; allowed: a number above 0"),
+        ({"mode": "fast"}, "mode: got 'fast'; allowed: auto, exact, one_pass"),
+        ({"max_samples": 0}, "max_samples: got 0; allowed: a whole number from 1 up"),
         ({"prior": -1}, "prior: got -1"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -593,3 +594,31 @@ def test_processes_that_wait_for_gradients_of_what_leaves_are_an_error_before_th
     # Two processes, also because Lightning's ddp on one device would leave this process with other thread settings.
     with pytest.raises(ProcessRaisedException, match=match):
         trainer(tmp_path, third(fbn.Freeze(affine)), strategy="ddp_fork", devices=2).fit(Foreign(), loader())
+
+
+# A training that ends before the switch
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("early stop", {"epochs": 5}),
+        ("fast_dev_run", {"fast_dev_run": 1}),
+        ("few batches", {"epochs": 1, "limit_train_batches": 2}),
+    ],
+)
+def test_a_training_that_ends_before_the_switch_says_that_its_layers_are_live(
+    kind: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    callbacks: list[Callback] = [third(recalibrate=False)]
+    if kind == "early stop":
+        callbacks.append(Until(1))
+    with pytest.warns(UserWarning, match=r"ended at step \d+ with live BatchNorm layers.*for its last 33%"):
+        trainer(tmp_path, *callbacks, **arguments).fit(Foreign(), loader())
+
+
+def test_a_training_that_was_frozen_says_nothing_of_the_kind(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, third(recalibrate=False)).fit(Foreign(), loader())
+    assert not any("with live BatchNorm" in str(w.message) for w in caught)

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
 
-from finetune_bn.cli.commands import FinetuneBNCLI, main, readable
+from finetune_bn.cli import FinetuneBNCLI, main, readable
 from finetune_bn.conversion.plan import Plan
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.layers.frozen import FrozenBatchNorm
@@ -336,7 +336,7 @@ def test_a_fault_while_an_error_of_ours_is_handled_is_not_hidden_behind_it(monke
         except FinetuneBNError:
             raise ZeroDivisionError from None
 
-    monkeypatch.setattr("finetune_bn.cli.commands.plan", fail)
+    monkeypatch.setattr("finetune_bn.cli.trainer.plan", fail)
     with pytest.raises(ZeroDivisionError):
         main([*PLAN])
 

@@ -20,8 +20,7 @@ import yaml
 from PIL import Image
 
 from finetune_bn.callbacks import GroupNormCalibration
-from finetune_bn.cli import configs
-from finetune_bn.cli.commands import FinetuneBNCLI, main
+from finetune_bn.cli import FinetuneBNCLI, configs, main
 from finetune_bn.layers import FrozenBatchNorm, GroupNorm
 from finetune_bn.tasks import MetricLearning
 

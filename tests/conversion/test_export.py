@@ -147,6 +147,55 @@ def test_a_program_that_computes_something_else_is_not_written(tmp_path: Path) -
     assert (tmp_path / "model.pt2").read_text(encoding="utf-8") == "an older one"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["conv1.weight", "bn2.running_mean", "head.bias"])
+def test_a_network_whose_weights_are_no_numbers_is_refused(tmp_path: Path, where: str, value: float) -> None:
+    model, x = build("plain")
+    model.state_dict()[where].view(-1)[0] = value
+    with pytest.raises(fbn.FinetuneBNError, match=rf"model: got 'NaN or infinite values in {where}'.*diverged"):
+        export(model, tmp_path / "model.pt2", x)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_returns_nan_is_refused_and_one_that_returns_infinity_is_not(tmp_path: Path) -> None:
+    class Returns(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x > 0, x, self.value)
+
+    x = torch.tensor([[1.0, -1.0], [2.0, 3.0]])
+    with pytest.raises(fbn.FinetuneBNError, match="outputs that are NaN"):
+        export(Returns(float("nan")), tmp_path / "model.pt2", x)
+    assert list(tmp_path.iterdir()) == []
+    export(Returns(float("-inf")), tmp_path / "model.pt2", x)
+
+
+def test_weights_that_no_onnx_file_can_hold_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    model, x = build("plain")
+    model.huge = nn.Parameter(torch.zeros(1).expand(600_000_000))  # 2.4 GB, which take none
+    with pytest.raises(fbn.FinetuneBNError, match=r"output: got 'weights of 2.2 GB'; allowed: up to 2 GB.*\.pt2"):
+        export(model, tmp_path / "model.onnx", x)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_that_cannot_be_captured_is_one_clear_error(tmp_path: Path, kind: str) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(x) if x.sum() > 0 else x
+
+    with pytest.raises(fbn.FinetuneBNError, match=r"model: got 'Branches'; allowed: a network that torch.export"):
+        export(Branches(), tmp_path / f"model{kind}", torch.randn(IMAGE))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_onnx_there_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = build("plain")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

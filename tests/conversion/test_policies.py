@@ -167,6 +167,14 @@ def test_a_rule_describes_its_conditions() -> None:
     assert Rule(fbn.Keep(), stage=0).describe() == "stage=0"
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """Return rules within rules, deeper than Python goes."""
+    data: dict[str, Any] = {"policy": "Keep"}
+    for _ in range(depth):
+        data = {"policy": "Rules", "rules": [{"policy": data, "name": "*"}]}
+    return data
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -184,6 +192,12 @@ def test_a_rule_describes_its_conditions() -> None:
         ({"policy": "Rules", "rules": [{"policy": {"policy": "Keep"}, "nam": "*"}]}, "allowed: the arguments of Rules"),
         ({"policy": "Rules", "rules": [{"name": "*"}]}, "allowed: the arguments of Rules"),
         ({"policy": "Rules", "rules": [{"policy": {"policy": "Thaw"}, "name": "*"}]}, "policy: got 'Thaw'"),
+        ({"policy": ["Freeze"]}, r"policy: got \['Freeze'\]; allowed: a dict"),
+        ({"policy": {"policy": "Freeze"}}, "allowed: a dict"),
+        ({"policy": "Freeze", 5: "none"}, "allowed: the arguments of Freeze"),
+        ({"policy": "Rules", "rules": 5}, "allowed: the arguments of Rules"),
+        ({"policy": "Rules", "rules": ["ab"]}, "allowed: the arguments of Rules"),
+        (nested(2000), "rule.policy: got 'Rules'; allowed: .*not rules within rules"),
     ],
 )
 def test_data_that_describe_no_policy_are_one_clear_error(data: Any, message: str) -> None:

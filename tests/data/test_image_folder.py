@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,3 +198,97 @@ def test_bad_domain_arguments_are_refused(make_folder: MakeFolder) -> None:
         data_of(root, train_domains=["art"])
     with pytest.raises(BadData, match="Leave domains_from out"):
         data_of(root / "cat", domains_from="subfolder").setup("fit")
+
+
+# Links, and what is no file
+
+
+def test_a_link_in_a_circle_adds_no_image_and_is_named(make_folder: MakeFolder) -> None:
+    """faults.md F14: a loop turned 24 files into 504, and test images were trained on."""
+    root = make_folder("train", "test", count=6)
+    (root / "train" / "cat" / "again").symlink_to(root, target_is_directory=True)
+    (root / "train" / "dog" / "here").symlink_to(root / "train" / "dog", target_is_directory=True)
+    data = data_of(root, val_fraction=0.2)
+    with pytest.warns(
+        UserWarning, match=r"2 files or folders .*train/cat/again \(a link to a folder above it, .*images\)"
+    ):
+        data.setup()
+    names = [name for split in ("train", "val", "test") for name in data.image_set(split).names]
+    assert len(names) == len(set(names)) == 24
+    assert all("/test/" not in name for split in ("train", "val") for name in data.image_set(split).names)
+
+
+@pytest.mark.parametrize("what", ["cat", "cat/1.png"])
+def test_an_image_of_another_split_behind_a_link_is_refused_by_both_names(make_folder: MakeFolder, what: str) -> None:
+    root = make_folder("train", "test")
+    (root / "train" / "cat" / ("linked" + Path(what).suffix)).symlink_to(root / "test" / what)
+    with pytest.raises(BadData, match=r"test/cat.* \(test class cat\)'.* Remove one of them: .*train/cat/linked"):
+        data_of(root).setup()
+
+
+def test_an_image_of_another_class_behind_a_link_is_refused(make_folder: MakeFolder) -> None:
+    root = make_folder()
+    (root / "bird").symlink_to(root / "cat", target_is_directory=True)
+    with pytest.raises(BadData, match=r"cat \(class cat\)'.*Remove one of them: .*bird \(class bird\) is the same"):
+        data_of(root).setup()
+
+
+def test_links_to_folders_elsewhere_are_followed_once(make_folder: MakeFolder, tmp_path: Path) -> None:
+    root = make_folder(count=20)
+    shutil.move(root / "cat", tmp_path / "cats")
+    (root / "cat").symlink_to(tmp_path / "cats", target_is_directory=True)
+    (root / "cat" / "twice.png").symlink_to(tmp_path / "cats" / "0.png")
+    data = data_of(root)
+    with pytest.warns(UserWarning, match=r"twice.png \(the same as .*0.png\)"):
+        data.setup()
+    assert sum(len(data.split(split)) for split in ("train", "val", "test")) == 40
+
+
+def test_what_does_not_end_when_read_is_left_out_and_named(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(count=20)
+    os.mkfifo(root / "cat" / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(root / "dog")  # the path of a socket must be short
+        listener.bind("wire.png")
+        (root / "dog" / "zero.png").symlink_to("/dev/zero")
+        data = data_of(root)
+        with pytest.warns(UserWarning, match=r"pipe.png \(a FIFO, no file\).*wire.png \(a socket.*zero.png \(a device"):
+            data.setup()
+    assert sum(len(data.split(split)) for split in ("train", "val", "test")) == 40
+
+
+def test_a_link_that_leads_nowhere_is_an_image_that_cannot_be_read(make_folder: MakeFolder) -> None:
+    root = make_folder(count=20)
+    (root / "cat" / "gone.png").symlink_to(root / "nowhere.png")
+    data = data_of(root, on_bad_image="skip", val_fraction=0, test_fraction=0)
+    with pytest.warns(UserWarning, match="1 of 41 train images cannot be read and are left out: .*gone.png"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize("place", [b"cat/\xff\xfe.png", b"\xe9t\xe9/1.png"])
+def test_a_name_that_is_no_utf8_is_refused_by_name(make_folder: MakeFolder, place: bytes) -> None:
+    root = make_folder()
+    path = os.path.join(os.fsencode(root), place)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    shutil.copy(root / "cat" / "0.png", path)
+    with pytest.raises(BadData, match=r"file name: got b'.*\\x(ff|e9).*names in UTF-8.*Rename it"):
+        data_of(root).setup()
+
+
+def test_an_image_too_large_to_be_decoded_is_refused_before_it_fills_the_memory(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A PNG of 20,000 x 20,000 white pixels is 50 KB on the disk and 1.2 GB in memory."""
+    root = make_folder(count=1)
+    row = zlib.compress(b"\x00" * (20_000 // 8 + 1) * 20_000, 9)
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", row), (b"IEND", b"")]
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    (root / "cat" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    data = data_of(root, val_fraction=0, test_fraction=0)
+    with pytest.raises(BadData, match=r"cat/0.png'.*exceeds limit.*Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS"):
+        data.image_set("train")[0]

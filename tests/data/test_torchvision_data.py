@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import pickle
 import struct
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +14,7 @@ import torch
 import torchvision.datasets
 from PIL import Image
 from torchvision.datasets import VisionDataset
+from torchvision.datasets.utils import extract_archive
 
 from finetune_bn.data import TorchvisionData
 from finetune_bn.errors import BadData, MissingDependency
@@ -238,3 +241,30 @@ def test_options_are_checked_by_name_and_missing_ones_are_named(tmp_path: Path) 
         data_of(name="FakeData", options={"sise": 3})
     with pytest.raises(BadData, match=r"options: got {}; allowed: with \['split'\], which .*EMNIST needs"):
         data_of(name="EMNIST", root=str(tmp_path)).setup("fit")
+
+
+@pytest.mark.parametrize("member", ["../outside.txt", "/tmp/finetune_bn_outside.txt"])
+def test_an_archive_that_would_write_outside_its_folder_is_refused(
+    register: Register, tmp_path: Path, member: str
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    with tarfile.open(root / "data.tar", "w") as archive:
+        entry = tarfile.TarInfo(member)
+        entry.size = 4
+        archive.addfile(entry, io.BytesIO(b"evil"))
+        if member.startswith("/"):
+            link = tarfile.TarInfo("link")
+            link.type, link.linkname = tarfile.SYMTYPE, member
+            archive.addfile(link)
+
+    def init(self: Official, root: str, split: str = "train", download: bool = False) -> None:
+        extract_archive(str(Path(root, "data.tar")), root)
+
+    register({"train": 8}, __init__=init)
+    before = tarfile.TarFile.extraction_filter
+    with pytest.raises(BadData, match=r"all stay in the folder that it is unpacked in\. It said: .*(outside|absolute)"):
+        data_of(name="Made", root=str(root)).setup()
+    assert not (tmp_path / "outside.txt").exists()
+    assert not Path("/tmp/finetune_bn_outside.txt").exists()
+    assert tarfile.TarFile.extraction_filter is before

@@ -20,7 +20,8 @@ import torch.multiprocessing as mp
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from finetune_bn.errors import BadData, FinetuneBNError
-from finetune_bn.metric_learning.pk_sampler import PKBatchSampler, ResumableDataLoader
+from finetune_bn.metric_learning.pk_sampler import PKBatchSampler
+from finetune_bn.metric_learning.resumable_loader import ResumableDataLoader
 
 # 20 labels of 3 to 9 images, in no order.
 SIZES = [3 + number % 7 for number in range(20)]
@@ -258,6 +259,57 @@ def test_processes_that_start_later_give_the_sampler_its_rank(world_size: int, t
     found = run_processes(world_size, tmp_path, pk(seed=5))
     expected = [[list(s.batches(epoch)) for epoch in range(3)] for s in ranks(world_size, seed=5)]
     assert found == expected
+
+
+# Size
+
+
+def test_a_million_images_in_a_hundred_thousand_labels_give_whole_batches_anywhere_in_the_epoch() -> None:
+    labels = torch.randint(0, 100_000, (1_000_000,), generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sampler = PKBatchSampler(labels, 16, 4, seed=2)
+    last, of = len(sampler) - 3, labels.tolist()
+    for batch in sampler.batches(1, start=last):
+        assert composition(batch, of) == [4] * 16
+    middle = list(itertools.islice(sampler.batches(1, start=last - 2), 3))
+    assert middle[2] == next(sampler.batches(1, start=last))  # computed by itself, not dealt from the beginning
+
+
+@pytest.mark.parametrize("sizes", [(3, 7, 7), (1, 2, 40), (5, 6, 9, 2)])
+@pytest.mark.parametrize("k", [2, 3, 4, 5])
+def test_images_of_small_labels_come_equally_often_though_they_are_gone_through_many_times(
+    sizes: tuple[int, ...], k: int
+) -> None:
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sampler = PKBatchSampler(labels, 2, k, num_batches=300)
+    batches = list(sampler)
+    drawn = Counter(image for batch in batches for image in batch)
+    for label, size in enumerate(sizes):
+        counts = [drawn[image] for image, other in enumerate(labels) if other == label]
+        assert max(counts) - min(counts) <= 1
+        hands = [tuple(image for image in batch if labels[image] == label) for batch in batches]
+        assert all(len(set(hand)) == min(size, k) for hand in hands if hand)
+        assert len({hand for hand in hands if hand}) > 1 or size == 1  # shuffled anew, not one order for ever
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    plain = pk(seed=3, num_batches=5, rank=1, world_size=2)
+    numbers = {"seed": np.int64(3), "num_batches": np.int32(5), "rank": np.int64(1), "world_size": np.uint8(2)}
+    sampler = PKBatchSampler(LABELS, np.int64(4), np.int16(3), **numbers)  # type: ignore[arg-type]
+    assert list(sampler) == list(plain)
+    assert json.loads(json.dumps(sampler.state_dict())) == plain.state_dict()
+    sampler.set_epoch(np.int64(4))  # type: ignore[arg-type]
+    assert next(iter(sampler)) == next(plain.batches(4))
+
+
+def test_a_state_of_the_way_of_dealing_before_is_refused() -> None:
+    state = pk().state_dict()
+    del state["plan"]["version"]
+    with pytest.raises(FinetuneBNError, match="version None -> 2"):
+        pk().load_state_dict(state | {"batch": 2})
 
 
 # Resuming

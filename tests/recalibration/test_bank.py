@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import finetune_bn as fbn
 from finetune_bn.errors import FinetuneBNError
-from finetune_bn.recalibration.bank import StatisticsBank
+from finetune_bn.recalibration.bank import _FORMAT, StatisticsBank
 from tests.models import Plain, settle
 from tests.tools import assert_same_state, untouched
 
@@ -102,6 +102,65 @@ def test_unknown_domains_other_models_and_other_files_are_one_clear_error(tmp_pa
     for path in (tmp_path / "other.pt", tmp_path / "missing.pt"):
         with pytest.raises(FinetuneBNError, match=r"a file that StatisticsBank\.save wrote"):
             StatisticsBank.load(path)
+
+
+GOOD = (torch.zeros(6), torch.ones(6))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ({"format": "finetune_bn.StatisticsBank 1"}, ""),
+        ({"format": "finetune_bn.StatisticsBank 1", "domains": [1]}, ""),
+        ({"day": {}}, "'day' has no layers"),
+        ({"day": {"bn1": GOOD}, "": {"bn1": GOOD}}, "'' is no name"),
+        ({"day": {"bn1": torch.zeros(6)}}, "no pair of mean and variance for 'bn1'"),
+        ({"day": {"bn1": (torch.zeros(6), 1.0)}}, "'bn1' that are no tensors"),
+        ({"day": {"bn1": (torch.zeros(6).long(), torch.ones(6))}}, "'bn1' that are no tensors"),
+        ({"day": {"bn1": (torch.zeros(6, 1), torch.ones(6, 1))}}, "'bn1' that are no tensors"),
+        ({"day": {"bn1": (torch.zeros(6), torch.ones(5))}}, "6 means and 5 variances"),
+        ({"day": {"bn1": GOOD, "bn2": (torch.zeros(6), -torch.ones(6))}}, "'bn2' that are NaN, infinite, or a var"),
+        ({"day": {"bn1": (torch.zeros(6) * float("nan"), torch.ones(6))}}, "'bn1' that are NaN"),
+        (b"no file of torch", ""),
+        (b"", ""),
+    ],
+    ids=str,
+)
+def test_a_file_that_holds_no_sound_bank_is_one_clear_error(content: Any, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "bank.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content if "format" in content else {"format": _FORMAT, "domains": content}, path)
+    with pytest.raises(FinetuneBNError, match=rf"path: got .*StatisticsBank\.save wrote.*{why}"):
+        StatisticsBank.load(path)
+
+
+def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"format": _FORMAT, "domains": Evil()}, tmp_path / "bank.pt")
+    with pytest.raises(FinetuneBNError, match="path: got"):
+        StatisticsBank.load(tmp_path / "bank.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_statistics_that_are_no_numbers_are_not_kept_and_the_older_ones_stay() -> None:
+    model = net()
+    bank = filled(model)
+    model.bn1.running_var[2] = float("nan")
+    with pytest.raises(FinetuneBNError, match="'bn1' that are NaN"):
+        bank.keep("day", model)
+    bank.use("day", model)
+    assert torch.isfinite(model.bn1.running_var).all()
+
+
+def test_a_bank_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    bank = filled(net())
+    with pytest.raises(FinetuneBNError, match=r"path: got .*a file that can be written"):
+        bank.save(tmp_path)
 
 
 def test_a_restoring_that_is_called_off_leaves_the_new_statistics() -> None:

@@ -14,7 +14,9 @@ from finetune_bn.errors import FinetuneBNError
 from finetune_bn.functional.moments import Moments
 from finetune_bn.layers.statistics import Statistics, statistics_of
 from finetune_bn.recalibration import collector as collecting
-from finetune_bn.recalibration.collector import PIECE, Collector, Layer
+from finetune_bn.recalibration import measured_layer
+from finetune_bn.recalibration.collector import PIECE, Collector
+from finetune_bn.recalibration.measured_layer import MeasuredLayer
 from finetune_bn.utilities.batches import Chunk, Feeder, join
 from finetune_bn.utilities.processes import Ranks
 from tests.models import Plain, Tied, settle
@@ -38,7 +40,7 @@ def chunks(x: Tensor, *sizes: int) -> list[Chunk]:
 
 def collector(model: nn.Module, names: tuple[str, ...] = ("bn1", "bn2"), preserve: bool = False) -> Collector:
     feeder = Feeder(model, None, None)
-    layers = [Layer(name, m, statistics_of(m)) for name, m in ((n, model.get_submodule(n)) for n in names)]
+    layers = [MeasuredLayer(name, m, statistics_of(m)) for name, m in ((n, model.get_submodule(n)) for n in names)]
 
     def settle_on(number: int, moments: Moments) -> Statistics:
         return layers[number].before.moved_to(moments.mean, moments.var(correction=1), preserve=preserve)
@@ -46,7 +48,7 @@ def collector(model: nn.Module, names: tuple[str, ...] = ("bn1", "bn2"), preserv
     return Collector(layers, feeder, Ranks(None, feeder.device), settle_on, preserve)
 
 
-def check(layer: Layer, values: list[np.ndarray[Any, Any]], rtol: float = 1e-5) -> None:
+def check(layer: MeasuredLayer, values: list[np.ndarray[Any, Any]], rtol: float = 1e-5) -> None:
     """Assert that a layer has measured these inputs, [N, C, ...] each."""
     flat = np.concatenate([np.moveaxis(v, 1, 0).reshape(v.shape[1], -1) for v in values], 1)
     assert layer.moments.count == flat.shape[1]
@@ -153,10 +155,12 @@ def test_a_shared_layer_measures_all_its_calls() -> None:
     assert [float(layer.moments.count) for layer in found.layers] == [2 * 4 * 36, 4 * 36]
 
 
-@pytest.mark.parametrize("number", [1, collecting._MERGE_AT - 1, collecting._MERGE_AT, 2 * collecting._MERGE_AT + 3])
+@pytest.mark.parametrize(
+    "number", [1, measured_layer._MERGE_AT - 1, measured_layer._MERGE_AT, 2 * measured_layer._MERGE_AT + 3]
+)
 def test_however_many_measurements_wait_a_layer_merges_them_all_once(number: int) -> None:
     bn = nn.BatchNorm1d(3)
-    layer = Layer("bn", bn, statistics_of(bn))
+    layer = MeasuredLayer("bn", bn, statistics_of(bn))
     x = torch.randn(number, 5, 3)
     for i, part in enumerate(x):
         layer.note(Moments.of(part))
@@ -170,7 +174,7 @@ def test_however_many_measurements_wait_a_layer_merges_them_all_once(number: int
 
 def test_a_snapshot_brings_back_what_was_known() -> None:
     bn = nn.BatchNorm1d(3)
-    layer = Layer("bn", bn, statistics_of(bn))
+    layer = MeasuredLayer("bn", bn, statistics_of(bn))
     layer.note(Moments.of(torch.randn(5, 3)))
     restore = layer.snapshot()
     layer.note(Moments.of(torch.full((5, 3), float("nan"))), (), [1])

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune_bn.errors import BadData, FinetuneBNError
+from finetune_bn.errors import BadData
 from finetune_bn.functional.moments import Moments
 from finetune_bn.layers.statistics import statistics_of
-from finetune_bn.recalibration.collector import Layer
-from finetune_bn.recalibration.measurement import Measuring, Settings
+from finetune_bn.recalibration.measured_layer import MeasuredLayer
+from finetune_bn.recalibration.measurement import Measuring
+from finetune_bn.recalibration.settings import RecalibrationSettings
 from finetune_bn.utilities.batches import Feeder
+from finetune_bn.utilities.module_state import ModuleState
 from tests.models import Plain, settle
 from tests.references import as_array
 from tests.tools import untouched
@@ -43,8 +45,14 @@ def images(number: int) -> Tensor:
 
 
 def measuring(model: nn.Module, **changes: Any) -> Measuring:
-    layers = [Layer(n, m, statistics_of(m)) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    return Measuring(model, layers, Settings(**(DEFAULTS | changes)), Feeder(model, None, None), None)
+    layers = [MeasuredLayer(n, m, statistics_of(m)) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    return Measuring(
+        model,
+        layers,
+        RecalibrationSettings(**(DEFAULTS | changes)),
+        Feeder(model, None, None),
+        None,
+    )
 
 
 @pytest.mark.parametrize("mode", ["exact", "one_pass"])
@@ -53,7 +61,7 @@ def test_measuring_writes_nothing(mode: str, how: str) -> None:
     model, x = net(), images(16)
     run = measuring(model, mode=mode, how=how)
     with untouched(model), torch.no_grad():
-        run.run(x.split(5), False)
+        run.run(x.split(5), ModuleState(run.model), False)
     assert run.images == 16
     first = run.statistics()[0]
     arrived = as_array(model.conv1(x))
@@ -91,7 +99,7 @@ def test_memory_is_weighed_only_where_it_decides() -> None:
         model = net()
         model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
         with torch.no_grad():
-            measuring(model, **changes).run(images(16).split(16), False)
+            measuring(model, **changes).run(images(16).split(16), ModuleState(model), False)
         return calls[0] == 2  # two images, in front of the sixteen
 
     assert weighs()
@@ -105,7 +113,7 @@ def test_memory_is_weighed_only_where_it_decides() -> None:
 def test_one_pass_takes_as_many_images_as_fit_and_1024_at_most(memory: int, largest: int) -> None:
     run = measuring(net(), mode="one_pass", memory=memory)
     with torch.no_grad():
-        run.run(images(16).split(8), False)
+        run.run(images(16).split(8), ModuleState(run.model), False)
     assert run._chunk_size() == largest
     assert measuring(net(), mode="one_pass", batch_size=7)._chunk_size() == 7
 
@@ -115,7 +123,7 @@ def test_the_error_is_that_of_images_and_the_target_what_the_error_asks_for() ->
     x = torch.randn(64, 3, 1, 1) + torch.zeros(64, 3, 6, 6)  # all positions of an image are alike
     run = measuring(model, tolerance=0.01)
     with torch.no_grad():
-        run.run(x.split(16), False)
+        run.run(x.split(16), ModuleState(run.model), False)
     assert 0.9 / 8 < run.standard_error(0) < 3 / 8  # of the mean 1 / sqrt(64), of the log variance sqrt(2 / 64)
     assert run.largest_error == run.standard_error(0)
     assert run._next_target() == 4 * 64  # no more than four times what there is, before that has been looked at
@@ -130,25 +138,6 @@ def test_the_error_is_that_of_images_and_the_target_what_the_error_asks_for() ->
     [([], "no batch"), ([torch.zeros(3, 3, 10, 10)], r"3 images.*min_samples=8.*prior=16")],
 )
 def test_too_few_images_are_an_error(batches: list[Tensor], match: str) -> None:
+    model = net()
     with pytest.raises(BadData, match=match), torch.no_grad():
-        measuring(net()).run(batches, False)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "allowed"),
-    [
-        ("mode", "fast", "'auto', 'exact', 'one_pass'"),
-        ("how", None, "'renormalize', 'preserve'"),
-        ("part", "all", "'both', 'mean', 'var'"),
-        ("prior", -1, "0 or more"),
-        ("prior", math.inf, "0 or more"),
-        ("max_samples", 0, "above 0, or None"),
-        ("tolerance", math.nan, "above 0, or None"),
-        ("batch_size", True, "above 0, or None"),
-        ("memory", "1GB", "above 0, or None"),
-        ("min_samples", 0, "1 or more"),
-    ],
-)
-def test_settings_out_of_range_are_named_with_what_is_allowed(name: str, value: object, allowed: str) -> None:
-    with pytest.raises(FinetuneBNError, match=f"^{name}: got .*{allowed}"):
-        Settings(**(DEFAULTS | {name: value}))
+        measuring(model).run(batches, ModuleState(model), False)

@@ -26,7 +26,8 @@ from finetune_bn.callbacks import BatchNormConversion
 from finetune_bn.errors import BadData, FinetuneBNError, MissingDependency, UnsupportedLayer
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.metric_learning.losses import queues_of
-from finetune_bn.metric_learning.pk_sampler import PKBatchSampler, ResumableDataLoader
+from finetune_bn.metric_learning.pk_sampler import PKBatchSampler
+from finetune_bn.metric_learning.resumable_loader import ResumableDataLoader
 from finetune_bn.metric_learning.retrieval import retrieval_report
 from finetune_bn.tasks import MetricLearning
 
@@ -708,6 +709,51 @@ def test_two_processes_learn_together_and_give_the_scores_of_one(tmp_path: Path,
     expected = {f"val_{name}": value for name, value in by_hand(task, data.sets, data.domains).items()}
     found = {name: float(value) for name, value in second.callback_metrics.items()}
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+class Cut(Things):
+    """Three training batches of 4 labels x 2 images, of which each process takes its part."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        whole = torch.arange(LABELS * 4).reshape(4, LABELS).T.reshape(-1, 8)[:3]
+        part = 8 // self.trainer.world_size
+        rank = self.trainer.global_rank
+        return DataLoader(self.train, batch_sampler=whole[:, rank * part : (rank + 1) * part].tolist())
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_that_gather_negatives_learn_what_one_process_with_the_whole_batch_learns(
+    tmp_path: Path, world_size: int
+) -> None:
+    def weights(world: int, gathers: bool) -> tuple[float, Tensor]:
+        task = make_task(losses.NTXentLoss(0.1), gather_negatives=gathers, optimizer="sgd", lr=1e-2, weight_decay=0.0)
+        trainer = make_trainer(
+            tmp_path, BatchNormConversion(fbn.Freeze("none")), limit_val_batches=0, num_sanity_val_steps=0,
+            devices=world, strategy="ddp_fork" if world > 1 else "auto", use_distributed_sampler=False,
+        )  # fmt: skip
+        trainer.fit(task, datamodule=Cut())
+        return float(trainer.callback_metrics["train_loss_epoch"]), task.net.conv_stem.weight.detach()
+
+    (loss, expected), before = weights(1, True), make_task().net.conv_stem.weight.detach()
+    found = weights(world_size, True)
+    assert found[0] == pytest.approx(loss, rel=1e-6)
+    moved = float((expected - before).abs().max())
+    assert float((found[1] - expected).abs().max()) < 1e-5 * moved  # float32
+    alone = weights(world_size, False)
+    assert alone[0] < loss - 0.1
+    assert float((alone[1] - expected).abs().max()) > 0.1 * moved
+
+
+@pytest.mark.filterwarnings("error:.*live BatchNorm layers")
+def test_few_images_of_each_process_under_live_batch_norm_are_warned_of(tmp_path: Path) -> None:
+    task = make_task(losses.NTXentLoss())
+    trainer = make_trainer(
+        tmp_path, BatchNormConversion(fbn.Keep()), limit_val_batches=0, devices=2, strategy="ddp_fork", fast_dev_run=1
+    )
+    warned = r"normalize by the 4 images of their own process, not by the 8 of all 2"
+    with pytest.raises(Exception, match=warned):  # the processes hand on errors, not warnings
+        trainer.fit(task, datamodule=Things())
 
 
 def test_buffers_of_a_memory_are_left_to_each_process() -> None:

@@ -1,12 +1,20 @@
-"""Files are there as a whole or not at all."""
+"""Files are there as a whole or not at all, and are what they were: links, modes, devices."""
 
 from __future__ import annotations
 
+import os
+import stat
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune_bn.utilities.files import write_atomically
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def test_a_file_is_written_with_its_folders_and_replaces_the_old_one(tmp_path: Path) -> None:
@@ -17,19 +25,150 @@ def test_a_file_is_written_with_its_folders_and_replaces_the_old_one(tmp_path: P
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "report.txt"
     write_atomically(path, "old")
 
-    def full_disk(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[:2])
+    def full_disk(*args: Any) -> Any:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    class HalfWritten:
+        def __init__(self, handle: int) -> None:
+            self.file = os.fdopen(handle, "r+b")
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.close()
+
+        def fileno(self) -> int:
+            return self.file.fileno()
+
+        def write(self, content: bytes) -> None:
+            self.file.write(content[:2])
+            raise OSError("no space left on device")
+
+    real = os.fdopen
+    if call == "write":
+        monkeypatch.setattr(os, "fdopen", lambda handle, how: HalfWritten(handle) if how == "wb" else real(handle, how))
+    elif call == "fsync":
+        monkeypatch.setattr(os, "fsync", full_disk)
+    else:
+        monkeypatch.setattr(Path, "replace", full_disk)
     with pytest.raises(OSError, match="no space left"):
         write_atomically(path, "new and longer")
+    monkeypatch.undo()
     assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_content_is_on_the_disk_before_it_takes_the_name_and_the_name_after_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, events = tmp_path / "report.txt", []
+    sync, replace = os.fsync, Path.replace
+
+    def record(handle: int) -> None:
+        info = os.fstat(handle)
+        events.append("folder" if stat.S_ISDIR(info.st_mode) else f"{info.st_size} bytes")
+        sync(handle)
+
+    def renamed(self: Path, target: Path) -> Path:
+        events.append("rename")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(Path, "replace", renamed)
+    write_atomically(path, "12345")
+    assert events == ["5 bytes", "rename", "folder"]
+
+
+@pytest.mark.parametrize("secret", [0o600, 0o640, 0o755])
+def test_a_file_that_was_there_keeps_its_mode_and_is_never_more_open_on_the_way(
+    secret: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = tmp_path / "weights.ckpt", []
+    path.write_text("old", encoding="utf-8")
+    path.chmod(secret)
+    opened = os.open
+
+    def watch(name: Any, flags: int, how: int = 0o777) -> int:
+        handle = opened(name, flags, how)
+        if flags & os.O_CREAT:
+            seen.append(stat.S_IMODE(os.fstat(handle).st_mode))
+        return handle
+
+    monkeypatch.setattr(os, "open", watch)
+    write_atomically(path, "new")
+    assert (mode(path), path.read_text(encoding="utf-8")) == (secret, "new")
+    assert seen == [0o600]
+
+
+def test_a_new_file_gets_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "report.txt", "text")
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "report.txt") == 0o640
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+@pytest.mark.parametrize("chain", [1, 2])
+def test_a_link_stays_one_and_the_file_that_it_leads_to_is_written(tmp_path: Path, dangling: bool, chain: int) -> None:
+    target, link = tmp_path / "store" / "real.txt", tmp_path / "link.txt"
+    target.parent.mkdir()
+    if not dangling:
+        target.write_text("old", encoding="utf-8")
+    last = target
+    for i in range(chain - 1):
+        (tmp_path / f"hop{i}").symlink_to(last)
+        last = tmp_path / f"hop{i}"
+    link.symlink_to(os.path.relpath(last, tmp_path))
+    write_atomically(link, "new")
+    assert link.is_symlink()
+    assert not target.is_symlink()
+    assert target.read_text(encoding="utf-8") == "new"
+    assert [path.name for path in target.parent.iterdir()] == ["real.txt"]
+
+
+def test_a_pipe_and_the_null_device_are_written_to_and_stay_what_they_are(tmp_path: Path) -> None:
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    write_atomically(pipe, "text")
+    reader.join(10)
+    assert got == [b"text"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    write_atomically("/dev/null", "text")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_a_folder_and_a_file_that_may_not_be_written_to_are_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(IsADirectoryError):
+        write_atomically(tmp_path, "text")
+    path = tmp_path / "protected.txt"
+    path.write_text("old", encoding="utf-8")
+    monkeypatch.setattr(os, "access", lambda name, how: False)  # root may write to all
+    with pytest.raises(PermissionError):
+        write_atomically(path, "new")
+    assert path.read_text(encoding="utf-8") == "old"
+
+
+def test_a_long_name_and_two_threads_at_once_get_in_nobodys_way(tmp_path: Path) -> None:
+    path = tmp_path / ("ä" * 120 + ".txt")  # 244 of the 255 bytes that a name may have
+    texts = [str(i) * 1000 for i in range(4)]
+    threads = [threading.Thread(target=write_atomically, args=(path, text)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_text(encoding="utf-8") in texts
     assert list(tmp_path.iterdir()) == [path]

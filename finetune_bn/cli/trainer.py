@@ -1,0 +1,246 @@
+"""Lightning's Trainer with the verbs of the command: plan, recalibrate, export, and a predict that writes a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from typing_extensions import override
+
+from finetune_bn.callbacks import BatchNormConversion, BatchNormRecalibration
+from finetune_bn.callbacks.recalibrate_checkpoint import Split, load_into, recalibrate_checkpoint
+from finetune_bn.cli.predictions import check_output, write_predictions
+from finetune_bn.conversion.export import export
+from finetune_bn.conversion.merge import fold
+from finetune_bn.conversion.plan import plan
+from finetune_bn.diagnosis.figures import to_json
+from finetune_bn.diagnosis.memory import MemoryReport, memory_report
+from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.layers.sites import find_batch_norms
+from finetune_bn.recalibration.settings import How, Mode, Part
+from finetune_bn.utilities.files import write_atomically
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer, and three verbs more."""
+
+    @override
+    def predict(  # type: ignore[override]
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        output: str | None = None,
+    ) -> Any:
+        """Write classes and scores, or embeddings, of the test images to a CSV file.
+
+        It runs on one device, whatever the config asks for.
+
+        Args:
+            model: The model of the config.
+            dataloaders: Loaders in place of the data.
+            datamodule: The data of the config.
+            return_predictions: Whether the predictions are kept, and so written to the file.
+            ckpt_path: The checkpoint.
+            weights_only: Read tensors and plain values from the checkpoint, and no other objects. The default.
+            output: The CSV file, overwritten if it is there. Default: predictions.csv in the folder of the run.
+        """
+        check_output(output)
+        predictions = super().predict(model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only)
+        if predictions and self.lightning_module is not None:
+            path = Path(output if output is not None else self.log_dir or self.default_root_dir)
+            path = path / "predictions.csv" if output is None else path
+            count = write_predictions(path, self.lightning_module, self.predict_dataloaders, predictions)
+            print(f"Predictions of {count} images: {path}")
+        return predictions
+
+    def plan(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        format: Literal["text", "json"] = "text",
+        output: str | None = None,
+        memory: bool = False,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Show what would happen to each BatchNorm layer of the model, and why. Trains nothing.
+
+        Args:
+            model: The model of the config.
+            datamodule: The data of the config; it is not read.
+            format: A table to look at (text), or JSON.
+            output: A file to write to instead of the terminal.
+            memory: Also show the bytes that a training step keeps for its backward pass, layer by layer, before and
+                after. For a batch of the data's batch_size and image_size, or else of the model's example_input_array.
+            ckpt_path: Not read. It may be there so that the run_config.yaml that `fit` leaves can be planned again.
+            weights_only: As ckpt_path.
+        """
+        conversion = next(c for c in self.callbacks if isinstance(c, BatchNormConversion))  # type: ignore[attr-defined]
+        model.configure_model()
+        the_plan = plan(conversion.target(model), conversion.policy)
+        text = the_plan.to_json() if format == "json" else str(the_plan)
+        if memory:
+            kept = self._memory(model, datamodule, conversion)
+            text = to_json(the_plan.to_dict() | {"memory": kept.to_dict()}) if format == "json" else f"{text}\n\n{kept}"
+        if output is None:
+            print(text)
+            return
+        try:
+            if not Path(output).parent.is_dir():
+                raise FileNotFoundError(f"there is no folder {Path(output).parent}")
+            write_atomically(Path(output), text + "\n")
+        except OSError as error:
+            raise FinetuneBNError(complaint("output", output, "a file that can be written", f"{error}.")) from error
+        print(f"Plan of {len(the_plan.rows)} layers: {output}")
+
+    def _memory(
+        self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None, conversion: BatchNormConversion
+    ) -> MemoryReport:
+        images = _images(model, datamodule, getattr(datamodule, "batch_size", 1))
+        autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.precision))
+        return memory_report(conversion.target(model), images, conversion.policy, autocast=autocast)
+
+    def export(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        output: str | None = None,
+        merge: bool = True,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Write the network of a checkpoint to a file that needs neither its code nor this package. Trains nothing.
+
+        The file takes images as the data module hands them out, resized and normalized, in batches of any size where
+        the network allows it, and is compared with the network before it is written.
+
+        Args:
+            model: The model of the config.
+            datamodule: The data of the config; only its image_size is read.
+            ckpt_path: The checkpoint. It is read only.
+            output: The file, overwritten if it is there; .onnx, or .pt2 for `torch.export.load`.
+            merge: Merge BatchNorm layers into the convolutions in front of them, where they fit.
+            weights_only: Read tensors and plain values from the checkpoint, and no other objects. The default.
+        """
+        for name, path in (("ckpt_path", ckpt_path), ("output", output)):
+            if path is None:
+                raise FinetuneBNError(complaint(name, None, "a file"))
+        assert ckpt_path is not None
+        assert output is not None
+        load_into(model, self, ckpt_path, weights_only)
+        images = _images(model, datamodule, 2)
+        if merge and find_batch_norms(model, group_norms=True):
+            fold(model, images)
+        print(f"Exported: {export(model, output, images)}")
+
+    def recalibrate(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule,
+        ckpt_path: str | None = None,
+        output: str | None = None,
+        report: str | None = None,
+        split: Split = "train",
+        domain: str | None = None,
+        source_first: bool | None = None,
+        module: str | None = None,
+        layers: str | list[str] = "*",
+        mode: Mode = "auto",
+        how: How = "renormalize",
+        part: Part = "both",
+        prior: float = 0,
+        max_samples: int | None = None,
+        min_samples: int = 8,
+        tolerance: float | None = None,
+        batch_size: int | None = None,
+        memory: int | None = None,
+        seed: int = 0,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Give a checkpoint the BatchNorm statistics of the data, and write it to a new file. Trains nothing.
+
+        It runs on one device, whatever the config asks for.
+
+        Args:
+            model: The model of the config.
+            datamodule: The data of the config.
+            ckpt_path: The checkpoint. It is read only.
+            output: The new checkpoint, overwritten if it is there. Default: beside the old one, under its name with
+                -recalibrated behind it.
+            report: A JSON file for what was measured, layer by layer.
+            split: Whose images are taken: train, val or test. Labels are not used.
+            domain: Only the images of this domain.
+            source_first: Give the layers the statistics of the training images first, the function preserved. A network
+                that was fine-tuned with frozen layers works by the statistics of its pretraining, and to replace those
+                by other images' destroys it. Default: where there are frozen layers.
+            module: Attribute path of the part that takes the images and whose layers are recalibrated, such as `net`.
+                By default the whole model.
+            layers: Name patterns of the layers, such as `layer4.*`, relative to module; all by default.
+            mode: exact: all images together, layer by layer, so that it does not matter how they are cut into batches.
+                one_pass: each chunk of images is normalized by itself. auto: exact where the activations fit in memory.
+            how: renormalize: gamma and beta keep their values and the function changes. preserve: the function stays,
+                and gamma and beta are solved anew.
+            part: The mean and the variance (both), or one of them.
+            prior: Weight of the statistics from before, in images.
+            max_samples: How many images are taken at most. Default: all.
+            min_samples: Fewer images are an error.
+            tolerance: Stop when the standard error of all statistics is at most this, in standard deviations.
+            batch_size: Images that one_pass normalizes together. Default: as many as fit in memory, 1,024 at most.
+            memory: Bytes for activations that wait in mode exact. Default: half of what the device has free.
+            seed: Decides the order of the images, and so which are taken.
+            weights_only: Read tensors and plain values from the checkpoint, and no other objects. The default.
+        """
+        if ckpt_path is None:
+            raise FinetuneBNError(complaint("ckpt_path", None, "the checkpoint to recalibrate"))
+        if report is not None and (Path(report).is_dir() or not Path(report).absolute().parent.is_dir()):
+            raise FinetuneBNError(complaint("report", report, "a file in a folder that there is"))
+        if source_first and how == "preserve":
+            raise FinetuneBNError(complaint("source_first", True, "false with how=preserve", "It is that step."))
+        recalibration = BatchNormRecalibration(
+            when="test" if how == "renormalize" else "validation",
+            source_first=source_first,
+            module=module,
+            layers=layers,
+            mode=mode,
+            how=how,
+            part=part,
+            prior=prior,
+            max_samples=max_samples,
+            min_samples=min_samples,
+            tolerance=tolerance,
+            batch_size=batch_size,
+            memory=memory,
+            seed=seed,
+        )
+        path, record = recalibrate_checkpoint(
+            self,
+            model,
+            datamodule,
+            ckpt_path,
+            output,
+            recalibration,
+            split=split,
+            domain=domain,
+            weights_only=weights_only,
+        )
+        if report is not None:
+            facts = {"ckpt_path": ckpt_path, "output": str(path), "split": split, "domain": domain}
+            write_atomically(report, to_json(facts | record.to_dict()))
+        print(f"{record}\nRecalibrated checkpoint: {path}")
+
+
+def _images(model: pl.LightningModule, datamodule: pl.LightningDataModule | None, batch_size: int) -> Any:
+    """Return input for the model, of the size of the data or else the model's own example."""
+    size = getattr(datamodule, "image_size", None)
+    if isinstance(size, int):
+        return torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
+    if model.example_input_array is None:
+        allowed = "data with an image_size, or a model with an example_input_array, to know what goes in"
+        raise FinetuneBNError(complaint("data", type(datamodule).__name__, allowed))
+    return model.example_input_array
