@@ -26,10 +26,13 @@ slow: $(VENV)/.dev  ## the tests that take minutes
 sweep: $(VENV)/.demo  ## convert and revert one net of every timm family that has BatchNorm (ARGS=--all: every net)
 	$(PY) scripts/sweep_timm.py $(ARGS)
 
-check: $(VENV)/.dev  ## ruff and mypy
+check: $(VENV)/.dev  ## ruff and mypy; the package is built and looked at
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	rm -rf dist
+	$(PY) -m build --no-isolation . > /dev/null
+	$(PY) scripts/check_package.py dist
 
 docs: $(VENV)/.dev  ## the documentation as a site: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
@@ -53,12 +56,12 @@ $(PY):
 	  { rm -rf $(VENV); echo "$(PYTHON) cannot make one; on Debian: apt-get install python3-venv" >&2; exit 1; }
 
 # The stamps make a second run start at once; they are made only by an installation that went through.
-$(VENV)/.demo: pyproject.toml constraints.txt | $(PY)
+$(VENV)/.demo: pyproject.toml setup.py constraints.txt | $(PY)
 	@echo "Installing finetune_bn with the extra [demo] into $(VENV) (torch is large: this takes some minutes)"
 	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(PY)
+$(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(PY)
 	@echo "Installing finetune_bn with the extra [dev] into $(VENV) (torch is large: this takes some minutes)"
 	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.demo

@@ -3,10 +3,13 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["finetune_bn*"]), "finetune_bn.configs"],
+    packages=[
+        *find_packages(include=["finetune_bn*"]),
+        *(f"finetune_bn.configs{part}" for part in ("", ".batch_norm", ".with")),
+    ],
     package_dir={"finetune_bn.configs": "configs"},
     package_data={
         "finetune_bn": ["py.typed", "data/emoji64.zip", "data/emoji64_NOTICE.md"],
-        "finetune_bn.configs": ["*.yaml", "*/*.yaml"],
+        "": ["*.yaml"],
     },
 )

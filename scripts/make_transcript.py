@@ -28,6 +28,8 @@ PAGE = ROOT / "docs" / "transcript.md"
 CLASSES = ("animals_nature", "food_drink", "travel_places")
 IMAGES = 40  # of each class
 NOISE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n]*\r(?!\n)")  # colors, and what a progress bar wrote over
+# What Lightning and pip say of the machine and of themselves.
+NOTICE = re.compile(r"^WARNING: Location|^Looking in|site-packages/lightning|^(GPU|TPU) available|Tip: |^Seed set to")
 
 
 @dataclass(frozen=True)
@@ -169,11 +171,10 @@ def model_file(folder: Path) -> Path:
 
 
 def cleaned(output: str, folder: Path) -> str:
-    """Return output without colors, progress bars, warnings of other packages and names of temporary folders."""
+    """Return output without colors, progress bars, notices of other packages and names of temporary folders."""
     text = NOISE.sub("", output)
     text = text.replace(str(folder / "project") + "/", "").replace(str(folder / "environment"), ".venv")
-    lines = [line.rstrip() for line in text.splitlines()]
-    return "\n".join(line for line in lines if not line.startswith(("WARNING: Location", "Looking in links")))
+    return "\n".join(line.rstrip() for line in text.splitlines() if not NOTICE.search(line))
 
 
 def shown(step: Step, output: str) -> str:
@@ -191,7 +192,7 @@ def page(done: list[tuple[Step, str, str]]) -> str:
         "# From install to prediction",
         "Every command from the wheel to the class of an image, in an empty folder, with what it printed. The folder\n"
         f"`photos` holds {len(CLASSES)} sub-folders of {IMAGES} emoji each.\n"
-        "Made by `python scripts/make_transcript.py`. The names: [the\n"
+        "Made by `python scripts/make_transcript.py`; one run, notices of Lightning and pip left out. The names: [the\n"
         "command](use/command.md), [API](api/index.md).",
     ]
     for step, command, output in done:

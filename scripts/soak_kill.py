@@ -9,13 +9,14 @@ statistics, optimizer, schedule, place of the loader, random generators, log, re
     python scripts/soak_kill.py --kills 60        # goes on until so many kills are in results/soak_kill.json
 
 Processes are forked from one that has imported everything, so that kills hit the work and not the imports. A moment is
-drawn uniformly from the time that the undisturbed run took. Linux only. Table: results/soak_kill.md.
+drawn uniformly from the processor time that the undisturbed run took. Linux only. Table: results/soak_kill.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -100,7 +101,8 @@ class Soak:
         while done < kills:
             start = newest(cut / "saved")
             arguments = self._fit_arguments(configs, cut, workers, start)
-            moment = self.rng.uniform(0.0, seconds)
+            left = 1 - (steps_of(start) / steps_of(newest(whole / "saved")) if start else 0)
+            moment = self.rng.uniform(0.0, 0.2 * seconds + 0.8 * left * seconds)
             if not self._kill(arguments, cut / f"{done}.log", moment):
                 break  # it came to its end before its turn
             done += 1
@@ -173,25 +175,30 @@ class Soak:
         return own if checkpoint is None else [*own, "--ckpt_path", str(checkpoint)]
 
     def _run(self, arguments: list[str], log: Path) -> float:
-        began = time.monotonic()
-        pid = start(arguments, log)
-        _, status = os.waitpid(pid, 0)
+        """Run a process to its end; return the seconds of work that it took."""
+        _, status, usage = os.wait4(start(arguments, log), 0)
         if status:
             last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
             raise Failed(f"{log.parent.name}/{log.stem} of {arguments[0]} failed: {' '.join(last)[:300]}")
-        return time.monotonic() - began
+        return usage.ru_utime + usage.ru_stime
 
     def _kill(self, arguments: list[str], log: Path, moment: float) -> bool:
-        """Start a process and kill it after so many seconds; return whether it was still at work."""
+        """Start a process and kill it after so many seconds of work; return whether it was still at work."""
         pid = start(arguments, log)
-        end = time.monotonic() + moment
-        while time.monotonic() < end:
-            time.sleep(min(0.02, max(0.0, end - time.monotonic())))
+        end = time.monotonic() + 30 * moment + 5  # where it waits for workers
+        while worked(pid) < moment and time.monotonic() < end:
+            time.sleep(0.01)
             if os.waitpid(pid, os.WNOHANG) != (0, 0):
                 return False
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         return os.WIFSIGNALED(status)
+
+
+def worked(pid: int) -> float:
+    """Return the seconds of processor time that a process had: a busy machine changes little in them."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def start(arguments: list[str], log: Path) -> int:
@@ -207,7 +214,7 @@ def start(arguments: list[str], log: Path) -> int:
         os.dup2(file, 2)
         os.chdir(log.parent)
         sys.argv = ["finetune-bn"]
-        from finetune_bn.cli.commands import main
+        from finetune_bn.cli import main
 
         main(arguments)
         code = 0
@@ -228,9 +235,13 @@ def newest(folder: Path) -> Path | None:
     """Return the checkpoint of the most steps; where two have equally many, the one behind the validation."""
     found = []
     for path in folder.glob("*.ckpt"):
-        steps = torch.load(path, weights_only=False)["global_step"]
-        found.append((steps, path.stem.startswith("epoch"), path))
+        found.append((steps_of(path), path.stem.startswith("epoch"), path))
     return max(found)[2] if found else None
+
+
+def steps_of(checkpoint: Path | None) -> int:
+    """Return the number of steps behind a checkpoint."""
+    return 0 if checkpoint is None else int(torch.load(checkpoint, weights_only=False)["global_step"])
 
 
 def broken(folder: Path) -> list[str]:
@@ -337,11 +348,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="cells whose command and configs hold this text")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    import finetune_bn.cli.commands  # noqa: F401  (before the forks)
+    for name in ("finetune_bn.cli.commands", "finetune_bn.diagnosis.figures", "torch._dynamo", "torch.export"):
+        importlib.import_module(name)  # before the forks
 
     store = Store(options.output, "python scripts/soak_kill.py", device="cpu")
     seed = 0
-    while sum(row["kills"] for row in store.rows) < options.kills:
+    while sum(row["kills"] for row in store.rows) < options.kills and seed < options.kills:
         for cell in cells(seed):
             if store.done(cell) or options.only not in f"{cell['what']} {cell['configs']}":
                 continue

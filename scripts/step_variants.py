@@ -18,7 +18,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import finetune_bn as fbn
 from finetune_bn.functional.frozen import scale_shift
-from finetune_bn.layers.folds import FoldMode
+from finetune_bn.functional.shared_backward import FoldMode
 from finetune_bn.layers.frozen import AFFINE_KINDS, Affine
 
 LIVE, FLOOR = "live BatchNorm", "no norm layers (floor)"

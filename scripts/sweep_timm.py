@@ -184,7 +184,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def reasons(rows: Sequence[dict[str, Any]]) -> Counter[str]:
-    """Return why layers are not folded, without the names in it."""
+    """Return why layers do not share, without the names in it."""
     found: Counter[str] = Counter()
     for row in rows:
         for why, n in row.get("not_folded", {}).items():
@@ -231,7 +231,7 @@ def table(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
 def headline(summary: dict[str, Any]) -> str:
     """Return the figures that the README quotes."""
     kinds = ", ".join(f"{n} {kind}" for kind, n in summary["kinds"].items())
-    folded = f"{summary['pairs']} of these layers can be folded, outputs and gradients the same"
+    folded = f"{summary['pairs']} of these layers can share the backward pass of a convolution, the same numbers"
     folded += (
         f" (largest relative difference {summary['largest_folded_difference_in_float64']:.0e} in float64; layer by "
     )

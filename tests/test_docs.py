@@ -172,14 +172,18 @@ def test_every_python_block_of_a_page_runs_one_after_the_other(
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p.read_text(encoding="utf-8"), "sh")], ids=name_of)
-def test_every_command_of_a_page_is_one_that_there_is(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_of_a_page_is_one_that_there_is(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for block in blocks(page.read_text(encoding="utf-8"), "sh"):
         for words in commands(block.code):
             if words[0] == "torchrun" and "finetune_bn.cli" in words:
                 words = ["finetune-bn", *words[words.index("finetune_bn.cli") + 1 :]]
-            if words[0] == "finetune-bn":
+            if words[:2] in (["finetune-bn", "configs"], ["finetune-bn", "init"]):
+                assert_runs(words[1:], tmp_path)
+            elif words[0] == "finetune-bn":
                 assert_parses(words[1:])
             elif words[0] == "make":
                 targets = [word for word in words[1:] if "=" not in word]
@@ -188,6 +192,28 @@ def test_every_command_of_a_page_is_one_that_there_is(page: Path, monkeypatch: p
                 assert (ROOT / words[1]).is_file(), words
             else:
                 assert words[0] in ("pip", "git", "cd", "python", "pytest"), f"{words}: what is this?"
+
+
+def assert_runs(arguments: list[str], folder: Path) -> None:
+    """Run a command that takes no time, on a folder of two classes where it wants images."""
+    from PIL import Image
+
+    from finetune_bn.cli import main
+
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        for name in ("cat", "dog"):
+            images = folder / "path" / "to" / "images" / name
+            images.mkdir(parents=True, exist_ok=True)
+            for number in range(6):
+                Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(images / f"{number}.png")
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            main(arguments)
+    finally:
+        os.chdir(here)
+    assert output.getvalue()
 
 
 _parsed: set[tuple[str, ...]] = set()

@@ -278,8 +278,14 @@ def test_no_module_is_shadowed_by_a_function_or_class() -> None:
     files = sorted({module_of(path, ROOT) for path in ROOT.rglob("*.py")} - {""})
     modules = [f"{PACKAGE}.{file}" for file in files if not file.endswith("__main__")]
     assert len(modules) > 80
-    for module in modules:
-        importlib.import_module(module)
+    for module in list(modules):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if str(error.name).startswith(PACKAGE):
+                raise
+            modules.remove(module)  # an extra is not installed
+    assert "finetune_bn.conversion.convert" in modules
     for module in modules:
         found: object = finetune_bn
         for part in module.split(".")[1:]:

@@ -8,6 +8,7 @@ from finetune_bn.callbacks.recalibration import BatchNormRecalibration
 from finetune_bn.callbacks.report import FinetuneReport
 from finetune_bn.callbacks.schedule import BatchNormSchedule
 from finetune_bn.callbacks.step_limit import StepLimit
+from finetune_bn.callbacks.train_only import TrainOnly
 
 __all__ = [
     "BatchCompositionGuard",
@@ -19,5 +20,6 @@ __all__ = [
     "GroupNormCalibration",
     "GroupNormDistillation",
     "StepLimit",
+    "TrainOnly",
     "replay",
 ]

@@ -18,12 +18,12 @@ from finetune_bn.callbacks.conversion_checks import (
     check_sharing,
     copy_again,
     example_for,
+    gone,
     pending,
     unheld,
 )
 from finetune_bn.callbacks.lightning_names import overrides
 from finetune_bn.conversion.convert import convert, revert
-from finetune_bn.conversion.folding import as_carried_out
 from finetune_bn.conversion.from_state import policy_in_state
 from finetune_bn.conversion.plan import Plan, may_fold, plan
 from finetune_bn.conversion.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, ToGroupNorm, check_policy
@@ -116,13 +116,18 @@ class BatchNormConversion(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_layers(pl_module)
         assert self.plan is not None
+        missing = gone(self.target(pl_module), self.plan)
+        if missing:
+            rank_zero_warn(
+                f"BatchNormConversion: {_some(missing)} of the plan are no longer in the network: layers were taken "
+                "out after they were converted."
+            )
         forgotten = unheld(self.target(pl_module), self.plan, trainer.optimizers)
         if forgotten:
-            shown = ", ".join(forgotten[:4]) + (", ..." if len(forgotten) > 4 else "")
             rank_zero_warn(
-                f"BatchNormConversion: {len(forgotten)} trainable tensors of converted layers are in no optimizer, so "
-                f"they stay as they are: {shown}. Make the optimizer in configure_optimizers, which is called after "
-                "the conversion."
+                f"BatchNormConversion: {len(forgotten)} trainable tensors of converted layers are in no optimizer and "
+                f"stay as they are: {_some(forgotten)}. Make the optimizer in configure_optimizers, which is called "
+                "after the conversion."
             )
         # Only now is everything as it will be trained: all callbacks have had their turn, and the weights are loaded.
         rank_zero_info(f"BatchNormConversion: {status(pl_module)}")
@@ -206,7 +211,7 @@ class BatchNormConversion(Callback):
         target = self._target(pl_module)
         if target is None or not find_batch_norms(target, group_norms=True):
             return
-        if self.plan is None or pending(target, self.plan, self.policy):
+        if self.plan is None or pending(target, self.plan, self.policy) or gone(target, self.plan):
             self._convert(pl_module)
             copy_again(trainer, pl_module)
 
@@ -215,12 +220,11 @@ class BatchNormConversion(Callback):
         assert self.plan is not None
         late = pending(self.target(pl_module), self.plan, None if self._replayed else self.policy)
         if late:
-            shown = ", ".join(late[:4]) + (", ..." if len(late) > 4 else "")
             allowed = "layers that are there before the optimizer is made"
             remedy = (
                 "They were made, or put in place, after that: build the network in __init__, setup or configure_model."
             )
-            given = f"{len(late)} BatchNorm layers that are not converted: {shown}"
+            given = f"{len(late)} BatchNorm layers that are not converted: {_some(late)}"
             raise FinetuneBNError(complaint(type(pl_module).__name__, given, allowed, remedy))
 
     def _apply(self, pl_module: pl.LightningModule, the_plan: Plan, example_input: Any = None) -> None:
@@ -230,7 +234,7 @@ class BatchNormConversion(Callback):
             self.module or "",
             lambda target: convert(target, the_plan, example_input=example_input, verify=self.verify),
         )
-        self.plan = the_plan = as_carried_out(the_plan, self.target(pl_module))
+        self.plan = the_plan
         rank_zero_info(f"BatchNormConversion: {str(the_plan).splitlines()[0]}")
         for row in the_plan.rows:
             if row.policy is None:
@@ -324,11 +328,16 @@ def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
 
     Returns:
         Whether the checkpoint held a plan.
+
+    Raises:
+        FinetuneBNError: the plan is none, or of another module.
     """
-    state = checkpoint.get(CHECKPOINT_KEY)
-    if state:
-        the_plan = Plan.from_dict(state["plan"])
-        _carry_out(pl_module, state["module"] or "", lambda target: convert(target, the_plan, verify=False))
+    saved = _saved_plan(checkpoint)
+    if saved is not None:
+        the_plan, path = saved
+        if not _has_part(pl_module, path):
+            raise NoBatchNormMatched(complaint("ckpt_path", path, f"a checkpoint of {type(pl_module).__name__}"))
+        _carry_out(pl_module, path, lambda target: convert(target, the_plan, verify=False))
         return True
     needed = policy_in_state(pl_module, checkpoint.get("state_dict", {}))
     if needed is not None:
@@ -341,6 +350,24 @@ def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
     return False
 
 
+def _saved_plan(checkpoint: dict[str, Any]) -> tuple[Plan, str] | None:
+    """Return the plan in a checkpoint and the path of the part that it is of; None where there is no plan."""
+    state = checkpoint.get(CHECKPOINT_KEY)
+    if state is None or state == {}:
+        return None
+    if not isinstance(state, dict) or "plan" not in state or not isinstance(state.get("module"), str | None):
+        raise FinetuneBNError(complaint(CHECKPOINT_KEY, state, "what BatchNormConversion keeps in a checkpoint"))
+    return Plan.from_dict(state["plan"]), state.get("module") or ""
+
+
+def _has_part(pl_module: pl.LightningModule, path: str) -> bool:
+    try:
+        pl_module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
 def _carry_out(pl_module: pl.LightningModule, path: str, change: Callable[[nn.Module], nn.Module]) -> None:
     """Change the part at `path`; where that replaces it (it is a BatchNorm itself), put the new one in its place."""
     target = pl_module.get_submodule(path)
@@ -348,3 +375,7 @@ def _carry_out(pl_module: pl.LightningModule, path: str, change: Callable[[nn.Mo
     if changed is not target:
         parent, _, name = path.rpartition(".")
         setattr(pl_module.get_submodule(parent), name, changed)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

@@ -31,17 +31,25 @@ def pending(target: nn.Module, the_plan: Plan, policy: Policy | None) -> list[st
         policy: decides about layers that the plan does not know; None where these stay as they are.
     """
     known = {name: row.policy for row in the_plan.rows for name in row.names}
-    sites = find_batch_norms(target, group_norms=True)
-    found = [
-        site.names[0]
-        for site in sites
-        if site.names[0] in known and not _is_carried_out(known[site.names[0]], site.module)
-    ]
-    new = {site.names[0] for site in sites} - known.keys()
+    layers = {_plain(site.names[0]): site.module for site in find_batch_norms(target, group_norms=True)}
+    found = [name for name, layer in layers.items() if name in known and not _is_carried_out(known[name], layer)]
+    new = layers.keys() - known.keys()
     if new and policy is not None:
         rows = plan(target, policy, probe=False).rows
-        found += [row.names[0] for row in rows if row.names[0] in new and not isinstance(row.policy, Keep | None)]
+        wanted = {_plain(row.names[0]): row.policy for row in rows}
+        found += [name for name in layers if name in new and not _is_carried_out(wanted[name], layers[name])]
     return found
+
+
+def gone(target: nn.Module, the_plan: Plan) -> list[str]:
+    """Return the layers of a plan that are not in the network any more."""
+    there = {_plain(name) for site in find_batch_norms(target, group_norms=True) for name in site.names}
+    return [row.names[0] for row in the_plan.rows if row.policy is not None and there.isdisjoint(row.names)]
+
+
+def _plain(name: str) -> str:
+    """Return a name without what `torch.compile` puts into it."""
+    return name.replace("_orig_mod.", "")
 
 
 def _is_carried_out(policy: Policy | None, layer: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from PIL import Image
 from finetune_bn.cli import configs
 from finetune_bn.data import ImageFolderData
 from finetune_bn.data.image_folder import SPLIT_FOLDERS
-from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.utilities.files import write_atomically
 
 LOOKED_AT = 200  # images whose size is read
@@ -76,7 +76,14 @@ def look_at(folder: str, backbone: str) -> tuple[str, list[Choice]]:
         FinetuneBNError: there are no images, or not by class.
     """
     data = ImageFolderData(folder, num_workers=0)
-    contents = data.contents
+    try:
+        contents = data.contents
+    except BadData as error:
+        if not str(error).startswith(("val_fraction", "test_fraction")):
+            raise
+        allowed = "a folder with more images of each class, so that some can be cut off to validate and to test"
+        remedy = "Or put them into train/, val/ and test/ yourself."
+        raise FinetuneBNError(complaint("data", folder, allowed, remedy)) from error
     splits = {split: len(indices) for split, indices in contents.splits.items()}
     counts = Counter(contents.source.labels)
     sides = _short_sides(contents.source.paths)  # type: ignore[attr-defined]

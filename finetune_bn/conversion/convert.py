@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from finetune_bn.conversion.folding import fold_plan, untied
 from finetune_bn.conversion.plan import Plan, PlanRow, check_model, may_fold, plan
 from finetune_bn.conversion.policies import (
     EvalNorm,
@@ -105,11 +104,7 @@ def convert(model: nn.Module, policy: Policy | Plan, *, example_input: Any = Non
         needs_probe = example_input is not None or (isinstance(policy, Policy) and may_fold(policy))
         the_plan = plan(model, policy, example_input, probe=needs_probe)
     check_model(model)
-    names = {name for row in the_plan.rows if row.policy is not None for name in row.names}
-    with untied([module for name, module in model.named_modules(remove_duplicate=False) if name in names]):
-        converted = _swap(model, lambda m: _build(m, the_plan), example_input, verify)
-    fold_plan(converted, the_plan, example_input, verify)
-    return converted
+    return _swap(model, lambda m: _build(m, the_plan), example_input, verify)
 
 
 def revert(model: nn.Module, *, example_input: Any = None, verify: bool = True) -> nn.Module:
@@ -127,8 +122,7 @@ def revert(model: nn.Module, *, example_input: Any = None, verify: bool = True) 
         NoBatchNormMatched: nothing in the model was converted.
     """
     check_model(model)
-    with untied(list(model.modules())):
-        return _swap(model, _build_revert, example_input, verify)
+    return _swap(model, _build_revert, example_input, verify)
 
 
 def _build_revert(model: nn.Module) -> list[_Swap]:
@@ -167,12 +161,14 @@ def _check_solved_back(layers: Sequence[tuple[str, nn.Module]]) -> None:
 def _freeze(layer: nn.Module, policy: Policy) -> tuple[nn.Module, Callable[[], None] | None]:
     assert isinstance(policy, Freeze)
     if _stays(layer, policy):
-        return layer, None
+        same = layer.fold == policy.fold
+        return layer, None if same else lambda: setattr(layer, "fold", policy.fold)
     bn = _as_batch_norm(layer)
     if policy.noise is None:
         frozen = frozen_class(bn).from_batch_norm(bn, policy.affine)
     else:
         frozen = class_for(bn, NOISY).from_batch_norm(bn, policy.affine, policy.noise)
+    frozen.fold = policy.fold
     # What an earlier policy held constant is trained again where this one says so.
     return frozen, (lambda: train_again(bn, frozen)) if is_held(bn) else None
 

@@ -12,14 +12,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from finetune_bn.conversion.folding import untied
 from finetune_bn.conversion.plan import check_model
 from finetune_bn.conversion.producers import find_feeds
 from finetune_bn.conversion.proofs import in_wide_copy, replace_modules, sources_kept
 from finetune_bn.errors import ConversionMismatch, FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
 from finetune_bn.functional.fold import merged_weight
 from finetune_bn.functional.frozen import TOLERANCE, scale_shift
-from finetune_bn.layers.folded import Folding
 from finetune_bn.layers.frozen import FrozenBatchNorm, share_hooks
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.norm_act import has_known_forward, modules_behind
@@ -80,7 +78,7 @@ def fold(model: nn.Module, example_input: Any = None) -> nn.Module:
     probes = find_probes(model, example_input)
     if not probes:
         raise FinetuneBNError(complaint("example_input", None, f"what {type(model).__name__}.forward takes"))
-    with sources_kept(model), untied(list(model.modules())):
+    with sources_kept(model):
         folded, merges, off = _merge(model, probes)
         allowed = allowed_distance(model)
         if not off <= allowed:
@@ -106,7 +104,7 @@ def _has_no_torch_layer(module: nn.Module) -> bool:
     if isinstance(module, EvalBatchNorm) or (isinstance(module, GroupNorm) and module.alpha):
         return True
     ours = type(module).__module__.startswith("finetune_bn.layers.")
-    return ours and not isinstance(module, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm, Folding))
+    return ours and not isinstance(module, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm))
 
 
 def allowed_distance(model: nn.Module) -> float:

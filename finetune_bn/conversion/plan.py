@@ -22,7 +22,7 @@ from finetune_bn.conversion.policies import (
     check_policy,
     policy_from_dict,
 )
-from finetune_bn.conversion.producers import Feed, find_feeds, worth_folding
+from finetune_bn.conversion.producers import Feed, find_feeds
 from finetune_bn.conversion.refusals import affine_sharers, notes, refusal
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
 from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm
@@ -44,9 +44,10 @@ class PlanRow:
         reason: why; for a refused row, what stands in the way.
         refused: whether `convert` will refuse the whole plan because of this layer.
         position: what computes the layer's input, as far as a probe input told.
-        folded_into: name of the convolution or linear map whose weight takes the affine of a layer to be frozen; ""
-            where the layer computes it itself.
+        folded_into: name of the convolution whose backward pass a frozen layer with a trained scale shares; "" where
+            it keeps its input for its own.
         not_folded: why it does, where the policy asks for folding.
+        folded_from: from how many images of the probe's size on a step does so; 0 where it never does.
     """
 
     names: tuple[str, ...]
@@ -58,6 +59,7 @@ class PlanRow:
     position: str = ""
     folded_into: str = ""
     not_folded: str = ""
+    folded_from: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain data."""
@@ -72,6 +74,7 @@ class PlanRow:
             "position": self.position,
             "folded_into": self.folded_into,
             "not_folded": self.not_folded,
+            "folded_from": self.folded_from,
         }
 
 
@@ -91,6 +94,14 @@ class Plan:
     def refused(self) -> tuple[PlanRow, ...]:
         """The rows because of which `convert` would refuse."""
         return tuple(row for row in self.rows if row.refused)
+
+    def folded_in(self, images: int) -> int:
+        """Return how many layers share the backward pass of a convolution in a step of so many images.
+
+        Args:
+            images: the batch size; their height and width are those of the probe input.
+        """
+        return sum(0 < row.folded_from <= images for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data, for checkpoints and JSON."""
@@ -112,14 +123,18 @@ class Plan:
             for row in data["rows"]:
                 policy = None if row["action"] is None else policy_from_dict(row["action"])
                 rest = {k: row[k] for k in ("kind", "num_features", "reason", "refused", "position")}
-                rest |= {k: row.get(k, "") for k in ("folded_into", "not_folded")}  # plans of version 0.1 have neither
-                rows.append(PlanRow(tuple(row["names"]), policy=policy, **rest))
+                rest |= {k: row.get(k, "") for k in ("folded_into", "not_folded")}  # older plans have none of the three
+                rest["folded_from"] = row.get("folded_from", 0)
+                names = tuple(row["names"])
+                if not names or not all(isinstance(name, str) for name in names):
+                    raise TypeError("names are texts")
+                rows.append(PlanRow(names, policy=policy, **rest))
             return cls(data["model"], tuple(rows))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise FinetuneBNError(complaint("plan", data, "what Plan.to_dict returned")) from error
 
     def __str__(self) -> str:
-        header = ("layer", "type", "C", "position", "what happens", "folded into", "why")
+        header = ("layer", "type", "C", "position", "what happens", "shares backward with", "why")
         body = [
             (
                 " = ".join(name or "(root)" for name in row.names),
@@ -127,7 +142,7 @@ class Plan:
                 str(row.num_features or ""),
                 row.position,
                 _action(row),
-                row.folded_into or (f"- ({row.not_folded})" if row.not_folded else ""),
+                _sharing(row),
                 row.reason,
             )
             for row in self.rows
@@ -138,8 +153,8 @@ class Plan:
         top = "  ".join(header[i].ljust(w) for i, w in zip(shown, widths, strict=True)).rstrip()
         counts = Counter(_action(row) for row in self.rows)
         total = ", ".join(f"{n} x {action}" for action, n in counts.most_common())
-        folded = sum(bool(row.folded_into) for row in self.rows)
-        total += f"; {folded} folded" if folded else ""
+        sharing = sum(bool(row.folded_into) for row in self.rows)
+        total += f"; {sharing} can share the backward pass of the convolution in front" if sharing else ""
         return "\n".join([f"{self.model}: {total}", top, "-" * len(top), *lines])
 
 
@@ -185,8 +200,7 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
         else _frozen_instead(site, feeds.get(site.names[0]), zeroed[site.names[0]])
         for site, rule in zip(sites, choices, strict=True)
     ]
-    rows = rows if feeds else _kept(model, rows)
-    if probe:
+    if feeds:
         _check_always(rows)
     for name, module in find_lookalikes(model):
         why = f"left alone: {type(module).__module__}.{type(module).__name__} is no torch BatchNorm"
@@ -273,30 +287,30 @@ def _row(
     )
     if problem or not may_fold(rule.policy):
         return row
-    why_not = _why_not_folded(rule.policy, feed)
-    return dataclasses.replace(row, folded_into="" if why_not or not feed else feed.producer, not_folded=why_not)
+    if feed is None or not feed.shares_with:
+        why_not = "no probe input reached it" if feed is None else feed.why_not_shared
+        return dataclasses.replace(row, not_folded=why_not)
+    assert isinstance(rule.policy, Freeze)
+    return dataclasses.replace(
+        row, folded_into=feed.shares_with, folded_from=1 if rule.policy.fold == "always" else feed.shares_from
+    )
 
 
 def may_fold(policy: Policy) -> bool:
-    """Tell whether layers under this policy may be folded, so that a plan for it needs a probe input."""
+    """Tell whether layers under this policy may share the backward pass of a convolution: a scale is trained."""
     if isinstance(policy, Rules):
         return any(may_fold(rule.policy) for rule in policy.rules if isinstance(rule, Rule))
-    return isinstance(policy, Freeze) and policy.fold != "never"
-
-
-def _why_not_folded(policy: Policy, feed: Feed | None) -> str:
-    assert isinstance(policy, Freeze)
-    if policy.noise is not None:
-        return "it draws its noise anew for each batch"
-    if feed is None:
-        return "no probe input reached it"
-    if feed.why_not or policy.fold == "always" or worth_folding(feed, bool(LEARNABLE[policy.affine][1:])):
-        return feed.why_not
-    return "its activation is small beside the weight"
+    if not isinstance(policy, Freeze) or policy.fold == "never" or policy.noise is not None:
+        return False
+    return "weight" in LEARNABLE[policy.affine]
 
 
 def _check_always(rows: Sequence[PlanRow]) -> None:
-    asked = [row for row in rows if isinstance(row.policy, Freeze) and row.policy.fold == "always" and not row.refused]
+    asked = [
+        row
+        for row in rows
+        if isinstance(row.policy, Freeze) and row.policy.fold == "always" and may_fold(row.policy) and not row.refused
+    ]
     if asked and not any(row.folded_into for row in asked):
         reasons = Counter(row.not_folded for row in asked).most_common(3)
         raise UnsupportedLayer(
@@ -304,21 +318,9 @@ def _check_always(rows: Sequence[PlanRow]) -> None:
                 "fold",
                 "always",
                 "'auto' or 'never', as none of these layers can be folded",
-                f"Reasons: {', '.join(f'{n} x {why}' for why, n in reasons)}. A probe input is `example_input`.",
+                f"Reasons: {', '.join(f'{n} x {why}' for why, n in reasons)}.",
             )
         )
-
-
-def _kept(model: nn.Module, rows: Sequence[PlanRow]) -> list[PlanRow]:
-    """Return the rows with what is folded already, where no probe tells anew."""
-    names = {id(module): name for name, module in model.named_modules()}
-    kept = []
-    for row in rows:
-        fold = getattr(model.get_submodule(row.names[0]), "_fold", None)
-        if fold is not None and fold.intact and row.policy is not None and may_fold(row.policy):
-            row = dataclasses.replace(row, folded_into=names[id(fold.producer)], not_folded="")
-        kept.append(row)
-    return kept
 
 
 def _is_lonely(site: BatchNormSite, policy: Policy) -> bool:
@@ -338,6 +340,12 @@ def _frozen_instead(site: BatchNormSite, feed: Feed | None, positions: int | Non
     why = f"frozen instead: {known}, and GroupNorm with one channel a group would return zero for it"
     row = _row(site, Rule(Freeze(), name="*"), feed, named_rule=False)
     return row if row.refused else dataclasses.replace(row, reason="; ".join(filter(None, (why, row.reason))))
+
+
+def _sharing(row: PlanRow) -> str:
+    if not row.folded_into:
+        return f"- ({row.not_folded})" if row.not_folded else ""
+    return row.folded_into + (f" (from {row.folded_from} images on)" if row.folded_from > 1 else "")
 
 
 def _action(row: PlanRow) -> str:

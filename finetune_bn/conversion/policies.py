@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune_bn.errors import FinetuneBNError, complaint
-from finetune_bn.layers.folds import FoldMode, check_fold
+from finetune_bn.functional.shared_backward import FOLD_MODES, FoldMode
 from finetune_bn.layers.frozen import Affine, check_affine
 from finetune_bn.layers.ghost import check_groups
 from finetune_bn.layers.group_norm import Init, check_grouping
 from finetune_bn.layers.noise import check_noise
 from finetune_bn.layers.renorm import check_limits, check_momentum
 from finetune_bn.layers.stochastic import check_alpha, check_probability
+from finetune_bn.utilities.checks import choice
 
 
 class Policy:
@@ -55,9 +56,9 @@ class Freeze(Policy):
         noise: keep the noise that statistics have in i.i.d. batches of so many images: in training each batch is
             normalized by statistics drawn around the fixed ones. It regularizes as BatchNorm does, and no image
             depends on another. None: no noise. Not with `merged`.
-        fold: whether the convolution or linear map in front computes the affine within its own weight, which needs no
-            operation and no memory of an activation's size (Tune mode). `auto`: where that is cheaper; `always`:
-            wherever it can be done; `never`. It takes a probe input: `example_input`, but for timm models.
+        fold: whether a layer whose scale is trained takes part in the backward pass of the convolution in front, so
+            that it keeps no activation for itself (Tune mode). All tensors of the forward pass stay what they are.
+            `auto`: where that is cheaper, decided in each step; `always`: wherever it can be done; `never`.
     """
 
     affine: Affine = "none"
@@ -66,7 +67,7 @@ class Freeze(Policy):
 
     def __post_init__(self) -> None:
         check_affine(self.affine)
-        check_fold(self.fold)
+        choice("fold", self.fold, FOLD_MODES)
         if self.noise is not None:
             check_noise(self.noise, self.affine)
 

@@ -1,12 +1,14 @@
 """What feeds each BatchNorm (BN) layer, and whether its affine can go into the weight of what does.
 
-Found by running a probe input under hooks and a dispatch mode, without tracing: the model's code runs as it is. A
-convolution or linear map and the layer behind it are a pair where the layer receives what the map returned, unchanged
-or as a view of it with the same channels, each of the two runs once, and no other operation reads that result.
+Found by running a probe input under hooks and a dispatch mode, without tracing: the model's code runs as it is. The
+affine of a layer can be merged for good into a convolution or linear map where the layer receives what the map
+returned, unchanged or as a view of it with the same channels, each of the two runs once, and no other operation reads
+that result. Sharing the backward pass of a step asks for less, see `functional.shared_backward`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune_bn.layers.folds import is_producer, unfolded, why_not_folded
+from finetune_bn.functional.shared_backward import fewest
+from finetune_bn.layers.norm_act import is_conv_same
 from finetune_bn.layers.sites import BatchNormSite, is_leaf
 from finetune_bn.utilities.probe import Probe, quietly, tensors_in
 
@@ -31,33 +35,39 @@ class Feed:
         position: what computed the layer's input, in words.
         producer: name of the convolution or linear map whose weight can take the layer's affine; "" where none can.
         why_not: why none can.
-        weights: number of elements of that weight.
-        activations: number of elements of the layer's input, per image.
+        shares_with: name of the convolution with which a layer with a trained scale can share its backward pass.
+        why_not_shared: why there is none.
+        shares_from: from how many images of the probe's size on that pays.
     """
 
     position: str
     producer: str = ""
     why_not: str = ""
-    weights: int = 0
-    activations: float = 0.0
+    shares_with: str = ""
+    why_not_shared: str = ""
+    shares_from: int = 0
 
 
-# Folding a constant scale pays where in a batch of so many images the activation is so many times the weight's size.
-REFERENCE_BATCH = 16
-_LARGER = 4.0
+_KNOWN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 
-def worth_folding(feed: Feed, learnable: bool) -> bool:
-    """Tell whether folding a layer pays, in a batch of `REFERENCE_BATCH` images of the probe's size.
+def is_producer(module: nn.Module) -> bool:
+    """Tell whether the module is a convolution or linear map, of whatever class."""
+    return isinstance(module, (_ConvNd, nn.Linear))
 
-    A learnable scale always: the layer itself would have to keep its input for it. A constant one, which needs nothing
-    kept, where scaling the weight takes less time than scaling the activation.
 
-    Args:
-        feed: what feeds the layer.
-        learnable: whether the scale is trained.
-    """
-    return learnable or REFERENCE_BATCH * feed.activations >= _LARGER * feed.weights
+def why_not_merged(producer: nn.Module) -> str | None:
+    """Return why the affine of a layer behind `producer` cannot go into its weight, or None where it can."""
+    kind = type(producer)
+    if parametrize.is_parametrized(producer):
+        return "has parametrized tensors (torch.nn.utils.parametrize)"
+    if kind not in _KNOWN and not is_conv_same(kind):
+        return f"is a {kind.__module__}.{kind.__qualname__}, whose forward is not known"
+    if "forward" in vars(producer):
+        return "has a forward patched in"
+    if any(getattr(producer, f"_{name}") for name in ("forward_pre_hooks", "forward_hooks", "backward_hooks")):
+        return "has hooks, which would see what the BatchNorm makes of its output"
+    return None
 
 
 def find_feeds(model: nn.Module, sites: Sequence[BatchNormSite], probes: Sequence[Probe]) -> dict[str, Feed]:
@@ -75,7 +85,7 @@ def find_feeds(model: nn.Module, sites: Sequence[BatchNormSite], probes: Sequenc
     handles += [site.module.register_forward_hook(watch.depart, always_call=True) for site in sites]
     try:
         for probe in probes:
-            with quietly(model), unfolded(model), watch:
+            with quietly(model), watch:
                 watch.images = next((len(t) for t in tree_leaves((probe.args, probe.kwargs)) if _is_batch(t)), 1)
                 output = probe.call(model)
             watch.returned(output)
@@ -105,6 +115,7 @@ class _Arrival:
     position: str
     result: _Result | None
     same_channels: bool
+    is_result: bool
     activations: float
 
 
@@ -154,7 +165,8 @@ class _Watch(TorchDispatchMode):
         if torch.is_tensor(x):
             size = x.numel() / self.images
             same = result is not None and _same_channels(result.tensor, x, isinstance(self._producer(result), _ConvNd))
-        self.arrivals.setdefault(id(module), []).append(_Arrival(here, result, same, size))
+        is_result = fresh and result is not None and result.tensor is x
+        self.arrivals.setdefault(id(module), []).append(_Arrival(here, result, same, is_result, size))
 
     def depart(self, module: nn.Module, args: Any, output: Any) -> None:
         self.running = ""
@@ -175,10 +187,23 @@ class _Watch(TorchDispatchMode):
         position = positions.pop() if len(positions) == 1 else "behind several"
         result = arrivals[0].result
         why_not = self._why_not(site, arrivals)
-        if why_not or result is None:
-            return Feed(position, why_not=why_not)
-        weight = self._producer(result).get_parameter("weight")
-        return Feed(position, result.producer, "", weight.numel(), arrivals[0].activations)
+        feed = Feed(position, why_not=why_not, why_not_shared=self._why_not_shared(site, arrivals))
+        if result is not None and not why_not:
+            feed = dataclasses.replace(feed, producer=result.producer)
+        if result is not None and not feed.why_not_shared:
+            weights = self._producer(result).weight.numel()  # type: ignore[operator]
+            least = min(arrival.activations for arrival in arrivals)
+            feed = dataclasses.replace(feed, shares_with=result.producer, shares_from=fewest(least, weights))
+        return feed
+
+    def _why_not_shared(self, site: BatchNormSite, arrivals: Sequence[_Arrival]) -> str:
+        result = arrivals[0].result
+        if result is None or not all(arrival.is_result for arrival in arrivals):
+            return "no convolution directly in front"
+        producer, name = self._producer(result), result.producer
+        if not isinstance(producer, _ConvNd) or isinstance(producer, _ConvTransposeNd):
+            return f"{name} is a {type(producer).__name__}, no convolution"
+        return ""
 
     def _why_not(self, site: BatchNormSite, arrivals: Sequence[_Arrival]) -> str:
         result = arrivals[0].result
@@ -187,7 +212,7 @@ class _Watch(TorchDispatchMode):
         if result is None:
             return "no convolution or linear map directly in front"
         producer, name = self._producer(result), result.producer
-        problem = why_not_folded(producer)
+        problem = why_not_merged(producer)
         if problem:
             return f"{name} {problem}"
         if self.calls[name] > 1:

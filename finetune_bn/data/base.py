@@ -140,8 +140,8 @@ class ImageDataModule(LightningDataModule):
         self.num_workers = None if num_workers == "auto" else whole("num_workers", num_workers, 0, " or auto")
         self.pin_memory = torch.cuda.is_available() if pin_memory == "auto" else pin_memory
         self.drop_last = drop_last
-        self.images_per_label = images_per_label
-        if images_per_label is not None and self.batch_size % whole("images_per_label", images_per_label, 1):
+        self.images_per_label = None if images_per_label is None else whole("images_per_label", images_per_label, 1)
+        if self.images_per_label is not None and self.batch_size % self.images_per_label:
             allowed = f"a multiple of {images_per_label} (images_per_label)"
             raise BadData(complaint("batch_size", batch_size, allowed))
         choice("short_labels", short_labels, SHORT)

@@ -93,6 +93,77 @@ def canonicalize(
     return new_weight.to(weight), new_bias.to(bias), mean, var
 
 
+class Constants:
+    """What is fixed in a layer, with what backward needs of it: made once, and anew where a tensor was written to.
+
+    Backward works with copies, so that a write to the buffers between forward and backward (DDP broadcasts them) does
+    not invalidate it. "Written to" is what autograd's version counters tell: `load_state_dict`, a recalibration, an
+    average that copies into the tensors of a state dict; also a tensor put in place of another, by `.to()` or by hand.
+
+    Attributes:
+        mean: copy of the mean, [C].
+        var: copy of the variance, [C].
+        zero: a mean of 0, [C].
+        offset: -mean / sqrt(var + eps), [C], float32 or higher; None where it is 0.
+    """
+
+    mean: Tensor
+    var: Tensor
+    zero: Tensor
+    offset: Tensor | None
+
+    def __init__(self) -> None:
+        self._statistics: tuple[Any, ...] = ()
+        self._weight: tuple[Any, ...] = ()
+        self._scale: dict[torch.dtype, Tensor] = {}
+
+    @torch.no_grad()
+    def of(self, mean: Tensor, var: Tensor, eps: float) -> Constants:
+        """Return what is known of these statistics."""
+        key = (eps, *_state(mean), *_state(var))
+        if key != self._statistics:
+            self.mean, self.var, self.zero = mean.clone(), var.clone(), torch.zeros_like(mean)
+            self.offset = -at_least_float32(mean) * torch.rsqrt(at_least_float32(var) + eps) if mean.any() else None
+            self._statistics = key
+        return self
+
+    @torch.no_grad()
+    def scale(self, weight: Tensor | None, var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """Return the scale of a layer whose weight is not trained, [C], in this dtype."""
+        key = (eps, *_state(var), *(() if weight is None else _state(weight)))
+        if key != self._weight:
+            self._scale, self._weight = {}, key
+        if dtype not in self._scale:
+            self._scale[dtype] = _scale(weight, var, eps).to(dtype)
+        return self._scale[dtype]
+
+    @property
+    def copies(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance."""
+        return self.mean, self.var
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Constants:
+        return Constants()  # the copy's tensors are others
+
+    def __reduce__(self) -> tuple[type[Constants], tuple[()]]:
+        return Constants, ()
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor._version, tensor.data_ptr(), tensor.dtype
+
+
+def plain_step(*tensors: Tensor | None) -> bool:
+    """Tell whether this is a step of eager reverse-mode autograd, on tensors that have values."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or any(t is not None and (t.is_meta or t.is_inference()) for t in tensors)
+    )
+
+
 def frozen_batch_norm(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
@@ -106,25 +177,64 @@ def frozen_batch_norm(
     (`torch.func.jvp`) raises where anything requires grad.
     """
     if not torch.jit.is_scripting():  # by itself: only so does torch.jit.script leave out what it cannot read
-        return _batch_norm(x, running_mean, running_var, weight, bias, eps)
+        return batch_norm_in_step(x, running_mean, running_var, weight, bias, eps, None)
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 
-def _batch_norm(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+def batch_norm_in_step(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    constants: Constants | None,
 ) -> Tensor:
+    """Return `frozen_batch_norm` of the same tensors for a layer that has `constants` of its own."""
     # What is captured to be deployed is to hold BatchNorm, which every backend knows.
     captured = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[no-untyped-call]
     if torch.is_grad_enabled() and not captured:
-        # What backward needs is made afresh in each call: in-place writes to the buffers between forward and
-        # backward (DDP broadcasts them) cannot invalidate it.
+        known = constants if constants is not None and plain_step(running_mean, running_var, weight) else None
         if weight is not None and weight.requires_grad:
-            mean, var = running_mean.clone(), running_var.clone()
+            mean, var = running_mean, running_var
+            mean, var = (mean.clone(), var.clone()) if known is None else known.of(mean, var, eps).copies
             return _LearnableScaleBatchNorm.apply(x, bias, weight, mean, var, eps)  # type: ignore[no-any-return]
         if x.requires_grad or (bias is not None and bias.requires_grad):
-            scale = _scale(weight, running_var, eps)
+            if known is None:
+                scale = _scale(weight, running_var, eps).to(x.dtype)
+            else:
+                scale = known.scale(weight, running_var, eps, x.dtype)
             return _ConstantScaleBatchNorm.apply(x, bias, scale, running_mean, running_var, weight, eps)  # type: ignore[no-any-return]
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+
+def eval_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, weight and bias of BN in eval mode, by PyTorch's kernel.
+
+    Args:
+        grad: gradient of the output, [N, C, ...]; it is given to the kernel in the strides of `x`.
+        x: the input. Where the gradient of the weight is not needed its values are not read.
+        weight: [C], or None.
+        mean: [C].
+        var: [C].
+        eps: added to `var`.
+        needed: which of the three are wanted.
+    """
+    if grad.stride() != x.stride():
+        grad = torch.empty_like(x).copy_(grad)
+    # Statistics of a batch are not used in eval mode, but torch.func.vmap asks for them: any will do.
+    found = torch.ops.aten.native_batch_norm_backward.default(
+        grad, x, weight, mean, var, mean, var, False, eps, list(needed)
+    )
+    return tuple(g if wanted else None for g, wanted in zip(found, needed, strict=True))  # type: ignore[return-value]
 
 
 def quickly_bound(function: _Function) -> _Function:
@@ -157,9 +267,8 @@ class _ConstantScaleBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, bias, scale = inputs[:3]
+        bias, scale = inputs[1:3]
         ctx.save_for_backward(scale)
-        ctx.x_dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
@@ -167,11 +276,11 @@ class _ConstantScaleBatchNorm(torch.autograd.Function):
         (scale,) = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            per_channel = [1, -1] + [1] * (grad.dim() - 2)
-            grad_x = grad * scale.to(ctx.x_dtype).view(per_channel)
+            grad_x = grad * scale.view([1, -1] + [1] * (grad.dim() - 2))
         if ctx.needs_input_grad[1]:
-            other_dims = [d for d in range(grad.dim()) if d != 1]
-            grad_bias = grad.sum(other_dims, dtype=scale.dtype).to(ctx.bias_dtype)
+            others = [d for d in range(grad.dim()) if d != 1]
+            wide = torch.float64 if scale.dtype == torch.float64 else torch.float32
+            grad_bias = grad.sum(others, dtype=wide).to(ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None, None, None
 
 
@@ -195,15 +304,9 @@ class _LearnableScaleBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
-        if grad.stride() != x.stride():
-            grad = torch.empty_like(x).copy_(grad)
         needed = ctx.needs_input_grad
-        mask = [needed[0], needed[2], needed[1]]
-        # Statistics of a batch are not used in eval mode, but torch.func.vmap asks for them: any will do.
-        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward.default(
-            grad, x, weight, mean, var, mean, var, False, ctx.eps, mask
-        )
-        return of_x, of_bias if needed[1] else None, of_weight, None, None, None
+        found = eval_backward(grad, x, weight, mean, var, ctx.eps, (needed[0], needed[2], needed[1]))
+        return found[0], found[2], found[1], None, None, None
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

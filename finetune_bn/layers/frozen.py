@@ -10,6 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.frozen import (
+    Constants,
+    batch_norm_in_step,
     canonical_statistics,
     canonicalize,
     frozen_batch_norm,
@@ -18,6 +20,7 @@ from finetune_bn.functional.frozen import (
     scale_shift,
     solve_affine,
 )
+from finetune_bn.functional.shared_backward import FoldMode, producer_of, shared_batch_norm
 
 Affine = Literal["none", "shift", "merged", "original"]
 AFFINE_KINDS: tuple[Affine, ...] = get_args(Affine)
@@ -73,6 +76,7 @@ class FrozenBatchNorm(nn.Module):
 
     _version = 2  # as BatchNorm's: from version 2 on a state dict holds num_batches_tracked
     track_running_stats = True
+    fold: FoldMode = "auto"  # whether backward is shared with the convolution in front, see shared_backward.py
     __jit_unused_properties__ = ["affine", "has_source_statistics"]  # noqa: RUF012 (torch.jit looks for a list)
     if TYPE_CHECKING:  # torch.jit.script reads a class's annotations, and cannot read them as strings
         weight: Tensor
@@ -80,9 +84,6 @@ class FrozenBatchNorm(nn.Module):
         running_mean: Tensor
         running_var: Tensor
         num_batches_tracked: Tensor
-        _fold: Any
-    else:
-        _fold = None  # the tie to the producer that computes the affine in its weight, see fold.py
 
     def __init__(
         self,
@@ -106,6 +107,7 @@ class FrozenBatchNorm(nn.Module):
         tracked = torch.zeros((), dtype=torch.long, device=device)
         self._register({"weight": ones, "bias": zeros}, mean, var, tracked)
         self._source: tuple[_BatchNorm, ...] = ()
+        self._constants = Constants()
 
     @classmethod
     def from_batch_norm(cls, bn: _BatchNorm, affine: Affine = "none") -> Self:
@@ -132,6 +134,7 @@ class FrozenBatchNorm(nn.Module):
         tracked = None if bn.num_batches_tracked is None else bn.num_batches_tracked.clone()
         frozen._register({"weight": weight, "bias": bias}, mean, var, tracked)
         frozen._source = (bn,)
+        frozen._constants = Constants()
         frozen.training = bn.training
         share_hooks(bn, frozen)
         return frozen
@@ -157,15 +160,15 @@ class FrozenBatchNorm(nn.Module):
         """Return `x * scale + shift` in the dtype and memory format of `x` [N, C, ...]."""
         self._check_input_dim(x)
         if not torch.jit.is_scripting():  # by itself: only so does torch.jit.script leave out what it cannot read
-            return x if self._is_applied(x) else self._normalized(x)
-        return self._normalized(x)
-
-    def _normalized(self, x: Tensor) -> Tensor:
+            return self._normalized(x)
         return frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
 
-    def _is_applied(self, x: Tensor) -> bool:
-        """Tell whether the producer has applied the affine to `x` already."""
-        return self._fold is not None and self._fold.has(x)
+    def _normalized(self, x: Tensor) -> Tensor:
+        tensors = (self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        producer = producer_of(x, self.weight, self.fold)
+        if producer is None:
+            return batch_norm_in_step(x, *tensors, self._constants)
+        return shared_batch_norm(x, producer, *tensors, self._constants)
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
@@ -274,6 +277,9 @@ class FrozenBatchNorm(nn.Module):
         """Return what in a state dict this layer cannot take, one line each."""
         names = ("weight", "bias", "running_mean", "running_var")
         given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        strange = [name for name, value in given.items() if not isinstance(value, Tensor)]
+        if strange:
+            return [f"{prefix}{name}: a {type(given[name]).__name__}, and no tensor" for name in strange]
         problems = [
             f"size mismatch for {prefix}{name}: the shape in the checkpoint is {tuple(value.shape)}, "
             f"in this model {tuple(getattr(self, name).shape)}"

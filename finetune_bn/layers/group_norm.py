@@ -214,6 +214,8 @@ class GroupNorm(nn.GroupNorm):
                 kept = [(name, value, getattr(self._source[0], name)) for name, value in aside["source"].items()]
                 shapes += [(f"BatchNorm {name}", value, t.shape) for name, value, t in kept if t is not None]
         for name, value, shape in shapes:
+            if not isinstance(value, Tensor):
+                raise ValueError(f"its {name} is a {type(value).__name__}, and no tensor")
             if value.shape != shape:
                 raise ValueError(
                     f"size mismatch for {name}: {tuple(value.shape)} in the checkpoint, {tuple(shape)} in this model"

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from finetune_bn.errors import MissingDependency
 from finetune_bn.functional.frozen import frozen_batch_norm
 from finetune_bn.functional.frozen_act import frozen_batch_norm_act, frozen_batch_norm_relu, relu_tells_input
-from finetune_bn.layers.folded import FoldedConvNd
+from finetune_bn.functional.shared_backward import producer_of
 from finetune_bn.layers.frozen import (
     Affine,
     FrozenBatchNorm,
@@ -93,35 +93,29 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         self._check_input_dim(x)  # spelled out: torch.jit.script knows no super().forward
         if not torch.jit.is_scripting():
             y = self._in_one_step(x)
-            if y is not None:
-                return y
+            return self.act(self.drop(self._normalized(x))) if y is None else y
         x = frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         return self.act(self.drop(x))  # type: ignore[no-any-return]
 
     def _in_one_step(self, x: Tensor) -> Tensor | None:
-        """Return the output where the affine is applied already, or backward can do with one tensor instead of two.
-
-        See `act_functional`; None else.
-        """
-        if self._is_applied(x):
-            return self.act(self.drop(x))  # type: ignore[no-any-return]
+        """Return the output where backward can do with one tensor instead of two, see `frozen_act`; None else."""
         trained = torch.is_grad_enabled() and self.weight is not None and self.weight.requires_grad
         if not trained or torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
             return None
-        if type(self.drop) is not nn.Identity or self.act._forward_hooks or self.act._forward_pre_hooks:
+        act = type(self.act)
+        known = act is nn.ReLU or act in (nn.SiLU, nn.Hardswish)
+        if not known or type(self.drop) is not nn.Identity or self.act._forward_hooks or self.act._forward_pre_hooks:
             return None
-        act, arguments = type(self.act), (self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-        if act in (nn.SiLU, nn.Hardswish):
+        if producer_of(x, self.weight, self.fold) is not None:
+            return None  # shared with the convolution in front, backward needs no tensor for the norm at all
+        arguments = (self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        if act is not nn.ReLU:
             return frozen_batch_norm_act(x, *arguments, act.__name__)
-        if act is nn.ReLU and self._relu_tells_input(x):
-            return frozen_batch_norm_relu(x, *arguments)
-        return None
+        return frozen_batch_norm_relu(x, *arguments) if self._relu_tells_input(x) else None
 
     def _relu_tells_input(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return (
-                False  # there values must not decide; a compiler weighs for itself what to keep and what to recompute
-            )
+        if torch.compiler.is_compiling() or x.is_cuda:
+            return False  # a compiler weighs for itself what to keep; and to read values is to wait for a GPU
         size = None
         if self.affine_kind == "merged":
             if not self.has_source_statistics:
@@ -143,17 +137,6 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 
     def _new_batch_norm(self) -> _BatchNorm:
         return _new_norm_act(self)
-
-
-class FoldedConv2dSame(FoldedConvNd, nn.Conv2d):
-    """timm's `Conv2dSame`, TensorFlow's padding, with the frozen layer behind it in its weight."""
-
-    def _sides(self, x: Tensor) -> tuple[list[int], list[int]]:
-        sides: list[int] = []
-        for size, k, s, d in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
-            missing = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
-            sides = [missing // 2, missing - missing // 2, *sides]  # the last dimension comes first
-        return sides if any(sides) else [], [0, 0]
 
 
 def is_conv_same(kind: type[nn.Module]) -> bool:

@@ -187,6 +187,11 @@ def _write(model: nn.Module, kept: dict[str, tuple[Tensor, Tensor]]) -> None:
         trouble = trouble or why_no_statistics(sites[name].module, preserve=False)
         if trouble:
             raise FinetuneBNError(complaint("model", f"layer {name!r}: {trouble}", "the model that the bank is of"))
+    # With statistics of two domains at once the network would be none of the two.
+    left = [n for n, site in sites.items() if n not in kept and why_no_statistics(site.module, preserve=False) is None]
+    if left:
+        trouble = f"the bank has no statistics of {', '.join(left[:3])}{'...' if len(left) > 3 else ''}"
+        raise FinetuneBNError(complaint("model", trouble, "the model that the bank is of"))
     for name, (mean, var) in kept.items():
         layer = sites[name].module
         now = statistics_of(layer)

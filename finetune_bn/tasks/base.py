@@ -19,6 +19,7 @@ from typing_extensions import override
 from finetune_bn.backbones.create import create_backbone, data_config
 from finetune_bn.callbacks import BatchNormConversion, replay
 from finetune_bn.callbacks.batch_composition import warn_of_small_batches
+from finetune_bn.callbacks.checkpoint_io import keep_checkpoints_whole
 from finetune_bn.callbacks.conversion import CHECKPOINT_KEY
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.optim.parameter_groups import SCHEDULES, Schedule, lr_factor, parameter_groups
@@ -126,6 +127,10 @@ class TimmTask(pl.LightningModule, ABC):
     @abstractmethod
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
+
+    @override
+    def setup(self, stage: str) -> None:
+        keep_checkpoints_whole(self.trainer)
 
     @override
     def on_fit_start(self) -> None:

@@ -100,6 +100,34 @@ def test_layers_that_a_later_callback_adds_are_an_error_and_those_that_stay_live
     assert isinstance(model.head[0], nn.BatchNorm1d)
 
 
+def test_a_network_that_is_compiled_after_the_conversion_is_the_same_network(tmp_path: Path) -> None:
+    class Compiles(Foreign):
+        def configure_model(self) -> None:
+            if not hasattr(self.backbone, "_orig_mod"):
+                self.backbone = torch.compile(self.backbone, backend="eager")
+
+    model = Compiles()
+    trainer(tmp_path, BatchNormConversion(), epochs=1).fit(model, loader())
+    assert len(frozen(model)) == 2
+
+
+def test_layers_that_are_taken_out_before_are_not_in_the_plan_and_after_it_they_are_named(tmp_path: Path) -> None:
+    class Shrinks(Foreign):
+        def setup(self, stage: str) -> None:
+            self.backbone[4] = nn.Identity()
+
+    class Late(Foreign):
+        def on_fit_start(self) -> None:
+            self.backbone[4] = nn.Identity()
+
+    callback = BatchNormConversion()
+    trainer(tmp_path, callback, epochs=1).fit(Shrinks(), loader())
+    assert callback.plan is not None
+    assert [row.names for row in callback.plan.rows] == [("backbone.1",)]
+    with pytest.warns(UserWarning, match=r"backbone\.4 of the plan are no longer in the network"):
+        trainer(tmp_path, BatchNormConversion(), epochs=1).fit(Late(), loader())
+
+
 def test_weight_averaging_copies_the_network_that_was_made_anew(tmp_path: Path) -> None:
     model, average = Rebuilds("setup"), WeightAveraging()
     trainer(tmp_path, average, BatchNormConversion(fbn.Freeze("none"))).fit(model, loader())

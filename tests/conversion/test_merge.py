@@ -207,17 +207,6 @@ def test_on_any_mismatch_the_model_is_as_it_was(kind: type[nn.Module], words: st
         fbn.fold(model, x)
 
 
-def test_after_a_mismatch_layers_that_were_folded_every_step_still_are() -> None:
-    model, x = settle(Reads()), torch.randn(IMAGE)
-    fbn.convert(model, fbn.Freeze("original", fold="always"), example_input=x)
-    folded = model.bn._fold
-    with untouched(model), pytest.raises(ConversionMismatch):
-        fbn.fold(model, x)
-    assert folded is not None
-    assert model.bn._fold is folded
-    assert folded.intact
-
-
 def test_what_asks_for_the_type_of_a_layer_that_stays_goes_on_working() -> None:
     model, x = settle(AsksForItsType()), torch.randn(IMAGE)
     before = outputs(model, x)

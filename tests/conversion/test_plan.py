@@ -329,7 +329,7 @@ def test_a_plan_prints_as_a_table_with_the_counts_on_top() -> None:
     table = str(fbn.plan(model, fbn.Rules([("net.*", SHIFT), Rule(fbn.FreezeAffine(), type="BatchNorm1d")])))
     top, header, line, *rows = table.splitlines()
     assert top == "ModuleDict: 2 x freeze, affine=shift, 1 x REFUSED"
-    assert header.split() == ["layer", "type", "C", "what", "happens", "folded", "into", "why"]
+    assert header.split() == ["layer", "type", "C", "what", "happens", "why"]
     assert set(line) == {"-"}
     assert rows[0].split()[:5] == ["net.first.bn", "=", "net.second.bn", "BatchNorm2d", "4"]
     assert "REFUSED" in rows[2]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Callable
 
 import pytest
@@ -13,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import finetune_bn as fbn
-from finetune_bn.conversion.folding import as_carried_out
-from finetune_bn.conversion.producers import Feed, find_feeds, worth_folding
+from finetune_bn.conversion.producers import Feed, find_feeds
 from finetune_bn.errors import FinetuneBNError, UnsupportedLayer
-from finetune_bn.layers.folds import folds_in, unfolded
+from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.utilities.probe import Probe
 from tests.models import Plain, PreActivation, build, settle
@@ -194,12 +191,41 @@ def test_producers_that_share_their_weight_are_left() -> None:
     assert "shares its weight" in feeds(model, torch.randn(IMAGES))["1"].why_not
 
 
-def test_pairs_are_found_with_their_sizes() -> None:
+def test_pairs_are_found_with_the_number_of_images_from_which_sharing_backward_pays() -> None:
     model, x = build("plain")
     assert feeds(model, x) == {
-        "bn1": Feed("behind conv conv1", "conv1", "", 3 * 6 * 9, 6 * 7 * 7),
-        "bn2": Feed("behind conv conv2", "conv2", "", 6 * 8 * 9, 8 * 5 * 5),
+        "bn1": Feed("behind conv conv1", "conv1", shares_with="conv1", shares_from=-(-(2**18) // (6 * 7 * 7))),
+        "bn2": Feed("behind conv conv2", "conv2", shares_with="conv2", shares_from=-(-(2**18) // (8 * 5 * 5))),
     }
+
+
+SHARED = {
+    "a convolution called twice": (lambda n, x: n.bn(n.conv(x)) + n.conv(x), ""),
+    "another reader": (lambda n, x: n.bn(y := n.conv(x)) + y, ""),
+    "a view": (lambda n, x: n.bn(n.conv(x)[:, :, 1:]), "no convolution directly in front"),
+    "an activation": (lambda n, x: n.bn(F.relu(n.conv(x))), "no convolution directly in front"),
+    "changed in place": (lambda n, x: n.bn(F.relu_(n.conv(x))), "no convolution directly in front"),
+    "a sum": (lambda n, x: n.bn(n.conv(x) + x), "no convolution directly in front"),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_sharing_backward_asks_for_less_than_merging_and_says_why_it_cannot_be(case: str) -> None:
+    call, reason = SHARED[case]
+    feed = feeds(Net(call), torch.randn(IMAGES))["bn"]
+    assert feed.producer == ""
+    assert (feed.shares_with, feed.why_not_shared) == ("" if reason else "conv", reason)
+
+
+@pytest.mark.parametrize("conv", [nn.Linear(8, 3), nn.ConvTranspose2d(3, 3, 3, padding=1)])
+def test_linear_maps_and_transposed_convolutions_are_merged_and_do_not_share(conv: nn.Module) -> None:
+    x = torch.randn(4, 8) if isinstance(conv, nn.Linear) else torch.randn(IMAGES)
+    net = Net(lambda n, x: n.bn(n.conv(x)), conv)
+    if isinstance(conv, nn.Linear):
+        net.bn = nn.BatchNorm1d(3)
+    feed = feeds(net, x)["bn"]
+    assert feed.producer == "conv"
+    assert feed.why_not_shared == f"conv is a {type(conv).__name__}, no convolution"
 
 
 @pytest.mark.parametrize("view", ["flatten", "transpose"])
@@ -216,12 +242,10 @@ def test_a_view_between_linear_and_norm_that_keeps_the_channels_is_seen_through(
             return self.bn(y.transpose(1, 2))
 
     x = torch.randn(3, 6, 5, dtype=torch.float64)
-    model = fbn.convert(settle(Tokens().double()), fbn.Freeze("original", fold="always"), example_input=x)
-    assert len(folds_in(model)) == 1
-    actual = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
-    with unfolded(model):
-        expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    model = settle(Tokens().double()).eval()
+    assert feeds(model, x)["bn"].producer == "linear"
+    expected = model(x)
+    torch.testing.assert_close(fbn.fold(model, x)(x), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_tokens_that_are_normalized_as_channels_are_no_pair() -> None:
@@ -229,16 +253,15 @@ def test_tokens_that_are_normalized_as_channels_are_no_pair() -> None:
     assert "its channels are not those of 0" in feeds(model, torch.randn(3, 6, 5))["1"].why_not
 
 
-def test_a_converted_and_folded_model_gives_the_same_pairs() -> None:
+def test_a_converted_model_gives_the_same_pairs() -> None:
     model, x = build("plain")
     before = feeds(model, x)
     fbn.convert(model, fbn.Freeze("merged", fold="always"), example_input=x)
-    assert len(folds_in(model)) == 2
     assert feeds(model, x) == before
 
 
 @pytest.mark.parametrize(
-    ("net", "pairs", "layers"), [("test_resnet", 15, 15), ("levit_128s", 50, 52), ("tf_efficientnet_lite0", 49, 49)]
+    ("net", "pairs", "layers"), [("test_resnet", 15, 15), ("levit_128s", 4, 52), ("tf_efficientnet_lite0", 49, 49)]
 )
 def test_timm_nets_are_paired_without_an_example_input(net: str, pairs: int, layers: int) -> None:
     timm = pytest.importorskip("timm")
@@ -251,108 +274,78 @@ def test_timm_nets_are_paired_without_an_example_input(net: str, pairs: int, lay
 # The plan and its execution
 
 
-def test_auto_folds_a_learnable_scale_always_and_a_constant_one_where_the_activation_is_large() -> None:
-    small, large = Feed("", "conv", "", 1000, 100), Feed("", "conv", "", 1000, 1000)
-    assert [worth_folding(feed, learnable=True) for feed in (small, large)] == [True, True]
-    assert [worth_folding(feed, learnable=False) for feed in (small, large)] == [False, True]
+def test_only_a_trained_scale_has_something_to_share() -> None:
     model, x = build("plain")
-    folded = {a: [bool(r.folded_into) for r in fbn.plan(model, fbn.Freeze(a), x).rows] for a in ("none", "original")}
-    assert folded == {"none": [True, True], "original": [True, True]}
-    plan = fbn.plan(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)), fbn.Freeze("none"), torch.randn(2, 64))
-    assert plan.rows[0].not_folded == "its activation is small beside the weight"
+    for policy in (fbn.Freeze("none"), fbn.Freeze("shift"), fbn.Freeze("original", fold="never"), fbn.Freeze(noise=8)):
+        assert [(r.folded_into, r.not_folded) for r in fbn.plan(model, policy, x).rows] == [("", "")] * 2
+    for affine in ("merged", "original"):
+        assert [r.folded_into for r in fbn.plan(model, fbn.Freeze(affine), x).rows] == ["conv1", "conv2"]  # type: ignore[arg-type]
 
 
-def test_never_and_noise_are_not_folded_and_only_the_second_is_told() -> None:
-    model, x = build("plain")
-    assert [r.not_folded for r in fbn.plan(model, fbn.Freeze(fold="never"), x).rows] == ["", ""]
-    rows = fbn.plan(model, fbn.Freeze(noise=8), x).rows
-    assert [(r.folded_into, r.not_folded) for r in rows] == [("", "it draws its noise anew for each batch")] * 2
-    fbn.convert(model, fbn.Freeze(noise=8), example_input=x)
-    assert not folds_in(model)
+def test_the_plan_says_what_a_step_of_so_many_images_will_do_and_the_step_agrees() -> None:
+    model = settle(pytest.importorskip("timm").create_model("test_resnet"))
+    plan = fbn.plan(model, fbn.Freeze("original"), torch.randn(1, 3, 96, 96))
+    fbn.convert(model, plan)
+    counts = []
+    for images in (1, 4, 8, 32):
+        shared: list[bool] = []
+        hooks = [
+            module.register_forward_hook(lambda m, a, z, shared=shared: shared.append("_Shared" in str(z.grad_fn)))
+            for module in model.modules()
+            if isinstance(module, FrozenBatchNorm)
+        ]
+        model(torch.randn(images, 3, 96, 96))
+        for hook in hooks:
+            hook.remove()
+        counts.append(plan.folded_in(images))
+        assert sum(shared) == counts[-1]
+    assert len(set(counts)) > 2
 
 
-def test_without_a_probe_input_nothing_is_folded_and_the_plan_says_so() -> None:
-    model = Plain()
-    plan = fbn.plan(model, fbn.Freeze("original"))
+def test_without_a_probe_input_the_plan_says_that_it_cannot_tell() -> None:
+    plan = fbn.plan(Plain(), fbn.Freeze("original"))
     assert [(r.folded_into, r.not_folded) for r in plan.rows] == [("", "no probe input reached it")] * 2
     assert "- (no probe input reached it)" in str(plan)
-    assert not folds_in(fbn.convert(model, plan))
 
 
-def test_always_is_an_error_only_where_not_one_layer_can_be_folded() -> None:
+def test_always_is_an_error_only_where_not_one_layer_can_share() -> None:
     model, x = PreActivation(), torch.randn(2, 3, 8, 8)
     with untouched(model), pytest.raises(UnsupportedLayer, match=r"fold: got 'always'.*3 x no convolution"):
-        fbn.convert(model, fbn.Freeze(fold="always"), example_input=x)
-    with pytest.raises(UnsupportedLayer, match="no probe input"):
-        fbn.plan(Plain(), fbn.Freeze(fold="always"))
+        fbn.convert(model, fbn.Freeze("original", fold="always"), example_input=x)
+    fbn.plan(model, fbn.Freeze("none", fold="always"), x)  # keeps nothing, and has nothing to share
     both = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), model)
-    plan = fbn.plan(both, fbn.Freeze(fold="always"), x)
+    plan = fbn.plan(both, fbn.Freeze("merged", fold="always"), x)
     assert [r.folded_into for r in plan.rows] == ["0", "", "", ""]
+    assert [r.folded_from for r in plan.rows] == [1, 0, 0, 0]
 
 
-def test_the_table_shows_what_is_folded_into_what_and_why_not() -> None:
+def test_the_table_shows_what_shares_with_what_and_why_not() -> None:
     both = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), PreActivation())
     lines = str(fbn.plan(both, fbn.Freeze("merged"), torch.randn(2, 3, 8, 8))).splitlines()
-    assert lines[0].endswith("; 1 folded")
-    assert "folded into" in lines[1]
-    assert "- (no convolution or linear map directly in front)" in lines[-1]
+    assert lines[0].endswith("; 1 can share the backward pass of the convolution in front")
+    assert "shares backward with" in lines[1]
+    assert "0 (from 1366 images on)" in lines[3]
+    assert "- (no convolution directly in front)" in lines[-1]
 
 
 def test_a_word_that_is_none_of_the_three_is_refused() -> None:
-    with pytest.raises(FinetuneBNError, match=r"fold: got 'yes'; allowed: 'auto', 'always', 'never'"):
+    with pytest.raises(FinetuneBNError, match=r"fold: got 'yes'; allowed: auto, always, never"):
         fbn.Freeze(fold="yes")  # type: ignore[arg-type]
 
 
 def test_a_stored_plan_is_replayed_on_a_new_model_without_a_probe() -> None:
     model, x = build("plain")
-    stored = fbn.plan(model, fbn.Freeze("original"), x).to_dict()
+    stored = fbn.plan(model, fbn.Freeze("original", fold="never"), x).to_dict()
     fresh = fbn.convert(settle(Plain()), fbn.Plan.from_dict(stored))
-    assert len(folds_in(fresh)) == 2
+    assert [m.fold for m in fresh.modules() if isinstance(m, FrozenBatchNorm)] == ["never"] * 2
     for row in stored["rows"]:  # as written before there was folding
-        del row["folded_into"], row["not_folded"], row["action"]["fold"]
+        del row["folded_into"], row["not_folded"], row["folded_from"], row["action"]["fold"]
     fresh = fbn.convert(settle(Plain()), fbn.Plan.from_dict(stored))
-    assert not folds_in(fresh)
+    assert [m.fold for m in fresh.modules() if isinstance(m, FrozenBatchNorm)] == ["auto"] * 2
 
 
-def test_a_stored_pair_that_no_longer_fits_is_named_and_left(caplog: pytest.LogCaptureFixture) -> None:
+def test_another_mode_of_sharing_alone_is_a_change_of_the_policy() -> None:
     model, x = build("plain")
-    plan = fbn.plan(model, fbn.Freeze("original"), x)
-    model.conv1.register_forward_hook(lambda m, a, y: None)
-    with caplog.at_level(logging.WARNING, "finetune_bn"):
-        fbn.convert(model, plan, example_input=x)
-    assert "bn1 is not folded into conv1: that has hooks" in caplog.text
-    assert [fold.norm_name for fold in folds_in(model)] == ["bn2"]
-    assert [r.folded_into for r in as_carried_out(plan, model).rows] == ["", "conv2"]
-
-
-class TrainsOtherwise(nn.Module):
-    """Reads the result of `conv1` where gradients are on, which a probe without them does not show."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(x)
-        z = self.bn2(self.conv2(self.bn1(y)))
-        return z + y.mean() if torch.is_grad_enabled() else z
-
-
-@pytest.mark.parametrize("double", [False, True])
-def test_a_pair_that_changes_outputs_or_gradients_is_undone_and_named(
-    caplog: pytest.LogCaptureFixture, double: bool
-) -> None:
-    x = torch.randn(IMAGES).to(torch.float64 if double else torch.float32)
-    model = settle(TrainsOtherwise()).to(x.dtype)
-    vanilla = copy.deepcopy(model).eval()
-    plan = fbn.plan(model, fbn.Freeze("original"), x)
-    assert [row.folded_into for row in plan.rows] == ["conv1", "conv2"]
-    with caplog.at_level(logging.WARNING, "finetune_bn"):
-        fbn.convert(model, plan, example_input=x)
-    assert "not folded, as outputs or gradients would change: bn1 into conv1" in caplog.text
-    assert [fold.norm_name for fold in folds_in(model)] == ["bn2"]
-    carried_out = as_carried_out(plan, model)
-    assert [row.folded_into for row in carried_out.rows] == ["", "conv2"]
-    assert "would change with conv1" in carried_out.rows[0].not_folded
-    torch.testing.assert_close(model(x), vanilla(x), rtol=1e-4, atol=1e-4)
+    for mode in ("never", "always", "auto"):
+        fbn.convert(model, fbn.Freeze("original", fold=mode), example_input=x)  # type: ignore[arg-type]
+        assert [m.fold for m in model.modules() if isinstance(m, FrozenBatchNorm)] == [mode] * 2

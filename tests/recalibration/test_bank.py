@@ -94,6 +94,10 @@ def test_unknown_domains_other_models_and_other_files_are_one_clear_error(tmp_pa
     narrow.bn2 = nn.BatchNorm2d(3)
     with untouched(narrow), pytest.raises(FinetuneBNError, match="has 3 channels and not 8"):
         bank.use("day", narrow)
+    wider = net()
+    wider.more = nn.BatchNorm2d(4)
+    with untouched(wider), pytest.raises(FinetuneBNError, match="the bank has no statistics of more"):
+        bank.use("day", wider)
     with pytest.raises(FinetuneBNError, match="name: got ''"):
         bank.keep("", model)
     with pytest.raises(FinetuneBNError, match="a model whose BatchNorm layers have statistics"):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion
+from finetune_bn.callbacks.checkpoint_io import AtomicCheckpointIO
 from finetune_bn.data import EmojiData
 from finetune_bn.data.order import SeededOrder
 from finetune_bn.errors import FinetuneBNError
@@ -225,6 +226,10 @@ def test_a_state_of_other_data_amid_an_epoch_is_refused_by_name(tmp_path: Path) 
     other = fbn.ResumableDataLoader(DATA, sampler=SeededOrder(DATA, seed=4), batch_size=4)
     with pytest.raises(FinetuneBNError, match="image 8 of a plan with other arguments: seed 3 -> 4"):
         quiet_trainer(tmp_path).fit(Foreign(), other, ckpt_path=tmp_path / "cut.ckpt")
+
+
+def test_a_task_writes_checkpoints_whole_or_not_at_all(wholes: dict[Any, Run]) -> None:
+    assert type(wholes[images].trainer.strategy.checkpoint_io) is AtomicCheckpointIO
 
 
 def test_a_checkpoint_with_the_generators_is_plain_data(wholes: dict[Any, Run], tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""Train the norm layers and the head alone, and write them to a small file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from finetune_bn.callbacks.module import check_whole_network, part_of
+from finetune_bn.optim.train_only import train_only
+from finetune_bn.optim.trained_part import save_trained
+
+
+class TrainOnly(Callback):
+    """Train a part of the network alone, such as the norm layers and the head, and write that part to a small file.
+
+    What is trained is decided just before the optimizer is made, when layers have been converted and weights loaded.
+    With norm or affine, convert the layers by BatchNormConversion with Freeze and affine original: constants cannot be
+    trained. The file is written when the training ends, with the weights that there are then; apply_trained puts it
+    onto a backbone.
+
+    Args:
+        what: norm for gamma and beta of all norm layers and the head, affine for gamma and beta alone, or patterns of
+            names of parameters or modules.
+        module: Attribute path of the part to choose from, such as net; what is outside of it is trained as it would be
+            without. By default the whole LightningModule.
+        path: The file, which ends in .safetensors; if relative, in the Trainer's default_root_dir. By default none is
+            written.
+    """
+
+    def __init__(self, what: str | list[str] = "norm", module: str | None = None, path: str | None = None) -> None:
+        super().__init__()
+        self.what, self.module, self.path = what, module, path
+        self._intercepted: tuple[pl.LightningModule, Any] | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._release()
+        if stage != "fit":
+            return
+        check_whole_network(trainer)
+        original: Callable[[], Any] = pl_module.configure_optimizers
+
+        def configure_optimizers() -> Any:
+            trained = train_only(part_of(pl_module, self.module), self.what)
+            rank_zero_info(f"TrainOnly: {trained}.")
+            return original()
+
+        self._intercepted = pl_module, vars(pl_module).get("configure_optimizers")
+        vars(pl_module)["configure_optimizers"] = configure_optimizers
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._release()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.path is None or not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir) / self.path
+        size = save_trained(part_of(pl_module, self.module), path)
+        rank_zero_info(f"TrainOnly: what was trained is in {path}, {size / 1e6:.2f} MB.")
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._release()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._intercepted is not None:
+            pl_module, own = self._intercepted
+            vars(pl_module).pop("configure_optimizers", None)
+            if own is not None:
+                vars(pl_module)["configure_optimizers"] = own
+            self._intercepted = None

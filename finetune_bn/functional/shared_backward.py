@@ -1,0 +1,299 @@
+"""A frozen BatchNorm (BN) with a trained scale that shares its backward pass with the convolution in front.
+
+Left to autograd, the layer keeps its input y for the gradient of its scale: as much memory as BN in training. But with
+
+    y = conv(x, W) + b,    z = scale y + shift,    scale = gamma / sqrt(var + eps),    shift = beta - mean scale,
+
+z is also conv(x, scale W) + (scale b + shift), and so is its gradient (Tune mode: You et al., ICLR 2024, section 3). Of
+a gradient G of z, one convolution backward with the weight scale W gives the gradient of x, H (that of scale W) and
+sum G, and of these follow
+
+    grad W = scale H,    grad gamma = (sum(W H) + (b - mean) sum G) / sqrt(var + eps),    grad beta = sum G,
+
+with x, which the convolution keeps anyway, and without y. What is made of W and H is BN in eval mode with mean 0, its
+forward and its backward pass: one kernel each.
+
+Both forward tensors are what they are without this. Who holds y, looks at it or asks for its gradient gets it: where y
+is still there when backward comes, backward goes through y. So nothing has to be known of the modules: the graph that
+autograd recorded tells, in each step anew, whether a convolution made y and nothing changed it.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune_bn.functional.frozen import Constants, at_least_float32, eval_backward, plain_step
+
+FoldMode = Literal["auto", "always", "never"]
+FOLD_MODES: tuple[FoldMode, ...] = get_args(FoldMode)
+# Sharing costs time in proportion to the weight, and some more whatever its size; keeping y costs memory, and time, in
+# proportion to y. A small y is kept: by the second number all that is kept stays within an eighth of the weights.
+_FEWEST, _OF_WEIGHT = 1 << 18, 1 / 8
+# Autocast's copy of so small a weight is kept: to make it again is a launch.
+_SMALL = 1 << 16
+
+
+def pays(size: int, weights: int) -> bool:
+    """Tell whether sharing is worth its while for `size` elements of y, and so many of the convolution's weight."""
+    return size >= _FEWEST and size >= _OF_WEIGHT * weights
+
+
+def fewest(size: float, weights: int) -> int:
+    """Return from how many images on sharing is worth its while, of which each has `size` elements of y."""
+    return max(1, math.ceil(max(_FEWEST, _OF_WEIGHT * weights) / max(size, 1)))
+
+
+class Convolution(NamedTuple):
+    """A convolution as autograd recorded it.
+
+    Attributes:
+        x: its input.
+        weight: its weight: the Parameter, also where autocast made a copy of it.
+        dtype: the dtype that it computed in.
+        bias: its bias, or None.
+        geometry: stride, padding, dilation, transposed, output_padding, groups.
+        node: its node in the graph.
+        watched: whether what is kept for backward goes through hooks (`torch.autograd.graph.saved_tensors_hooks`).
+    """
+
+    x: Tensor
+    weight: Tensor
+    dtype: torch.dtype
+    bias: Tensor | None
+    geometry: tuple[Any, ...]
+    node: Any
+    watched: bool
+
+
+def producer_of(y: Tensor, weight: Tensor | None, mode: FoldMode) -> Convolution | None:
+    """Return the convolution with which a BN of this input and scale shares its backward pass; None where it does not.
+
+    Args:
+        y: input of the BN, [N, C, ...].
+        weight: gamma, [C], or None.
+        mode: "auto" shares where that pays, "always" where it can, "never" never.
+    """
+    if mode == "never" or type(y) is not Tensor or weight is None or not weight.requires_grad:
+        return None
+    if not torch.is_grad_enabled() or y.dim() < 3 or not plain_step():
+        return None  # a compiler weighs for itself what to keep and what to compute again
+    node: Any = y.grad_fn
+    if type(node).__name__ != "ConvolutionBackward0" or y._version or y._backward_hooks or y.retains_grad:
+        return None  # made by something else, written to since, or its gradient is asked for already
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and hooks[0].__module__.startswith("torch."):
+        return None  # a checkpoint would compute again, and a tensor that was put away would be fetched
+    if node._saved_transposed:
+        return None
+    kernel = node._saved_weight
+    if mode == "auto" and not pays(y.numel(), kernel.numel()):
+        return None
+    bias = None
+    if node._saved_bias_sym_sizes_opt != (0,):
+        bias = _leaf(node.next_functions[2][0])
+        if bias is None:
+            return None  # there is one, and where it is cannot be told
+    dtype = kernel.dtype
+    if kernel.numel() > _SMALL and type(kernel.grad_fn).__name__ == "ToCopyBackward0":
+        leaf = _leaf(kernel.grad_fn)  # autocast made a copy: the Parameter needs no memory of its own
+        kernel = kernel if leaf is None else leaf
+    if _rows(kernel) is None:
+        return None
+    where = (node._saved_stride, node._saved_padding, node._saved_dilation)
+    geometry = (*where, False, node._saved_output_padding, node._saved_groups)
+    return Convolution(node._saved_input, kernel, dtype, bias, geometry, node, hooks is not None)
+
+
+def shared_batch_norm(
+    y: Tensor,
+    producer: Convolution,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    constants: Constants,
+) -> Tensor:
+    """Return BN in eval mode of `y`, bit for bit; its backward pass is the producer's as well.
+
+    Args:
+        y: what the producer returned, [N, C, ...].
+        producer: what `producer_of` found.
+        running_mean: [C].
+        running_var: [C].
+        weight: gamma, [C].
+        bias: beta, [C], or None.
+        eps: added to the variance.
+        constants: the layer's own.
+    """
+    if producer.watched:
+        y = y.detach()  # the convolution's own node is not reached: what was kept is asked for once, as ever
+    elif producer.weight.dtype != producer.dtype:
+        _Recast(producer.weight, producer.dtype, producer.node)
+    known = constants.of(running_mean, running_var, eps)
+    return _Shared.apply(  # type: ignore[no-any-return]
+        y, producer.x, producer.weight, producer.bias, weight, bias, known, eps, producer.geometry, producer.dtype
+    )
+
+
+class _Recast:
+    """Lets the convolution's own node keep the Parameter in place of autocast's copy of it.
+
+    That node is reached in each backward pass, and mostly with no gradient: then no copy is made again.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, node: Any) -> None:
+        self.weight, self.dtype, self.needed = weight.detach(), dtype, True
+        node._raw_saved_weight.register_hooks(self.pack, self.unpack)
+        node.register_prehook(self.look)
+
+    def pack(self, copy: Tensor) -> Tensor:
+        return self.weight
+
+    def unpack(self, weight: Tensor) -> Tensor:
+        return weight.to(self.dtype) if self.needed else weight
+
+    def look(self, gradients: tuple[Tensor | None, ...]) -> None:
+        self.needed = gradients[0] is not None
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        kernel: Tensor,
+        conv_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        constants: Constants,
+        eps: float,
+        geometry: tuple[Any, ...],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(x, kernel, conv_bias, weight, *constants.copies, constants.offset, constants.zero)
+        ctx.eps, ctx.geometry, ctx.dtype = eps, geometry, dtype
+        ctx.y, ctx.bias_dtype = weakref.ref(y), None if bias is None else bias.dtype
+        return F.batch_norm(y, constants.mean, constants.var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, kernel, conv_bias, weight, mean, var, offset, zero = ctx.saved_tensors
+        need_y, need_x, need_kernel, need_conv_bias, need_weight, need_bias, *_ = ctx.needs_input_grad
+        y = ctx.y()
+        if y is not None and need_y:  # somebody holds it, and may ask for its gradient
+            if y._version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    "the output of a convolution, which is the input of a frozen BatchNorm layer"
+                )
+            found = eval_backward(grad, y, weight, mean, var, ctx.eps, (need_y, need_weight, need_bias))
+            return found[0], None, None, None, found[1], found[2], *[None] * 4
+        compute = _differentiable if torch.is_grad_enabled() else _by_kernels
+        of_x, of_kernel, of_weight, total = compute(
+            grad, x, kernel, weight, zero, var, ctx.eps, ctx.geometry, ctx.dtype, need_x
+        )
+        if conv_bias is not None:
+            rsigma = torch.rsqrt(at_least_float32(var) + ctx.eps)
+            offset = (at_least_float32(conv_bias) - at_least_float32(mean)) * rsigma
+        if offset is not None:
+            of_weight = torch.addcmul(of_weight, offset, total.to(of_weight.dtype))
+        of_conv_bias = (at_least_float32(weight) * rsigma * total).to(conv_bias.dtype) if need_conv_bias else None
+        return (
+            None,
+            of_x,
+            of_kernel if need_kernel else None,
+            of_conv_bias,
+            of_weight.to(weight.dtype),
+            total.to(ctx.bias_dtype) if need_bias else None,
+            *[None] * 4,
+        )
+
+
+def _by_kernels(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Tensor,
+    weight: Tensor,
+    zero: Tensor,
+    var: Tensor,
+    eps: float,
+    geometry: tuple[Any, ...],
+    dtype: torch.dtype,
+    need_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Return the gradients of x and W, sum(W H) / sqrt(var + eps) and sum G."""
+    rows = _rows(kernel)
+    assert rows is not None
+    scaled = F.batch_norm(rows, zero, var, weight, None, False, 0.0, eps)
+    scaled = scaled.as_strided(kernel.shape, kernel.stride()).to(dtype)
+    of_x, of_scaled, _ = torch.ops.aten.convolution_backward.default(
+        grad, x, scaled, None, *geometry, [need_x, True, False]
+    )
+    # The convolution's own sum of the gradient, that of its bias, is less exact on a CPU, and in half precision.
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    total = grad.sum([d for d in range(grad.dim()) if d != 1], dtype=wide)
+    of_scaled = _rows(of_scaled.to(kernel.dtype), kernel)
+    of_rows, of_weight, _ = torch.ops.aten.native_batch_norm_backward.default(
+        of_scaled, rows, weight, zero, var, zero, var, False, eps, [True, True, False]
+    )
+    return of_x, of_rows.as_strided(kernel.shape, kernel.stride()), of_weight, total
+
+
+def _differentiable(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Tensor,
+    weight: Tensor,
+    zero: Tensor,
+    var: Tensor,
+    eps: float,
+    geometry: tuple[Any, ...],
+    dtype: torch.dtype,
+    need_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Return what `_by_kernels` returns, by operations that autograd can go through again."""
+    rsigma = torch.rsqrt(at_least_float32(var) + eps)
+    per_row = [-1] + [1] * (kernel.dim() - 1)
+    scale = (at_least_float32(weight) * rsigma).view(per_row)
+    of_x, of_scaled, _ = torch.ops.aten.convolution_backward.default(
+        grad, x, (kernel * scale).to(dtype), None, *geometry, [need_x, True, False]
+    )
+    of_scaled = at_least_float32(of_scaled)
+    others = [d for d in range(grad.dim()) if d != 1]
+    return (
+        of_x,
+        (of_scaled * scale).to(kernel.dtype),
+        (of_scaled * kernel).flatten(1).sum(1) * rsigma,
+        grad.sum(others, dtype=rsigma.dtype),
+    )
+
+
+def _rows(kernel: Tensor, like: Tensor | None = None) -> Tensor | None:
+    """Return a weight as [1, C, elements of a channel], in the order in which `like` (itself) lies in memory.
+
+    None where the channels do not lie one behind the other.
+    """
+    like = kernel if like is None else like
+    if like.is_contiguous():
+        return kernel.contiguous().view(1, kernel.shape[0], -1)
+    if kernel.dim() in (4, 5):
+        order = torch.channels_last if kernel.dim() == 4 else torch.channels_last_3d
+        if like.is_contiguous(memory_format=order):
+            last = kernel.contiguous(memory_format=order).movedim(1, -1)
+            return last.view(1, kernel.shape[0], -1)
+    return None
+
+
+def _leaf(node: Any) -> Tensor | None:
+    """Return the leaf that a node of the graph leads to, through one change of dtype; None for anything else."""
+    if type(node).__name__ == "ToCopyBackward0":
+        node = node.next_functions[0][0]
+    return node.variable if type(node).__name__ == "AccumulateGrad" else None

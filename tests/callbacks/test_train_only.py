@@ -1,0 +1,54 @@
+"""Norm-only fine-tuning in a Trainer: what moves, what does not, and the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import finetune_bn as fbn
+from finetune_bn.callbacks import BatchNormConversion, TrainOnly
+from finetune_bn.errors import FinetuneBNError
+from tests.callbacks.test_conversion import Foreign, loader, trainer
+
+
+@pytest.mark.parametrize("where", ["init", "setup", "configure_model"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("affine", ["original", "merged"])
+def test_norm_layers_and_head_move_and_nothing_else_and_the_file_says_it_all(
+    where: str, first: bool, affine: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, start = Foreign(where), Foreign()
+    order = [TrainOnly(path="part.safetensors"), BatchNormConversion(fbn.Freeze(affine))]  # type: ignore[arg-type]
+    with caplog.at_level("INFO"):
+        run = trainer(tmp_path, *(order if first else order[::-1]), epochs=1)
+        run.fit(model, loader())
+    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    moved = {name for name, p in model.named_parameters() if id(p) in held}
+    assert moved == {f"backbone.{i}.{name}" for i in (1, 4) for name in ("weight", "bias")} | {
+        "head.weight", "head.bias"
+    }  # fmt: skip
+    assert torch.equal(model.backbone[0].weight, start.backbone[0].weight)
+    assert not torch.equal(model.head.weight, start.head.weight)
+    assert "TrainOnly: 6 parameters are trained, 41 of " in caplog.text
+    assert "configure_optimizers" not in vars(model)
+    fbn.apply_trained(start, tmp_path / "part.safetensors")
+    x = next(iter(loader()))[0]
+    torch.testing.assert_close(start.eval()(x), model.eval()(x))
+
+
+def test_a_part_is_chosen_from_by_its_path_and_the_rest_is_trained_as_before(tmp_path: Path) -> None:
+    model, start = Foreign(), Foreign()
+    only = TrainOnly("affine", module="backbone")
+    trainer(tmp_path, only, BatchNormConversion(fbn.Freeze("original")), epochs=1).fit(model, loader())
+    assert torch.equal(model.backbone[0].weight, start.backbone[0].weight)
+    assert not torch.equal(model.head.weight, start.head.weight)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_constants_are_an_error_before_the_training_and_the_module_is_left_as_it_was(tmp_path: Path) -> None:
+    model = Foreign()
+    with pytest.raises(FinetuneBNError, match=r"convert with Freeze\('original'\)"):
+        trainer(tmp_path, TrainOnly(), BatchNormConversion(fbn.Freeze("none"))).fit(model, loader())
+    assert "configure_optimizers" not in vars(model)
