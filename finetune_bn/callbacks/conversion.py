@@ -96,7 +96,7 @@ class BatchNormConversion(Callback):
             if overrides(pl_module, name):
                 self._intercept(pl_module, name, after=lambda: self._convert_new(trainer, pl_module))
         # Called with the checkpoint just before its weights are loaded, in every stage and for every module.
-        self._intercept(pl_module, "on_load_checkpoint", before=lambda c: self._replay(c, pl_module, stage))
+        self._intercept(pl_module, "on_load_checkpoint", before=lambda c: self._replay(c, trainer, pl_module, stage))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -240,7 +240,9 @@ class BatchNormConversion(Callback):
             if row.policy is None:
                 rank_zero_warn(f"BatchNormConversion: {' = '.join(row.names)} ({row.kind}) {row.reason}.")
 
-    def _replay(self, checkpoint: dict[str, Any], pl_module: pl.LightningModule, stage: str) -> None:
+    def _replay(
+        self, checkpoint: dict[str, Any], trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
+    ) -> None:
         state = checkpoint.get(CHECKPOINT_KEY)
         if not state and stage == "fit":
             check_resumed(checkpoint, self.plan, self.policy.describe())
@@ -259,6 +261,7 @@ class BatchNormConversion(Callback):
         if self._target(pl_module) is None:
             raise NoBatchNormMatched(complaint("ckpt_path", self.module, "a checkpoint of the same LightningModule"))
         self._apply(pl_module, saved)
+        copy_again(trainer, pl_module)
 
     def _started(self, pl_module: pl.LightningModule) -> None:
         """The network stands and is loaded: a conversion that never happened must not go unnoticed."""
