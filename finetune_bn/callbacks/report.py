@@ -229,7 +229,10 @@ class FinetuneReport(Callback):
             "images a batch": getattr(datamodule, "batch_size", None),
         }
         lr = pl_module.hparams.get("lr")
-        how = [f"BatchNorm: {layers}", *(f"{value} {what}" for what, value in facts.items() if value is not None)]
+        how = [
+            f"BatchNorm: {layers.partition('; ')[0]}",
+            *(f"{value} {what}" for what, value in facts.items() if value is not None),
+        ]
         relative = None if checkpoint is None else Path(os.path.relpath(checkpoint, self._folder)).as_posix()
         what = f"{recipe.name if recipe else type(pl_module).__name__} {'fine-tuned' if self.history else 'tested'}"
         return TrainingReport(

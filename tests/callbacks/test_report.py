@@ -166,7 +166,8 @@ def test_confusion_class_names_and_plan_are_those_of_the_run(main_job: Any) -> N
     assert data["confusion"] == module.test_confusion.tolist()
     assert data["class_names"] == list(Images.class_names)
     layers = sum(isinstance(m, FrozenBatchNorm) for m in module.modules())
-    assert data["batch_norm"] == f"{layers} x freeze, affine=merged; {layers} folded"
+    assert data["batch_norm"].startswith(f"{layers} x freeze, affine=merged; ")
+    assert data["subtitle"].startswith(f"BatchNorm: {layers} x freeze, affine=merged · 4 classes")
     assert data["title"] == "test_resnet fine-tuned on Images"
 
 
