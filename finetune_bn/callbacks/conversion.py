@@ -249,6 +249,8 @@ class BatchNormConversion(Callback):
         state = checkpoint.get(CHECKPOINT_KEY)
         if not state and stage == "fit":
             check_resumed(checkpoint, self.plan, self.policy.describe())
+        if not state:
+            _replay_weights(checkpoint, pl_module)
         if not state or state == self.saved_plan():
             return
         saved = Plan.from_dict(state["plan"])
@@ -320,15 +322,20 @@ def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
             raise NoBatchNormMatched(complaint("ckpt_path", path, f"a checkpoint of {type(pl_module).__name__}"))
         _carry_out(pl_module, path, lambda target: convert(target, the_plan, verify=False))
         return True
+    _replay_weights(checkpoint, pl_module)
+    return False
+
+
+def _replay_weights(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> None:
+    """Make the layers that weights without a plan are of, as far as they tell: GroupNorm and EvalNorm."""
     needed = policy_in_state(pl_module, checkpoint.get("state_dict", {}))
     if needed is not None:
         rank_zero_warn(
-            "replay: the checkpoint holds no plan (ModelCheckpoint with save_weights_only=True keeps none for modules "
-            f"that do not save it themselves). Its {len(needed.rules)} GroupNorm and EvalNorm layers are made by what "
-            "its weights say of them; all other BatchNorm layers stay live: convert them before they are trained."
+            "The checkpoint holds no plan (ModelCheckpoint with save_weights_only=True keeps none for modules that do "
+            f"not save it themselves). Its {len(needed.rules)} GroupNorm and EvalNorm layers are made by what its "
+            "weights say of them; all other layers stay as they are: convert them before they are trained."
         )
         _carry_out(pl_module, "", lambda target: convert(target, needed, verify=False))
-    return False
 
 
 def _saved_plan(checkpoint: dict[str, Any]) -> tuple[Plan, str] | None:
