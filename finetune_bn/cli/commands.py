@@ -22,6 +22,7 @@ from finetune_bn.callbacks import BatchNormConversion
 from finetune_bn.cli.checkpoints import check_class_names, compare, is_local, read_checkpoint
 from finetune_bn.cli.help import VERBS
 from finetune_bn.cli.parser import ConfigByName, HelpForAll, Parser
+from finetune_bn.cli.run_config import SaveRunConfig
 from finetune_bn.cli.trainer import Trainer
 from finetune_bn.data.base import ImageDataModule
 from finetune_bn.errors import FinetuneBNError, complaint
@@ -53,6 +54,7 @@ class FinetuneBNCLI(LightningCLI):
             subclass_mode_data=True,
             trainer_class=Trainer,
             parser_class=Parser,
+            save_config_callback=SaveRunConfig,
             # A name of its own: without a logger it lands in the current folder, perhaps beside a config.yaml.
             save_config_kwargs={"config_filename": "run_config.yaml", "overwrite": True},
             seed_everything_default=0,

@@ -95,7 +95,7 @@ def names_a_model_file(args: list[str]) -> bool:
     Args:
         args: what is typed behind `finetune-bn`.
     """
-    if args[:1] != ["predict"]:
+    if args[:1] != ["predict"] or any(arg.startswith("--config") for arg in args):
         return False
     values = [after for before, after in pairwise(args) if before == "--model"]
     values += [arg.partition("=")[2] for arg in args if arg.startswith("--model=")]
