@@ -11,9 +11,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from typing_extensions import override
 
 KEY = "finetune_bn_run"
 
@@ -116,6 +118,54 @@ class RunState:
                 if "size" in saved:
                     results[key].cumulated_batch_size = saved["size"].to(self._module.device)
             self._made.append(key)
+
+
+class ResumeWhole(Callback):
+    """Let a resumed run end as the uninterrupted one would: the same random numbers, and the whole log of its epoch.
+
+    Lightning keeps weights, optimizers and its place in the loop, but no random generators, on which dropout depends,
+    and nothing of what was logged since the epoch began: after a resume in mid-epoch its means are those of the rest.
+    This callback keeps both in the checkpoint, for each process. The tasks of this package do so by themselves. The
+    batches are up to the loader: see ResumableDataLoader.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._state: RunState | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        keeps_its_own = any(isinstance(value, RunState) for value in vars(pl_module).values())
+        self._state = None if keeps_its_own else RunState(pl_module)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._state is not None:
+            self._state.save(checkpoint)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._state is not None:
+            self._state.load(checkpoint)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._state is not None:
+            self._state.start()
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._state is not None:
+            self._state.begin_epoch()
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if self._state is not None:
+            self._state.join_sums()
 
 
 def skip_finished_epoch(trainer: pl.Trainer) -> None:
