@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from finetune_bn.callbacks.batches import batches_for, training_batches
+from finetune_bn.callbacks.batches import ModuleBatches, training_batches
 from finetune_bn.callbacks.conversion import replay
 from finetune_bn.callbacks.lightning_names import attach_data
 from finetune_bn.callbacks.module import load_sources, sources_of
@@ -73,7 +73,7 @@ def recalibrate_checkpoint(
     if domain is None:
         batches = training_batches(trainer, model, datamodule, split, recalibration.seed)
     elif callable(iid_dataloader):
-        batches = batches_for(trainer, model, iid_dataloader(split, domain=domain))
+        batches = ModuleBatches(trainer, model, iid_dataloader(split, domain=domain))
     else:
         raise FinetuneBNError(complaint("domain", domain, f"null, as a {type(datamodule).__name__} has no domains"))
     recalibration.prepare(trainer, model, progress=None)

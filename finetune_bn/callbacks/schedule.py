@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -61,6 +62,8 @@ class BatchNormSchedule(Callback):
         momentum: Share of a new batch in the running statistics while the layers are live. auto: 10 / (batches of an
             epoch, on each device), 0.1 at most (Kornblith et al. 2019). null: what the layers have.
         seed: Decides the order of the images.
+        forward: The function `(module, batch)` that passes a batch to the part for the recalibration, by its import
+            path. Default: the first tensor of a batch.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class BatchNormSchedule(Callback):
         module: str | None = None,
         momentum: Momentum = None,
         seed: int = 0,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(frozen_fraction, (int, float)) or not 0 < frozen_fraction < 1:
@@ -90,7 +94,9 @@ class BatchNormSchedule(Callback):
                 raise FinetuneBNError(complaint("policy", each, allowed, remedy))
         self.recalibration: BatchNormRecalibration | None = None
         if recalibrate:
-            self.recalibration = BatchNormRecalibration(data=data, max_samples=max_samples, module=module, seed=seed)
+            self.recalibration = BatchNormRecalibration(
+                data=data, max_samples=max_samples, module=module, seed=seed, forward=forward
+            )
         elif data is not None:
             raise FinetuneBNError(complaint("data", type(data).__name__, "null with recalibrate=False"))
         self.frozen = False

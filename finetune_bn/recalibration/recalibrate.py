@@ -21,7 +21,7 @@ from finetune_bn.recalibration.measurement import Measuring
 from finetune_bn.recalibration.record import LayerRecord, Recalibration
 from finetune_bn.recalibration.settings import How, Mode, Part, RecalibrationSettings
 from finetune_bn.utilities.batches import Feeder, Forward, Mask, check_batches
-from finetune_bn.utilities.probe import undisturbed, unwrapped
+from finetune_bn.utilities.probe import at_work_on, undisturbed, unwrapped
 
 
 def recalibrate(
@@ -105,7 +105,7 @@ def recalibrate(
     patterns = _patterns(layers)
     check_batches(batches)
     feeder = Feeder(model, forward, device, bool(keep_batches), mask)
-    with contextlib.ExitStack() as undo:
+    with at_work_on(model), contextlib.ExitStack() as undo:
         if source is not None:
             if how == "preserve":
                 raise FinetuneBNError(complaint("source", "batches", "None with how='preserve'", "It is that step."))

@@ -65,18 +65,26 @@ class ModuleState:
                 if (outside or key not in self._outer) and _changed(tensor, version, value):
                     tensor.copy_(value)
 
-    def changes(self) -> list[str]:
-        """Return the names of what differs now; hooks and `forward` that were put in meanwhile do not count."""
+    def changes(self, *, outside: bool = True) -> list[str]:
+        """Return the names of what differs now; hooks and `forward` that were put in meanwhile do not count.
+
+        Args:
+            outside: also what is kept in closures and globals.
+        """
         found = []
         for name, module, attributes in self._modules:
             now = vars(module)
             keys = [k for k in {**attributes, **now} if now.get(k, self) is not attributes.get(k, self)]
             found += [f"{name}.{key}".lstrip(".") for key in keys if key not in ("forward", "training")]
-        found += [name for name, holder, key, value in self._outside if _read(holder, key) is not value]
-        for name, held, content in self._contents.values():
-            if _differ(_entries(held), content) and "_hooks" not in name:
+        if outside:
+            found += [name for name, holder, key, value in self._outside if _read(holder, key) is not value]
+        for place, (name, held, content) in self._contents.items():
+            inner = outside or place not in self._outer
+            if inner and _differ(_entries(held), content) and "_hooks" not in name:
                 found.append(name.removesuffix("._buffers"))
-        found += [name for name, tensor, version, value in self._values.values() if _changed(tensor, version, value)]
+        for place, (name, tensor, version, value) in self._values.items():
+            if (outside or place not in self._outer) and _changed(tensor, version, value):
+                found.append(name)
         return list(dict.fromkeys(found))
 
     def _note(self, name: str, value: Any, deep: int) -> None:
