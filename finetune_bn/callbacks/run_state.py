@@ -72,7 +72,7 @@ class RunState:
                 self._sums = {key: saved for key, saved in state["sums"].items() if "value" in saved}
             else:
                 self._log_again(state["sums"])
-            trainer.callback_metrics.update({name: torch.tensor(v) for name, v in state["validation"].items()})
+            trainer.callback_metrics.update({name: torch.tensor(v) for name, v in state["last"].items()})
         _set_generators(state["generators"], self._module.device)
 
     def join_sums(self) -> None:
@@ -186,11 +186,16 @@ def skip_finished_epoch(trainer: pl.Trainer) -> None:
 
 
 def _logged(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return what was logged in the epoch so far: sums by Lightning's key, and the scores of its validation."""
+    """Return what was logged in the epoch so far: sums by Lightning's key, and what has one value by its name."""
     sums: dict[str, Any] = {}
+    last: dict[str, float] = {}
     for key, result in trainer.fit_loop.epoch_loop._results.items():
         meta = result.meta
-        if not meta.on_epoch or result.has_reset:
+        if result.has_reset:
+            continue
+        if not meta.on_epoch:
+            if result.is_tensor:
+                last[meta.name] = float(result.value)
             continue
         names = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx", "metric_attribute")
         how = {name: getattr(meta, name) for name in names}
@@ -205,15 +210,14 @@ def _logged(trainer: pl.Trainer) -> dict[str, Any]:
                 values = {name: value.detach().cpu().clone() for name, value in state.items()}
                 sums[key] = {"log": how, "count": result.value._update_count, "values": values}
     validation = trainer.fit_loop.epoch_loop.val_loop
-    scores: dict[str, float] = {}
     if validation.batch_progress.total.ready:  # counted anew in each epoch
         for result in validation._results.values():
             meta = result.meta
             by_loader = meta.add_dataloader_idx and meta.dataloader_idx is not None
             name = f"{meta.name}/dataloader_idx_{meta.dataloader_idx}" if by_loader else meta.name
             if name in trainer.callback_metrics:
-                scores[name] = float(trainer.callback_metrics[name])
-    return {"sums": sums, "validation": scores}
+                last[name] = float(trainer.callback_metrics[name])
+    return {"sums": sums, "last": last}
 
 
 def _set_metric(metric: Any, saved: dict[str, Any]) -> None:

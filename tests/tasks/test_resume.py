@@ -194,9 +194,11 @@ class Foreign(pl.LightningModule):
 
 
 class Noisy(Foreign):
-    """Has dropout, and logs means."""
+    """Has dropout, and logs means, and one value at the second step of the last epoch."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if (self.current_epoch, batch_idx) == (2, 1):
+            self.log("once", 7.0, on_step=True, on_epoch=False)
         loss = nn.functional.dropout(self.layer(batch[0]), 0.5).square().mean()
         self.log("train_loss", loss, on_step=False, on_epoch=True)
         self.log("largest", loss, on_step=False, on_epoch=True, reduce_fx="max")
@@ -212,6 +214,7 @@ def test_a_callback_keeps_random_numbers_and_the_log_of_a_foreign_module(
 
     whole = run("whole", [])
     assert set(whole.diary.scores[0]) == {"train_loss", "largest"}
+    assert set(whole.diary.scores[2]) == {"train_loss", "largest", "once"}
     assert_same_run(run("cut", cuts, ResumeWhole()), whole)
     with pytest.raises(AssertionError):
         assert_same_run(run("without", cuts), whole)
