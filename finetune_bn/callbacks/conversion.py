@@ -96,7 +96,7 @@ class BatchNormConversion(Callback):
             if overrides(pl_module, name):
                 self._intercept(pl_module, name, after=lambda: self._convert_new(trainer, pl_module))
         # Called with the checkpoint just before its weights are loaded, in every stage and for every module.
-        self._intercept(pl_module, "on_load_checkpoint", before=lambda c: self._replay(c, pl_module, stage))
+        self._intercept(pl_module, "on_load_checkpoint", before=lambda c: self._replay(c, trainer, pl_module, stage))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -240,10 +240,14 @@ class BatchNormConversion(Callback):
             if row.policy is None:
                 rank_zero_warn(f"BatchNormConversion: {' = '.join(row.names)} ({row.kind}) {row.reason}.")
 
-    def _replay(self, checkpoint: dict[str, Any], pl_module: pl.LightningModule, stage: str) -> None:
+    def _replay(
+        self, checkpoint: dict[str, Any], trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
+    ) -> None:
         state = checkpoint.get(CHECKPOINT_KEY)
         if not state and stage == "fit":
             check_resumed(checkpoint, self.plan, self.policy.describe())
+        if not state:
+            _replay_weights(checkpoint, pl_module)
         if not state or state == self.saved_plan():
             return
         saved = Plan.from_dict(state["plan"])
@@ -259,6 +263,7 @@ class BatchNormConversion(Callback):
         if self._target(pl_module) is None:
             raise NoBatchNormMatched(complaint("ckpt_path", self.module, "a checkpoint of the same LightningModule"))
         self._apply(pl_module, saved)
+        copy_again(trainer, pl_module)
 
     def _started(self, pl_module: pl.LightningModule) -> None:
         """The network stands and is loaded: a conversion that never happened must not go unnoticed."""
@@ -339,15 +344,20 @@ def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
             raise NoBatchNormMatched(complaint("ckpt_path", path, f"a checkpoint of {type(pl_module).__name__}"))
         _carry_out(pl_module, path, lambda target: convert(target, the_plan, verify=False))
         return True
+    _replay_weights(checkpoint, pl_module)
+    return False
+
+
+def _replay_weights(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> None:
+    """Make the layers that weights without a plan are of, as far as they tell: GroupNorm and EvalNorm."""
     needed = policy_in_state(pl_module, checkpoint.get("state_dict", {}))
     if needed is not None:
         rank_zero_warn(
-            "replay: the checkpoint holds no plan (ModelCheckpoint with save_weights_only=True keeps none for modules "
-            f"that do not save it themselves). Its {len(needed.rules)} GroupNorm and EvalNorm layers are made by what "
-            "its weights say of them; all other BatchNorm layers stay live: convert them before they are trained."
+            "The checkpoint holds no plan (ModelCheckpoint with save_weights_only=True keeps none for modules that do "
+            f"not save it themselves). Its {len(needed.rules)} GroupNorm and EvalNorm layers are made by what its "
+            "weights say of them; all other layers stay as they are: convert them before they are trained."
         )
         _carry_out(pl_module, "", lambda target: convert(target, needed, verify=False))
-    return False
 
 
 def _saved_plan(checkpoint: dict[str, Any]) -> tuple[Plan, str] | None:

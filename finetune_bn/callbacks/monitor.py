@@ -26,6 +26,7 @@ from finetune_bn.layers.sites import BatchNormSite, find_batch_norms
 from finetune_bn.layers.tracking import TrackingBatchNorm
 from finetune_bn.recalibration.iid_test import Membership
 from finetune_bn.utilities.batches import Chunk
+from finetune_bn.utilities.checks import number
 from finetune_bn.utilities.probe import quietly, tensors_in
 
 # Batches of which two images are kept until the next look; so many are compared with each other.
@@ -86,13 +87,8 @@ class BatchNormMonitor(Callback):
         per_layer: bool = True,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("every_n_steps", every_n_steps, 1),
-            ("leakage_every_n_looks", leakage_every_n_looks, 0),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise FinetuneBNError(complaint(name, value, f"a whole number from {least} on"))
-        self.every_n_steps, self.leakage_every_n_looks = every_n_steps, leakage_every_n_looks
+        self.every_n_steps = number("every_n_steps", every_n_steps, least=1, whole=True)
+        self.leakage_every_n_looks = number("leakage_every_n_looks", leakage_every_n_looks, least=0, whole=True)
         self.module, self.labels, self.per_layer = module, labels, per_layer
         self._call = NetworkCall()
         self._interval = self._until_look = 0

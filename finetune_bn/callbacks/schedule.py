@@ -29,6 +29,7 @@ from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.recalibration.bank import StatisticsBank
 from finetune_bn.recalibration.record import Recalibration
+from finetune_bn.utilities.checks import number
 
 Momentum = float | Literal["auto"] | None
 
@@ -79,13 +80,12 @@ class BatchNormSchedule(Callback):
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(frozen_fraction, (int, float)) or not 0 < frozen_fraction < 1:
-            remedy = "For 1 use BatchNormConversion(Freeze(...)), for 0 nothing."
-            raise FinetuneBNError(complaint("frozen_fraction", frozen_fraction, "a number between 0 and 1", remedy))
-        number = isinstance(momentum, (int, float)) and not isinstance(momentum, bool) and 0 < momentum <= 1
-        if momentum not in ("auto", None) and not number:
-            raise FinetuneBNError(complaint("momentum", momentum, "auto, a number above 0 and up to 1, or null"))
-        self.frozen_fraction, self.momentum, self.module = frozen_fraction, momentum, module
+        ends = " (for 1 use BatchNormConversion(Freeze(...)), for 0 nothing)"
+        self.frozen_fraction: float = number("frozen_fraction", frozen_fraction, above=0, below=1, other=ends)
+        if momentum != "auto":
+            momentum = number("momentum", momentum, above=0, most=1, none=True, other=", auto")
+        self.momentum: Momentum = momentum
+        self.module = module
         self.policy = check_policy(Freeze("original") if policy is None else policy)
         for each in _policies(self.policy):
             if not isinstance(each, (Freeze, Keep)) or (isinstance(each, Freeze) and each.affine == "merged"):

@@ -64,6 +64,7 @@ class LimitedSteps:
         self._buckets: list[Bucket] = []
         self._held: tuple[int, ...] = ()
         self._stepped = False
+        optimizer = _hookable(optimizer)
         self.look_again(optimizer)
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
@@ -214,6 +215,14 @@ def share_of_peak(group: dict[str, Any]) -> Limit:
 def check_ratio(ratio: object) -> None:
     """Raise unless `ratio` is a number above 0."""
     number("ratio", ratio, above=0, below=float("inf"))
+
+
+def _hookable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer inside of a wrapper that calls itself one and has no hooks, such as accelerate's."""
+    inner = getattr(optimizer, "optimizer", None)
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks") and isinstance(inner, torch.optim.Optimizer):
+        return _hookable(inner)
+    return optimizer
 
 
 def _sizes(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import stat
+import time
 from pathlib import Path
 
 
-def write_atomically(path: str | Path, content: str | bytes) -> None:
+def write_atomically(path: str | Path, content: str | bytes | memoryview) -> None:
     """Write a file so that, whatever happens, there is the old one or the whole new one; folders are made.
 
     Also after a power failure: the content is on the disk before it takes the old one's name. A link stays a link, and
@@ -35,6 +37,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     if old is not None and not stat.S_ISREG(old.st_mode):
         target.write_bytes(data)
         return
+    _forget_killed(target)
     temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
     try:
         # A new file gets the mode that the user's umask leaves; what is secret is so from the first byte on.
@@ -49,6 +52,14 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         _sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _forget_killed(target: Path) -> None:
+    """Remove what writers of this file have left that were killed amid it; after an hour none is still at work."""
+    for path in target.parent.glob(f".{glob.escape(target.name[:40])}.{'[0-9a-f]' * 8}.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
 
 
 def _take_over(handle: int, old: os.stat_result) -> None:

@@ -347,6 +347,32 @@ def test_a_step_with_a_closure_is_limited_and_returns_the_loss(closure: str) -> 
     assert float(loss) > 0
 
 
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's: an optimizer by its class, which has set up nothing of it, and passes everything on."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+def test_an_optimizer_inside_of_a_wrapper_is_limited() -> None:
+    net, x = net_and_data()
+    optimizer = Wrapper(torch.optim.AdamW(net.parameters(), lr=0.1))
+    limit_steps(optimizer, net, 1e-3)
+    old = net[0].weight.detach().clone().flatten(1)
+    step(net, optimizer.optimizer, x)
+    net[0].weight.data.copy_(old.view_as(net[0].weight))
+    optimizer.step()
+    moved = (net[0].weight.detach().flatten(1) - old).norm(dim=1) / old.norm(dim=1)
+    assert float(moved.max()) == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_in_lbfgs_whose_closure_runs_between_its_moves_the_whole_step_is_bounded() -> None:
     net, x = net_and_data(torch.float64)
     optimizer = torch.optim.LBFGS(net.parameters(), lr=1.0)

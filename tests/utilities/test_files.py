@@ -172,3 +172,15 @@ def test_a_long_name_and_two_threads_at_once_get_in_nobodys_way(tmp_path: Path) 
         thread.join()
     assert path.read_text(encoding="utf-8") in texts
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_removed_later_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "net [1].ckpt"
+    old, new = tmp_path / ".net [1].ckpt.0123abcd.tmp", tmp_path / ".net [1].ckpt.89ab0000.tmp"
+    others = [tmp_path / ".net [1].ckpt.tmp", tmp_path / "net [1].ckpt.0123abcd.tmp"]
+    for other in (old, new, *others):
+        other.write_text("half", encoding="utf-8")
+    for other in (old, *others):
+        os.utime(other, (0, 0))
+    write_atomically(path, memoryview(b"whole"))
+    assert sorted(tmp_path.iterdir()) == sorted([path, new, *others])
