@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from finetune_bn import __version__
@@ -29,7 +30,7 @@ def main(args: Any = None) -> None:
 
 
 def _at_once(args: list[str]) -> bool:
-    """Do what needs neither torch nor Lightning; tell whether that was all."""
+    """Do what needs neither config nor Lightning; tell whether that was all."""
     if not args or args == ["-h"] or args == ["--help"]:
         print(help_text())
         sys.exit(0 if args else 2)
@@ -46,7 +47,24 @@ def _at_once(args: list[str]) -> bool:
 
         init_from(args[1:])
         return True
+    if args[0] == "predict" and _names_a_model_file(args[1:]):
+        from finetune_bn.backbones.predict_command import predict_command
+
+        predict_command(args[1:])
+        return True
     return False
+
+
+def _names_a_model_file(args: list[str]) -> bool:
+    """Tell whether `predict` is asked of a model file and images, and not of a config with a model class and data."""
+    given = [
+        arg.partition("=")[2] or following
+        for arg, following in zip(args, [*args[1:], ""], strict=False)
+        if arg.partition("=")[0] == "--model"
+    ]
+    return not any(arg.startswith("--config") for arg in args) and any(
+        Path(name).suffix == ".safetensors" or Path(name).is_file() for name in given
+    )
 
 
 def _run(args: Any) -> None:

@@ -74,6 +74,7 @@ class MetricLearning(TimmTask):
 
     _collected: Collected
 
+    task_kind: ClassVar[str] = "embedding"  # of a model file
     _modules_given: ClassVar[tuple[str, ...]] = ("loss", "miner", "distance")
     _no_arguments: ClassVar[tuple[str, ...]] = ("num_classes", "class_names")
 
