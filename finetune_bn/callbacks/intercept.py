@@ -39,7 +39,7 @@ def intercept(
     def end() -> None:
         if entry in entries:
             entries.remove(entry)
-        if not entries and vars(pl_module).get(name) is hook:
+        if not entries and name in vars(pl_module) and vars(pl_module)[name] is hook:
             hook.put_back()
 
     return end
