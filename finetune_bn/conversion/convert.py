@@ -52,6 +52,7 @@ from finetune_bn.layers.noise import NoisyFrozenBatchNorm
 from finetune_bn.layers.norm_act import EVAL, GHOST, GROUP, NOISY, RENORM, STOCHASTIC, Family, class_for, frozen_class
 from finetune_bn.layers.sites import find_batch_norms, is_batch_norm
 from finetune_bn.layers.stochastic import EvalBatchNorm
+from finetune_bn.layers.weights_seen import remember_weights
 from finetune_bn.utilities.probe import Probe, can_run, distance, find_probes, quietly
 
 log = logging.getLogger("finetune_bn")
@@ -290,7 +291,10 @@ def _releaser(module: nn.Module) -> Callable[[], None]:
 def _swap(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_input: Any, verify: bool) -> nn.Module:
     """Put the new layers in place; where outputs must stay the same and do not, put the old ones back and raise."""
     with sources_kept(model):
-        return _carry_out(model, build(model), build, example_input, verify)
+        swaps = build(model)
+        converted = _carry_out(model, swaps, build, example_input, verify)
+    remember_weights(converted, [(swap.old, swap.new) for swap in swaps])
+    return converted
 
 
 def _carry_out(

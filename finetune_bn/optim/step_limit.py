@@ -54,13 +54,14 @@ class LimitedSteps:
         floor: float = FLOOR,
         example_input: Any = None,
         say: Callable[[str], object] = log.info,
+        warn: Callable[[str], object] = log.warning,
         new: frozenset[str] = frozenset(),
     ) -> None:
         self.ratio, self.floor = ratio, floor
         self.limited: tuple[str, ...] = ()
         self.free: tuple[str, ...] = ()
         self.new = new
-        self._net, self._example_input, self._say = net, example_input, say
+        self._net, self._example_input, self._say, self._warn = net, example_input, say, warn
         self._buckets: list[Bucket] = []
         self._held: tuple[int, ...] = ()
         self._stepped = False
@@ -82,10 +83,10 @@ class LimitedSteps:
         of = len(self.limited) + len(self.free)
         if not of:
             return "steps are not bounded: the optimizer trains no convolution yet"
-        why = ""
-        if self.free:
-            shown = ", ".join(self.free[:4]) + (", ..." if len(self.free) > 4 else "")
-            why = f"; not bounded, as no frozen layer is behind them or they start at zero: {shown}"
+        shown = ", ".join(self.free[:4]) + (", ..." if len(self.free) > 4 else "")
+        if not self.limited:
+            return f"no step is bounded: no frozen layer is behind the {of} convolutions that are trained ({shown})"
+        why = f"; not bounded, as no frozen layer is behind them or they start at zero: {shown}" if self.free else ""
         return (
             f"steps of {len(self.limited)} of the {of} convolutions that the optimizer trains are bounded ({self._how})"
             f"{why}"
@@ -122,7 +123,8 @@ class LimitedSteps:
         self.free = tuple(name for name, _, _ in convolutions.values() if name not in set(self.limited))
         self._buckets = Bucket.sort([(weight, dim) for _, weight, dim in limited])
         if before != (self.limited, self.free) or not convolutions:
-            self._say(f"StepLimit: {self.summary}.")
+            say = self._warn if self.free and not self.limited else self._say
+            say(f"StepLimit: {self.summary}.")
             log.debug("bounded: %s; not bounded: %s", ", ".join(self.limited), ", ".join(self.free))
 
     @torch.no_grad()
@@ -176,8 +178,9 @@ def limit_steps(
     sharded (FSDP). During a step it holds two copies of those weights.
 
     Not bounded are heads, adapters such as LoRA's, decoders that were not pretrained, convolutions without a frozen
-    layer behind or that start at zero, linear layers and vectors. The log (`finetune_bn`, level INFO) and the
-    attributes of what is returned say which are. Parameter groups that are added later are bounded too.
+    layer behind or that start at zero, linear layers and vectors. The log (`finetune_bn`, level INFO; a warning
+    where there is nothing to bound) and the attributes of what is returned say which are. Parameter groups that are
+    added later are bounded too.
 
     Args:
         optimizer: holds parameters of `net`.

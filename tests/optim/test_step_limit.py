@@ -290,6 +290,16 @@ def test_adapters_and_new_heads_learn_as_without_a_limit(case: str, example: boo
         assert nets[0][0][3].b.weight.norm() > 0.1
 
 
+def test_where_nothing_is_bounded_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))  # live, though not for want of trying
+    limit_steps(torch.optim.SGD(net.parameters(), lr=0.1), net)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message == (
+        "StepLimit: no step is bounded: no frozen layer is behind the 1 convolutions that are trained (0)."
+    )
+
+
 def test_a_convolution_that_starts_at_zero_in_front_of_a_frozen_layer_is_not_bounded() -> None:
     net = backbone()
     nn.init.zeros_(net[3].weight)
