@@ -22,6 +22,7 @@ from finetune_bn.callbacks.conversion_checks import (
     pending,
     unheld,
 )
+from finetune_bn.callbacks.intercept import intercept
 from finetune_bn.callbacks.lightning_names import overrides
 from finetune_bn.conversion.convert import convert, revert
 from finetune_bn.conversion.from_state import policy_in_state
@@ -77,7 +78,7 @@ class BatchNormConversion(Callback):
         self.plan: Plan | None = None
         self.watch = CollapseWatch(watch_every_n_steps, rank_zero_warn)
         self._replayed = False
-        self._intercepted: list[tuple[pl.LightningModule, str, Any]] = []
+        self._intercepted: list[Callable[[], None]] = []
 
     @property
     def collapsed(self) -> bool:
@@ -94,9 +95,11 @@ class BatchNormConversion(Callback):
             copy_again(trainer, pl_module, before=self)
         for name in ("setup", "configure_model"):  # what these build, or build anew
             if overrides(pl_module, name):
-                self._intercept(pl_module, name, after=lambda: self._convert_new(trainer, pl_module))
+                end = intercept(pl_module, name, after=lambda: self._convert_new(trainer, pl_module))
+                self._intercepted.append(end)
         # Called with the checkpoint just before its weights are loaded, in every stage and for every module.
-        self._intercept(pl_module, "on_load_checkpoint", before=lambda c: self._replay(c, trainer, pl_module, stage))
+        load = intercept(pl_module, "on_load_checkpoint", lambda c: self._replay(c, trainer, pl_module, stage))
+        self._intercepted.append(load)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -290,34 +293,9 @@ class BatchNormConversion(Callback):
                 f"layers ({', '.join(freed[:3])}...); they are held again."
             )
 
-    def _intercept(
-        self,
-        pl_module: pl.LightningModule,
-        name: str,
-        before: Callable[..., None] | None = None,
-        after: Callable[[], None] | None = None,
-    ) -> None:
-        """Run our part before or after a hook of the module, for as long as the Trainer sets up."""
-        original = getattr(pl_module, name)
-        own = pl_module.__dict__.get(name)
-
-        def hook(*args: Any, **kwargs: Any) -> Any:
-            if before is not None:
-                before(*args, **kwargs)
-            result = original(*args, **kwargs)
-            if after is not None:
-                after()
-            return result
-
-        pl_module.__dict__[name] = hook
-        self._intercepted.append((pl_module, name, own))
-
     def _release(self) -> None:
         while self._intercepted:
-            pl_module, name, own = self._intercepted.pop()
-            pl_module.__dict__.pop(name, None)
-            if own is not None:
-                pl_module.__dict__[name] = own
+            self._intercepted.pop()()
 
 
 def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:

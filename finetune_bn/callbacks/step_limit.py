@@ -7,11 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from finetune_bn.callbacks.conversion import BatchNormConversion
 from finetune_bn.callbacks.conversion_checks import example_for
+from finetune_bn.callbacks.lightning_names import is_a
 from finetune_bn.callbacks.module import check_whole_network
 from finetune_bn.optim.step_limit import FLOOR, RATIO, LimitedSteps, check_ratio
 from finetune_bn.utilities.checks import number
@@ -71,9 +72,12 @@ class StepLimit(Callback):
         conversions = [c for c in trainer.callbacks if isinstance(c, BatchNormConversion)]  # type: ignore[attr-defined]
         whole = [c for c in conversions if c.module is None]
         example = example_for(pl_module, None, whole[0].example_input) if whole else None
+        schedule = frozenset({"BatchNormSchedule"})  # by name: its file imports this one
+        later = any(is_a(c, schedule) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        warn = rank_zero_info if later else rank_zero_warn
         for optimizer in trainer.optimizers:
             self.limits.append(
-                LimitedSteps(optimizer, pl_module, self.ratio, self.floor, example, rank_zero_info, self._new)
+                LimitedSteps(optimizer, pl_module, self.ratio, self.floor, example, rank_zero_info, warn, self._new)
             )
 
     def look_again(self, trainer: pl.Trainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,20 @@ def test_the_example_input_of_the_conversion_tells_what_is_behind_a_convolution(
     with caplog.at_level("INFO"):
         fit(tmp_path, Forward(), StepLimit(), example_input=[2, 3, 8, 8])
     assert "steps of 1 of the 1 convolutions that the optimizer trains are bounded (by running a probe" in caplog.text
+
+
+def test_without_frozen_layers_it_warns_that_it_does_nothing_and_not_where_a_schedule_will_freeze_them(
+    tmp_path: Path,
+) -> None:
+    with pytest.warns(
+        UserWarning, match=r"StepLimit: no step is bounded: .* 1 convolutions that are trained \(net.0\)"
+    ):
+        fit(tmp_path, Net(), StepLimit(), policy=fbn.Keep())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        schedule = BatchNormSchedule(0.5, recalibrate=False)
+        fit(tmp_path, Net(), StepLimit(), schedule, policy=fbn.Keep())
+    assert not any("StepLimit" in str(w.message) for w in caught)
 
 
 def test_what_started_at_zero_is_free_after_resuming_too(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion
 from finetune_bn.callbacks.checkpoint_io import AtomicCheckpointIO
+from finetune_bn.callbacks.run_state import KEY, ResumeWhole
 from finetune_bn.data import EmojiData
 from finetune_bn.data.order import SeededOrder
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.tasks import ImageClassification, MetricLearning
-from finetune_bn.tasks.run_state import KEY
 from tests.tools import assert_same_state
 
 EPOCHS = 3
@@ -82,7 +82,13 @@ def quiet_trainer(folder: Path, *callbacks: pl.Callback, **arguments: Any) -> pl
 class Run:
     """A run of a task on its data, cut off at some points and resumed behind each."""
 
-    def __init__(self, folder: Path, make: Callable[[], tuple[Any, Any]], cuts: list[tuple[str, int]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        make: Callable[[], tuple[Any, Any]],
+        cuts: list[tuple[str, int]],
+        more: Sequence[pl.Callback] = (),
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.diary = Diary()
         file: Path | None = None
@@ -92,7 +98,7 @@ class Run:
             if number:
                 torch.manual_seed(100 + number)
             following = folder / f"{number}.ckpt"
-            callbacks = [self.diary] if at is None else [self.diary, Cut(at, following)]
+            callbacks = [*more, self.diary] if at is None else [*more, self.diary, Cut(at, following)]
             if hasattr(self.module, "net"):
                 callbacks.append(BatchNormConversion(fbn.Keep()))
             self.trainer = quiet_trainer(folder, *callbacks)
@@ -185,6 +191,37 @@ class Foreign(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         assert self.trainer.estimated_stepping_batches == EPOCHS * 6
         return torch.optim.Adam(self.parameters(), lr=0.1)
+
+
+class Noisy(Foreign):
+    """Has dropout, and logs means, and one value at the second step of the last epoch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if (self.current_epoch, batch_idx) == (2, 1):
+            self.log("once", 7.0, on_step=True, on_epoch=False)
+        loss = nn.functional.dropout(self.layer(batch[0]), 0.5).square().mean()
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        self.log("largest", loss, on_step=False, on_epoch=True, reduce_fx="max")
+        return loss
+
+
+@pytest.mark.parametrize("cuts", [MID_THEN_END, END_THEN_MID])
+def test_a_callback_keeps_random_numbers_and_the_log_of_a_foreign_module(
+    tmp_path: Path, cuts: list[tuple[str, int]]
+) -> None:
+    def run(folder: str, cuts: list[tuple[str, int]], *more: pl.Callback) -> Run:
+        return Run(tmp_path / folder, lambda: (Noisy(), shuffled(0)), cuts, more)
+
+    whole = run("whole", [])
+    assert set(whole.diary.scores[0]) == {"train_loss", "largest"}
+    assert set(whole.diary.scores[2]) == {"train_loss", "largest", "once"}
+    assert_same_run(run("cut", cuts, ResumeWhole()), whole)
+    with pytest.raises(AssertionError):
+        assert_same_run(run("without", cuts), whole)
+
+
+def test_a_task_that_keeps_its_own_state_is_left_alone_by_the_callback(wholes: dict[Any, Run], tmp_path: Path) -> None:
+    assert_same_run(Run(tmp_path, lambda: images(0), [("step", 3)], [ResumeWhole()]), wholes[images])
 
 
 DATA = TensorDataset(torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), torch.arange(24) // 4)
