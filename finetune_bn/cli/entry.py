@@ -35,7 +35,7 @@ def main(args: Any = None) -> None:
     try:
         given = sys.argv[1:] if args is None else args
         if not isinstance(given, list) or not _at_once(given):
-            _run(args)
+            _answer(args, given if isinstance(given, list) else [])
     except KeyboardInterrupt as stop:
         print(f"\nfinetune-bn: interrupted. {stop}".rstrip(), file=sys.stderr)
         sys.exit(130)
@@ -59,10 +59,8 @@ def _at_once(args: list[str]) -> bool:
     return False
 
 
-def _run(args: Any) -> None:
+def _answer(args: Any, given: list[str]) -> None:
     """Do the rest, which needs torch and, but for a model file's predictions, Lightning."""
-    given = sys.argv[1:] if args is None else args
-    given = given if isinstance(given, list) else []
     try:
         if names_a_model_file(given):
             from finetune_bn.backbones.predict_command import predict_command
@@ -73,9 +71,7 @@ def _run(args: Any) -> None:
 
             init_from(given[1:])
         else:
-            from finetune_bn.cli.commands import FinetuneBNCLI
-
-            FinetuneBNCLI(args)
+            _run(args)
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
@@ -87,6 +83,12 @@ def _run(args: Any) -> None:
         if line is None:
             raise
         _end(line)
+
+
+def _run(args: Any) -> None:
+    from finetune_bn.cli.commands import FinetuneBNCLI
+
+    FinetuneBNCLI(args)
 
 
 def names_a_model_file(args: list[str]) -> bool:

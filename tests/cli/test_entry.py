@@ -173,7 +173,7 @@ def test_a_disk_that_is_full_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
+    monkeypatch.setattr("finetune_bn.callbacks.checkpoint_io.write_atomically", full)
     message = error_of("fit", *SMALL)
     assert message.startswith("finetune-bn: error: No space left on device. Free some space, or write elsewhere (train")
 
