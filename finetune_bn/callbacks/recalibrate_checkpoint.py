@@ -19,7 +19,7 @@ from finetune_bn.callbacks.recalibration import CHECKPOINT_KEY, BatchNormRecalib
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.recalibration.record import Recalibration
-from finetune_bn.utilities.files import write_atomically
+from finetune_bn.utilities.files import check_output, write_atomically
 
 Split = Literal["train", "val", "test"]
 RECORD_KEY = "finetune_bn_recalibrated"
@@ -63,8 +63,7 @@ def recalibrate_checkpoint(
         raise FinetuneBNError(complaint("output", None, "a file, where the checkpoint is an address"))
     source = Path(ckpt_path)
     path = source.with_name(f"{source.stem}-recalibrated{source.suffix}") if output is None else Path(output)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise FinetuneBNError(complaint("output", str(path), "a file in a folder that there is"))
+    check_output("output", path)
     checkpoint = _load(trainer, ckpt_path, weights_only)
     _attach(trainer, model, datamodule, split)
     _restore(model, checkpoint)

@@ -16,7 +16,7 @@ from finetune_bn.conversion.merge import allowed_distance
 from finetune_bn.conversion.plan import check_model
 from finetune_bn.errors import ConversionMismatch, FinetuneBNError, MissingDependency, complaint
 from finetune_bn.utilities.batch_size import count_in_call
-from finetune_bn.utilities.files import write_atomically
+from finetune_bn.utilities.files import check_output, write_atomically
 from finetune_bn.utilities.probe import Probe, distance, find_probes, quietly, tensors_in
 
 log = logging.getLogger("finetune_bn")
@@ -49,8 +49,7 @@ def export(model: nn.Module, output: str | Path, example_input: Any = None) -> P
     path = Path(output)
     if path.suffix not in (".onnx", ".pt2"):
         raise FinetuneBNError(complaint("output", str(output), "a name that ends in .onnx or .pt2"))
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise FinetuneBNError(complaint("output", str(output), "a file in a folder that there is"))
+    check_output("output", path)
     check_model(model)
     if path.suffix == ".onnx":
         _check_size(model)

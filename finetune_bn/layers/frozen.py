@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.functional.eager_step import Constants, batch_norm_in_step
 from finetune_bn.functional.frozen import (
-    Constants,
-    batch_norm_in_step,
     canonical_statistics,
     canonicalize,
     frozen_batch_norm,

@@ -11,6 +11,8 @@ import stat
 import time
 from pathlib import Path
 
+from finetune_bn.errors import FinetuneBNError, complaint
+
 
 def write_atomically(path: str | Path, content: str | bytes | memoryview) -> None:
     """Write a file so that, whatever happens, there is the old one or the whole new one; folders are made.
@@ -52,6 +54,25 @@ def write_atomically(path: str | Path, content: str | bytes | memoryview) -> Non
         _sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(argument: str, path: str | Path) -> None:
+    """Raise where a file could not be written, so that it is known before what is to be in it is computed.
+
+    Args:
+        argument: name of the argument that names the file, for the message.
+        path: the file; it need not be there, but its folder.
+
+    Raises:
+        FinetuneBNError: it is a folder, its folder is not there, or one of the two may not be written to.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir() or not target.parent.is_dir():
+        raise FinetuneBNError(complaint(argument, str(path), "a file in a folder that there is"))
+    for place in (target, target.parent):
+        if place.exists() and not os.access(place, os.W_OK):
+            why = f"{place} may not be written to."
+            raise FinetuneBNError(complaint(argument, str(path), "a file that can be written", why))
 
 
 def _forget_killed(target: Path) -> None:

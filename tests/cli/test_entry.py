@@ -19,6 +19,7 @@ pytest.importorskip("jsonargparse")
 
 import finetune_bn
 from finetune_bn.cli import FinetuneBNCLI, main
+from finetune_bn.cli.entry import names_a_model_file
 from finetune_bn.cli.help import VERBS
 from finetune_bn.cli.messages import for_the_user
 
@@ -107,6 +108,27 @@ def test_without_the_extras_the_command_says_what_to_install(monkeypatch: pytest
     )
 
 
+@pytest.mark.parametrize(
+    ("args", "found"),
+    [
+        (["predict", "--model", "x/model.safetensors", "a.png"], True),
+        (["predict", "a.png", "--model=x/model.safetensors"], True),
+        (["predict", "--model", "here"], True),
+        (["predict", "--model", "ImageClassification", "--data", "EmojiData"], False),
+        (["predict", "--config", "quickstart"], False),
+        (["test", "--model", "x/model.safetensors"], False),
+    ],
+)
+def test_a_model_file_and_a_class_are_told_apart(args: list[str], found: bool) -> None:
+    Path("here").mkdir()
+    assert names_a_model_file(args) == found
+
+
+def test_predict_with_a_model_file_is_the_command_without_lightning() -> None:
+    assert "model.safetensors" in error_of("predict", "--model", "nowhere/model.safetensors", "a.png")
+    assert error_of("predict", "--model", "nowhere/model.safetensors").startswith("finetune-bn: error: predict: the ")
+
+
 # --- stopped --------------------------------------------------------------------------------------------------------
 
 
@@ -151,7 +173,7 @@ def test_a_disk_that_is_full_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
+    monkeypatch.setattr("finetune_bn.callbacks.checkpoint_io.write_atomically", full)
     message = error_of("fit", *SMALL)
     assert message.startswith("finetune-bn: error: No space left on device. Free some space, or write elsewhere (train")
 

@@ -383,6 +383,45 @@ def test_an_optimizer_inside_of_a_wrapper_is_limited() -> None:
     assert float(moved.max()) == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_an_optimizer_without_hooks_is_one_clear_error() -> None:
+    net, _ = net_and_data()
+    optimizer = Wrapper(torch.optim.AdamW(net.parameters(), lr=0.1))
+    groups = optimizer.param_groups
+
+    class Hookless(Wrapper):
+        param_groups = groups
+
+        def __init__(self) -> None:
+            pass
+
+    with pytest.raises(FinetuneBNError, match="optimizer: got 'Hookless'; allowed: an optimizer with step hooks"):
+        limit_steps(Hookless(), net)
+
+
+def test_a_parametrized_convolution_is_named_among_those_that_are_not_bounded() -> None:
+    net, x = net_and_data()
+    nn.utils.parametrizations.weight_norm(net[3])
+    limit = limit_steps(optimizer := torch.optim.SGD(net.parameters(), lr=0.1), net)
+    step(net, optimizer, x)
+    assert (limit.limited, limit.free) == (("0",), ("3",))
+    assert "computed from others: 3" in limit.summary
+
+
+def test_opacus_optimizer_is_limited_inside() -> None:
+    opacus = pytest.importorskip("opacus")
+    net, _ = net_and_data()
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = opacus.optimizers.DPOptimizer(inner, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4)
+    limit = limit_steps(optimizer, net, 1e-3)
+    for p in net.parameters():
+        p.grad_sample = torch.randn(4, *p.shape)
+    old = net[0].weight.detach().clone().flatten(1)
+    optimizer.step()
+    moved = (net[0].weight.detach().flatten(1) - old).norm(dim=1) / old.norm(dim=1)
+    assert float(moved.max()) == pytest.approx(1e-3, rel=1e-3)
+    assert limit.share is not None
+
+
 def test_in_lbfgs_whose_closure_runs_between_its_moves_the_whole_step_is_bounded() -> None:
     net, x = net_and_data(torch.float64)
     optimizer = torch.optim.LBFGS(net.parameters(), lr=1.0)
