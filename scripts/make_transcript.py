@@ -58,11 +58,12 @@ STEPS = (
     Step("What would happen to each layer.", "finetune-bn plan --config my_images.yaml", head=8, tail=3),
     Step(
         "Train, test the best checkpoint, write the report and the model file. Two epochs, for this page.",
-        "finetune-bn fit --config my_images.yaml --trainer.max_epochs 2 --trainer.enable_progress_bar false",
-        head=14,
+        "finetune-bn fit --config my_images.yaml --trainer.max_epochs 2 "
+        "--trainer.enable_progress_bar false --trainer.enable_model_summary false",
+        head=2,
         tail=24,
     ),
-    Step("What it left.", "find runs -type f", head=20, tail=0),
+    Step("What it left.", "find runs -type f | sort", head=20, tail=0),
     Step("Use it: from the command,", "finetune-bn predict --model {model} photos/{image}", head=6, tail=2),
     Step(
         "and from Python. Nothing is unpickled, and Lightning is not needed.",

@@ -34,10 +34,17 @@ def ours(affine: Affine, fold: FoldMode) -> str:
     return f"ours, {affine}, fold={fold}"
 
 
-def base_network(name: str, size: int) -> nn.Module:
-    """Return a timm network in training mode whose BatchNorm layers fit its random weights."""
+def base_network(name: str, size: int, narrow: int = 1) -> nn.Module:
+    """Return a timm network in training mode whose BatchNorm layers fit its random weights.
+
+    Args:
+        name: a name of timm's.
+        size: height and width of the images.
+        narrow: a ResNet with a fraction of its channels, one by so many.
+    """
     torch.manual_seed(0)
-    model = timm.create_model(name).train()
+    channels = {} if narrow == 1 else {"channels": tuple(c // narrow for c in (64, 128, 256, 512))}
+    model = timm.create_model(name, **channels).train()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [bn.momentum for bn in norms]
     for bn in norms:

@@ -47,6 +47,7 @@ KNOWS = {
     "PIL": {"utilities.images"},
     "numpy": {"utilities.images"},
     "onnxruntime": {"conversion.export"},
+    "opacus": {"conversion.private"},
 }  # the exceptions to TORCH_ALONE
 
 

@@ -15,8 +15,10 @@ from finetune_bn.diagnosis import memory
 def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
     """Return the bytes that autograd keeps of one forward pass: each storage once, tensors of the model left out."""
 
-    def checked() -> None:
-        assert run().requires_grad, "nothing was recorded for backward"
+    def checked() -> Any:
+        output = run()
+        assert output.requires_grad, "nothing was recorded for backward"
+        return output
 
     return memory.saved_bytes(model, checked)
 

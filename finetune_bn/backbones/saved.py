@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,17 +22,14 @@ from finetune_bn.backbones.predict import TrainedModel, checked_device
 from finetune_bn.backbones.weights import faults
 from finetune_bn.conversion.convert import convert
 from finetune_bn.conversion.current import current_plan
-from finetune_bn.conversion.plan import Plan
 from finetune_bn.conversion.policies import EvalNorm, ToGroupNorm
 from finetune_bn.errors import BadData, ConversionMismatch, FinetuneBNError, MissingDependency, complaint
 from finetune_bn.functional.frozen import TOLERANCE
-from finetune_bn.layers.tracking import ASIDE
+from finetune_bn.layers.extra_state import EXTRA_STATE
 from finetune_bn.utilities.files import write_atomically
 from finetune_bn.utilities.probe import distance, quietly
 
 KEY = "finetune_bn"  # in the file's metadata: the card
-ASIDE_KEY = "finetune_bn_layers"  # in the file's metadata: what layers know beside their tensors
-_TENSOR = "finetune_bn/"  # begins the names of tensors that belong to those
 _PACKAGES = ("finetune-bn", "torch", "timm")
 _CHANGE_EVALUATION = (ToGroupNorm, EvalNorm)  # all other layers compute in eval mode what BatchNorm does
 _ROUNDING = 1e-6  # in float64: above what rounding leaves, below any other cause
@@ -134,30 +130,19 @@ def load(path: str | os.PathLike[str], device: str | torch.device | None = None)
 def _content(net: nn.Module, card: Card) -> bytes:
     """Return the bytes of the file."""
     safetensors = _import_safetensors()
-    state, wanted = net.state_dict(), _network(card).state_dict()
-    tensors: dict[str, Tensor] = {}
-    asides: dict[str, Any] = {"metadata": {}, "extra": {}}
-    known: dict[str, dict[str, Any]] = getattr(state, "_metadata", {})
-    for name in _replayed(card.plan):
-        if ASIDE in known.get(name, {}):
-            asides["metadata"][name] = _packed(known[name][ASIDE], tensors)
-    for name, value in state.items():
-        if name in wanted and not torch.is_tensor(value):
-            asides["extra"][name] = _packed(value, tensors)
-    given = {name: value for name, value in state.items() if torch.is_tensor(value)}
-    wrong = faults({name: value for name, value in wanted.items() if torch.is_tensor(value)}, given)
+    state = net.state_dict()
+    wrong = _faults(_network(card), state)
     if wrong:
         allowed = f"{card.backbone} with {card.num_classes} outputs, and arguments {dict(card.arguments)}"
         raise FinetuneBNError(complaint("net", type(net).__name__, allowed, f"There are {_in_words(wrong)}."))
     # Copies: safetensors takes no two tensors of one memory.
-    tensors |= {name: value.detach().cpu().contiguous().clone() for name, value in given.items()}
-    metadata = {"format": "pt", KEY: card.to_json(), ASIDE_KEY: json.dumps(asides)}
-    content: bytes = safetensors.save(tensors, metadata)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    content: bytes = safetensors.save(tensors, {"format": "pt", KEY: card.to_json()})
     return content
 
 
-def _parsed(content: bytes, origin: str) -> tuple[Card, dict[str, Tensor], dict[str, Any]]:
-    """Return what a file holds: the card, all tensors, and what layers know beside theirs."""
+def _parsed(content: bytes, origin: str) -> tuple[Card, dict[str, Tensor]]:
+    """Return what a file holds: the card, and the tensors."""
     safetensors = _import_safetensors()
     allowed = "a model file as finetune_bn.save and FinetuneReport write it"
     try:
@@ -170,35 +155,29 @@ def _parsed(content: bytes, origin: str) -> tuple[Card, dict[str, Tensor], dict[
     if KEY not in metadata:
         remedy = f"It holds weights alone: finetune_bn.create_backbone(name, {origin!r}) loads them."
         raise BadData(complaint("path", origin, allowed, remedy))
-    card = Card.from_json(metadata[KEY], origin)
-    try:
-        asides: dict[str, Any] = _unpacked(json.loads(metadata.get(ASIDE_KEY, "{}")), tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadData(complaint("path", origin, allowed, f"Its header is damaged ({error!r}).")) from error
-    return card, {name: t for name, t in tensors.items() if not name.startswith(_TENSOR)}, asides
+    return Card.from_json(metadata[KEY], origin), tensors
 
 
-def _assembled(
-    card: Card, tensors: Mapping[str, Tensor], asides: Mapping[str, Any], origin: str
-) -> tuple[nn.Module, Card]:
+def _assembled(card: Card, tensors: Mapping[str, Tensor], origin: str) -> tuple[nn.Module, Card]:
     """Return the network of a file, in eval mode, with its weights."""
     net = _network(card)
-    fresh = net.state_dict()
-    wrong = faults({name: value for name, value in fresh.items() if torch.is_tensor(value)}, tensors)
-    allowed = f"the {len(fresh)} tensors of {card.backbone} with {card.num_classes} outputs"
+    wrong = _faults(net, tensors)
+    allowed = f"the {len(net.state_dict())} tensors of {card.backbone} with {card.num_classes} outputs"
     if wrong:
         raise BadData(complaint("path", origin, allowed, f"There are {_in_words(wrong)}."))
-    state = OrderedDict({**tensors, **asides.get("extra", {})})
-    known = {name: dict(values) for name, values in getattr(fresh, "_metadata", {}).items()}
-    for name, aside in asides.get("metadata", {}).items():
-        known.setdefault(name, {})[ASIDE] = aside
-    state._metadata = known  # type: ignore[attr-defined]
     try:
-        net.load_state_dict(state, strict=True)
+        net.load_state_dict(tensors, strict=True)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
         raise BadData(complaint("path", origin, allowed, why)) from error
     return net.eval(), card
+
+
+def _faults(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return what stands against loading tensors strictly; the extra state of a layer may be of any length."""
+    wanted = net.state_dict()
+    lengths = {name: tensors[name] for name in wanted if name.endswith(EXTRA_STATE) and name in tensors}
+    return faults({**wanted, **lengths}, tensors)
 
 
 def _network(card: Card) -> nn.Module:
@@ -210,10 +189,6 @@ def _network(card: Card) -> nn.Module:
         net = create_backbone(card.backbone, None, **{**card.arguments, **sizes})
         rows = tuple(row for row in card.plan.rows if isinstance(row.policy, _CHANGE_EVALUATION))
         return convert(net, replace(card.plan, rows=rows), verify=False) if rows else net
-
-
-def _replayed(plan: Plan) -> list[str]:
-    return [name for row in plan.rows if isinstance(row.policy, _CHANGE_EVALUATION) for name in row.names]
 
 
 def _apart(again: nn.Module, net: nn.Module, card: Card) -> float | None:
@@ -251,27 +226,6 @@ def _in_chans(net: nn.Module) -> int:
     first = config.get("first_conv")
     weight = dict(net.named_parameters()).get(f"{first if isinstance(first, str) else (first or ('',))[0]}.weight")
     return int(weight.shape[1] if weight is not None and weight.ndim == 4 else config["input_size"][0])
-
-
-def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return a value as plain data; tensors in it go into `tensors`, and their names take their places."""
-    if torch.is_tensor(value):
-        name = f"{_TENSOR}{len(tensors)}"
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {_TENSOR: name}
-    if isinstance(value, Mapping):
-        return {str(key): _packed(item, tensors) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_packed(item, tensors) for item in value]
-    return value
-
-
-def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        if _TENSOR in value:
-            return tensors[value[_TENSOR]]
-        return {key: _unpacked(item, tensors) for key, item in value.items()}
-    return [_unpacked(item, tensors) for item in value] if isinstance(value, list) else value
 
 
 def _in_words(wrong: Mapping[str, list[str]]) -> str:

@@ -60,12 +60,12 @@ def check_path(weights: object) -> Path:
     return path
 
 
-def read_file(path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a file, out of the containers that training scripts put around it.
+def load_safely(path: Path) -> Any:
+    """Return what a file of weights or a checkpoint holds, on the CPU; Python objects in it are not loaded.
 
     Raises:
         MissingDependency: safetensors is needed for it, and not installed.
-        BadData: it is damaged, holds no state dict, or Python objects, which are not loaded.
+        BadData: it is damaged, or holds Python objects.
     """
     # Plain data that checkpoints carry beside the tensors: the options of timm's script, and our own policies.
     before = [(policy, f"finetune_bn.policies.{policy.__name__}") for policy in CLASSES]  # version 0.2
@@ -73,16 +73,25 @@ def read_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            found: Any = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace, *CLASSES, *before]):
-                found = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace, *CLASSES, *before]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         remedy = "Run: pip install safetensors"
         raise MissingDependency(complaint("weights", str(path), "a package that can read it", remedy)) from error
     except Exception as error:  # torch.load raises whatever broken bytes lead it to
         allowed = "a readable file with nothing but weights"
         raise BadData(complaint("weights", str(path), allowed, _why(path, error))) from error
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Return the state dict in a file, out of the containers that training scripts put around it.
+
+    Raises:
+        MissingDependency: safetensors is needed for it, and not installed.
+        BadData: it is damaged, holds no state dict, or Python objects, which are not loaded.
+    """
+    found: Any = load_safely(path)
     while isinstance(found, Mapping):
         inner = next((key for key in _CONTAINERS if isinstance(found.get(key), Mapping)), None)
         if inner is None:

@@ -6,6 +6,7 @@ from finetune_bn.callbacks.group_norm import GroupNormCalibration, GroupNormDist
 from finetune_bn.callbacks.monitor import BatchNormMonitor
 from finetune_bn.callbacks.recalibration import BatchNormRecalibration
 from finetune_bn.callbacks.report import FinetuneReport
+from finetune_bn.callbacks.run_state import ResumeWhole
 from finetune_bn.callbacks.schedule import BatchNormSchedule
 from finetune_bn.callbacks.step_limit import StepLimit
 from finetune_bn.callbacks.train_only import TrainOnly
@@ -19,6 +20,7 @@ __all__ = [
     "FinetuneReport",
     "GroupNormCalibration",
     "GroupNormDistillation",
+    "ResumeWhole",
     "StepLimit",
     "TrainOnly",
     "replay",

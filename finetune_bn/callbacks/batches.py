@@ -7,17 +7,22 @@ from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Generator
+from torch import Generator, nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from finetune_bn.callbacks.lightning_names import before_transfer
 from finetune_bn.data.order import SeededOrder
 from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.utilities.batches import Feeder, Forward, kind_of
+from finetune_bn.utilities.probe import undisturbed
+from finetune_bn.utilities.randomness import RandomStates
 
 _BATCH_SIZE = 32  # where the loader has a batch sampler that names none
+_SAMPLE = 2  # images of a batch that is tried
 _PASS_DATA = "Pass a DataLoader as `data`."
 
 
@@ -33,7 +38,11 @@ class ModuleBatches:
     """
 
     def __init__(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Iterable[Any], share: tuple[int, int]
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        loader: Iterable[Any],
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._trainer, self._module, self._loader, self._share = trainer, pl_module, loader, share
 
@@ -45,25 +54,50 @@ class ModuleBatches:
             batch = before_transfer(module, batch)
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
-
-class SizedModuleBatches(ModuleBatches):
-    """Those of a loader that knows how many it has."""
-
     def __len__(self) -> int:
-        """Return the number of batches of this process."""
+        """Return the number of batches of this process; a TypeError where the loader does not know how many it has."""
         rank, world_size = self._share
         return len(range(rank, len(self._loader), world_size))  # type: ignore[arg-type]
 
+    def sample(self) -> Any:
+        """Return a small batch without iterating over the loader; None where there is no other way to one."""
+        loader, random = self._loader, RandomStates()
+        try:
+            if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+                if not isinstance(loader.dataset, Sized) or loader.batch_sampler is None:
+                    return None
+                few = range(min(len(loader.dataset), _SAMPLE))
+                batches = [loader.collate_fn([loader.dataset[i] for i in few])] if few else []
+            else:
+                batches = list(loader[:1]) if isinstance(loader, (list, tuple)) else []
+        except (LookupError, TypeError):  # the data set knows no numbers
+            return None
+        finally:
+            random.restore()
+        return next(iter(ModuleBatches(self._trainer, self._module, batches)), None)
 
-def batches_for(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Iterable[Any], share: tuple[int, int] = (0, 1)
-) -> ModuleBatches:
-    """Return the batches of a loader, passed through the module's hooks; with a length where the loader has one."""
-    try:
-        sized = isinstance(loader, Sized) and len(loader) >= 0
-    except TypeError:  # so does a DataLoader over an iterable data set that has no length
-        sized = False
-    return (SizedModuleBatches if sized else ModuleBatches)(trainer, pl_module, loader, share)
+
+def try_batch(trainer: pl.Trainer, target: nn.Module, batches: ModuleBatches, forward: Forward | None) -> None:
+    """Pass a small batch through the part that is to be measured: what does not fit is said before the training.
+
+    Raises:
+        FinetuneBNError: nothing says which part of a batch the network takes, or it does not take it.
+    """
+    with torch.inference_mode(False):
+        batch = batches.sample()
+        if batch is None:
+            return
+        feeder = Feeder(target, forward, None)
+        chunk = feeder.chunk(batch, 0)
+        with undisturbed(target), trainer.precision_plugin.forward_context():
+            try:
+                feeder(chunk)
+            except FinetuneBNError:
+                raise
+            except Exception as error:
+                allowed = f"what {type(target).__name__} takes"
+                remedy = f"It said: {type(error).__name__}: {error}. Or pass forward=, a function (module, batch)."
+                raise FinetuneBNError(complaint("data", kind_of(batch), allowed, remedy)) from error
 
 
 def training_batches(
@@ -88,7 +122,7 @@ def training_batches(
         iid = getattr(own, "iid_dataloader", None)
         # Without the augmentation of training, and already this rank's part.
         if callable(iid):
-            return batches_for(trainer, pl_module, iid(split))
+            return ModuleBatches(trainer, pl_module, iid(split))
         if split != "train":
             return pooled_batches(trainer, pl_module, flattened(getattr(own, f"{split}_dataloader")()), seed)
         source = trainer.train_dataloader if data is None else None
@@ -96,7 +130,7 @@ def training_batches(
     if data is not None:
         shared = isinstance(getattr(data, "sampler", None), DistributedSampler)
         share = (0, 1) if shared else (trainer.global_rank, world_size)
-        return batches_for(trainer, pl_module, data, share)
+        return ModuleBatches(trainer, pl_module, data, share)
     return _shuffled(trainer, pl_module, trainer.train_dataloader, seed)
 
 
@@ -190,5 +224,5 @@ def _shuffled(trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Any, s
             f"Recalibration: {type(loaders[0].dataset).__name__} is an IterableDataset, which cannot be shuffled: its "
             "images are taken in its own order. Statistics of the first ones alone may be off where it is sorted."
         )
-        return batches_for(trainer, pl_module, iid_loader(loaders[0], seed), (rank, world_size))
-    return batches_for(trainer, pl_module, iid_loader(loaders[0], seed, rank, world_size))
+        return ModuleBatches(trainer, pl_module, iid_loader(loaders[0], seed), (rank, world_size))
+    return ModuleBatches(trainer, pl_module, iid_loader(loaders[0], seed, rank, world_size))

@@ -31,7 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        write_atomically(str(path).removeprefix("file://"), buffer.getbuffer())  # type: ignore[arg-type]  # no copy
+        write_atomically(str(path).removeprefix("file://"), buffer.getbuffer())  # no copy
 
 
 def keep_checkpoints_whole(trainer: pl.Trainer) -> None:

@@ -22,7 +22,8 @@ from finetune_bn.callbacks.conversion_checks import (
     pending,
     unheld,
 )
-from finetune_bn.callbacks.lightning_names import overrides
+from finetune_bn.callbacks.intercept import intercept
+from finetune_bn.callbacks.lightning_names import SHARDED, is_a, overrides
 from finetune_bn.conversion.convert import convert, revert
 from finetune_bn.conversion.from_state import policy_in_state
 from finetune_bn.conversion.plan import Plan, may_fold, plan
@@ -77,7 +78,7 @@ class BatchNormConversion(Callback):
         self.plan: Plan | None = None
         self.watch = CollapseWatch(watch_every_n_steps, rank_zero_warn)
         self._replayed = False
-        self._intercepted: list[tuple[pl.LightningModule, str, Any]] = []
+        self._intercepted: list[Callable[[], None]] = []
 
     @property
     def collapsed(self) -> bool:
@@ -94,9 +95,11 @@ class BatchNormConversion(Callback):
             copy_again(trainer, pl_module, before=self)
         for name in ("setup", "configure_model"):  # what these build, or build anew
             if overrides(pl_module, name):
-                self._intercept(pl_module, name, after=lambda: self._convert_new(trainer, pl_module))
+                end = intercept(pl_module, name, after=lambda: self._convert_new(trainer, pl_module))
+                self._intercepted.append(end)
         # Called with the checkpoint just before its weights are loaded, in every stage and for every module.
-        self._intercept(pl_module, "on_load_checkpoint", before=lambda c: self._replay(c, pl_module, stage))
+        load = intercept(pl_module, "on_load_checkpoint", lambda c: self._replay(c, trainer, pl_module, stage))
+        self._intercepted.append(load)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -122,7 +125,9 @@ class BatchNormConversion(Callback):
                 f"BatchNormConversion: {_some(missing)} of the plan are no longer in the network: layers were taken "
                 "out after they were converted."
             )
-        forgotten = unheld(self.target(pl_module), self.plan, trainer.optimizers)
+        # Strategies that shard hand the optimizer tensors of their own.
+        optimizers = [] if is_a(trainer.strategy, SHARDED) else trainer.optimizers
+        forgotten = unheld(self.target(pl_module), self.plan, optimizers)
         if forgotten:
             rank_zero_warn(
                 f"BatchNormConversion: {len(forgotten)} trainable tensors of converted layers are in no optimizer and "
@@ -240,10 +245,14 @@ class BatchNormConversion(Callback):
             if row.policy is None:
                 rank_zero_warn(f"BatchNormConversion: {' = '.join(row.names)} ({row.kind}) {row.reason}.")
 
-    def _replay(self, checkpoint: dict[str, Any], pl_module: pl.LightningModule, stage: str) -> None:
+    def _replay(
+        self, checkpoint: dict[str, Any], trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
+    ) -> None:
         state = checkpoint.get(CHECKPOINT_KEY)
         if not state and stage == "fit":
             check_resumed(checkpoint, self.plan, self.policy.describe())
+        if not state:
+            _replay_weights(checkpoint, pl_module)
         if not state or state == self.saved_plan():
             return
         saved = Plan.from_dict(state["plan"])
@@ -259,6 +268,7 @@ class BatchNormConversion(Callback):
         if self._target(pl_module) is None:
             raise NoBatchNormMatched(complaint("ckpt_path", self.module, "a checkpoint of the same LightningModule"))
         self._apply(pl_module, saved)
+        copy_again(trainer, pl_module)
 
     def _started(self, pl_module: pl.LightningModule) -> None:
         """The network stands and is loaded: a conversion that never happened must not go unnoticed."""
@@ -285,34 +295,9 @@ class BatchNormConversion(Callback):
                 f"layers ({', '.join(freed[:3])}...); they are held again."
             )
 
-    def _intercept(
-        self,
-        pl_module: pl.LightningModule,
-        name: str,
-        before: Callable[..., None] | None = None,
-        after: Callable[[], None] | None = None,
-    ) -> None:
-        """Run our part before or after a hook of the module, for as long as the Trainer sets up."""
-        original = getattr(pl_module, name)
-        own = pl_module.__dict__.get(name)
-
-        def hook(*args: Any, **kwargs: Any) -> Any:
-            if before is not None:
-                before(*args, **kwargs)
-            result = original(*args, **kwargs)
-            if after is not None:
-                after()
-            return result
-
-        pl_module.__dict__[name] = hook
-        self._intercepted.append((pl_module, name, own))
-
     def _release(self) -> None:
         while self._intercepted:
-            pl_module, name, own = self._intercepted.pop()
-            pl_module.__dict__.pop(name, None)
-            if own is not None:
-                pl_module.__dict__[name] = own
+            self._intercepted.pop()()
 
 
 def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
@@ -339,15 +324,20 @@ def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
             raise NoBatchNormMatched(complaint("ckpt_path", path, f"a checkpoint of {type(pl_module).__name__}"))
         _carry_out(pl_module, path, lambda target: convert(target, the_plan, verify=False))
         return True
+    _replay_weights(checkpoint, pl_module)
+    return False
+
+
+def _replay_weights(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> None:
+    """Make the layers that weights without a plan are of, as far as they tell: GroupNorm and EvalNorm."""
     needed = policy_in_state(pl_module, checkpoint.get("state_dict", {}))
     if needed is not None:
         rank_zero_warn(
-            "replay: the checkpoint holds no plan (ModelCheckpoint with save_weights_only=True keeps none for modules "
-            f"that do not save it themselves). Its {len(needed.rules)} GroupNorm and EvalNorm layers are made by what "
-            "its weights say of them; all other BatchNorm layers stay live: convert them before they are trained."
+            "The checkpoint holds no plan (ModelCheckpoint with save_weights_only=True keeps none for modules that do "
+            f"not save it themselves). Its {len(needed.rules)} GroupNorm and EvalNorm layers are made by what its "
+            "weights say of them; all other layers stay as they are: convert them before they are trained."
         )
         _carry_out(pl_module, "", lambda target: convert(target, needed, verify=False))
-    return False
 
 
 def _saved_plan(checkpoint: dict[str, Any]) -> tuple[Plan, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from finetune_bn.group_norm.calibrate import calibrate_group_norm
 from finetune_bn.group_norm.distil import Distillation, check_distillation, distil
 from finetune_bn.group_norm.record import Calibration
 from finetune_bn.layers.sites import find_batch_norms, is_converted_group_norm
+from finetune_bn.utilities.checks import number
 
 _TRIAL_IMAGES = 64  # are enough for a run that only looks for faults (fast_dev_run)
 
@@ -32,11 +34,11 @@ class _BeforeTraining(Callback):
         module: str | None,
         max_samples: int | None,
         seed: int,
+        forward: Callable[[nn.Module, Any], Any] | None,
     ) -> None:
         super().__init__()
-        if max_samples is not None and (isinstance(max_samples, bool) or max_samples < 8):
-            raise FinetuneBNError(complaint("max_samples", max_samples, "8 or more, or null for all"))
-        self.data, self.module, self.max_samples, self.seed = data, module, max_samples, seed
+        self.max_samples = number("max_samples", max_samples, least=8, whole=True, none=True)
+        self.data, self.module, self.seed, self.forward = data, module, seed, forward
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -81,6 +83,8 @@ class GroupNormCalibration(_BeforeTraining):
         balance: Also multiply the channels of the convolution in front of each layer by powers of two, with which the
             layer loses least of its BatchNorm; `revert` takes that back.
         seed: Decides which images are taken.
+        forward: The function `(module, batch)` that passes a batch to the part, by its import path; for batches that
+            are no tensor, or that the part's `forward` does not take as they are. Default: the first tensor of a batch.
     """
 
     def __init__(
@@ -90,8 +94,9 @@ class GroupNormCalibration(_BeforeTraining):
         max_samples: int | None = 256,
         balance: bool = True,
         seed: int = 0,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
-        super().__init__(data, module, max_samples, seed)
+        super().__init__(data, module, max_samples, seed, forward)
         if not isinstance(balance, bool):
             raise FinetuneBNError(complaint("balance", balance, "true or false"))
         self.balance = balance
@@ -99,7 +104,7 @@ class GroupNormCalibration(_BeforeTraining):
 
     @override
     def _work(self, target: nn.Module, batches: ModuleBatches, max_samples: int | None) -> Calibration:
-        more: dict[str, Any] = {"max_samples": max_samples, "balance": self.balance}
+        more: dict[str, Any] = {"max_samples": max_samples, "balance": self.balance, "forward": self.forward}
         self.record = calibrate_group_norm(target, batches, progress=False, **more)
         return self.record
 
@@ -124,6 +129,8 @@ class GroupNormDistillation(_BeforeTraining):
         affine_only: Share of the steps in which only weight and bias of the converted layers are trained.
         blend: Share of the steps over which BatchNorm's outputs are faded out; 0 has none of them.
         seed: Decides which images are taken, and in what order.
+        forward: The function `(module, batch)` that passes a batch to the part, by its import path; for batches that
+            are no tensor, or that the part's `forward` does not take as they are. Default: the first tensor of a batch.
     """
 
     def __init__(
@@ -137,8 +144,9 @@ class GroupNormDistillation(_BeforeTraining):
         affine_only: float = 0.1,
         blend: float = 0.0,
         seed: int = 0,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
-        super().__init__(data, module, max_samples, seed)
+        super().__init__(data, module, max_samples, seed, forward)
         self.settings: dict[str, Any] = {
             "epochs": epochs,
             "batch_size": batch_size,
@@ -151,6 +159,6 @@ class GroupNormDistillation(_BeforeTraining):
 
     @override
     def _work(self, target: nn.Module, batches: ModuleBatches, max_samples: int | None) -> Distillation:
-        more = self.settings | {"max_samples": max_samples, "seed": self.seed}
+        more = self.settings | {"max_samples": max_samples, "seed": self.seed, "forward": self.forward}
         self.record = distil(target, batches, progress=False, **more)
         return self.record

@@ -18,7 +18,7 @@ from finetune_bn.callbacks.lightning_names import logged_step
 from finetune_bn.callbacks.module import check_whole_network, part_of
 from finetune_bn.diagnosis.advice import Look, advise, fisher
 from finetune_bn.diagnosis.inspector import Inspector, LayerLook, layer_inputs
-from finetune_bn.diagnosis.leakage import Leakage, _moved, measure_leakage
+from finetune_bn.diagnosis.leakage import Leakage, measure_leakage, moved
 from finetune_bn.diagnosis.network_call import NetworkCall
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.functional.moments import accumulator
@@ -26,6 +26,7 @@ from finetune_bn.layers.sites import BatchNormSite, find_batch_norms
 from finetune_bn.layers.tracking import TrackingBatchNorm
 from finetune_bn.recalibration.iid_test import Membership
 from finetune_bn.utilities.batches import Chunk
+from finetune_bn.utilities.checks import number
 from finetune_bn.utilities.probe import quietly, tensors_in
 
 # Batches of which two images are kept until the next look; so many are compared with each other.
@@ -86,13 +87,8 @@ class BatchNormMonitor(Callback):
         per_layer: bool = True,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("every_n_steps", every_n_steps, 1),
-            ("leakage_every_n_looks", leakage_every_n_looks, 0),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise FinetuneBNError(complaint(name, value, f"a whole number from {least} on"))
-        self.every_n_steps, self.leakage_every_n_looks = every_n_steps, leakage_every_n_looks
+        self.every_n_steps = number("every_n_steps", every_n_steps, least=1, whole=True)
+        self.leakage_every_n_looks = number("leakage_every_n_looks", leakage_every_n_looks, least=0, whole=True)
         self.module, self.labels, self.per_layer = module, labels, per_layer
         self._call = NetworkCall()
         self._interval = self._until_look = 0
@@ -371,7 +367,7 @@ def _gap(in_eval: Any, in_training: Any, images: int) -> float | None:
     """Return the largest distance between outputs with a row an image; None where there are none."""
     pairs = zip(tensors_in(in_eval), tensors_in(in_training), strict=False)
     gaps = [
-        _moved(a.flatten(1).to(accumulator(a)), b.flatten(1).to(accumulator(b)))
+        moved(a.flatten(1).to(accumulator(a)), b.flatten(1).to(accumulator(b)))
         for a, b in pairs
         if a.shape == b.shape and a.dim() and len(a) == images and a.is_floating_point()
     ]

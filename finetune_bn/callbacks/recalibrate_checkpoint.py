@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from finetune_bn.callbacks.batches import batches_for, training_batches
+from finetune_bn.callbacks.batches import ModuleBatches, training_batches
 from finetune_bn.callbacks.conversion import replay
 from finetune_bn.callbacks.lightning_names import attach_data
 from finetune_bn.callbacks.module import load_sources, sources_of
@@ -19,7 +19,7 @@ from finetune_bn.callbacks.recalibration import CHECKPOINT_KEY, BatchNormRecalib
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.recalibration.record import Recalibration
-from finetune_bn.utilities.files import write_atomically
+from finetune_bn.utilities.files import check_output, write_atomically
 
 Split = Literal["train", "val", "test"]
 RECORD_KEY = "finetune_bn_recalibrated"
@@ -63,8 +63,7 @@ def recalibrate_checkpoint(
         raise FinetuneBNError(complaint("output", None, "a file, where the checkpoint is an address"))
     source = Path(ckpt_path)
     path = source.with_name(f"{source.stem}-recalibrated{source.suffix}") if output is None else Path(output)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise FinetuneBNError(complaint("output", str(path), "a file in a folder that there is"))
+    check_output("output", path)
     checkpoint = _load(trainer, ckpt_path, weights_only)
     _attach(trainer, model, datamodule, split)
     _restore(model, checkpoint)
@@ -73,7 +72,7 @@ def recalibrate_checkpoint(
     if domain is None:
         batches = training_batches(trainer, model, datamodule, split, recalibration.seed)
     elif callable(iid_dataloader):
-        batches = batches_for(trainer, model, iid_dataloader(split, domain=domain))
+        batches = ModuleBatches(trainer, model, iid_dataloader(split, domain=domain))
     else:
         raise FinetuneBNError(complaint("domain", domain, f"null, as a {type(datamodule).__name__} has no domains"))
     recalibration.prepare(trainer, model, progress=None)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 import warnings
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from finetune_bn.callbacks.batches import ModuleBatches, flattened, pooled_batches, training_batches
+from finetune_bn.callbacks.batches import ModuleBatches, flattened, pooled_batches, training_batches, try_batch
 from finetune_bn.callbacks.module import (
     OwnStatistics,
     broadcast_statistics,
@@ -28,15 +26,15 @@ from finetune_bn.callbacks.module import (
     sources_of,
     target_of,
 )
+from finetune_bn.callbacks.notes import Notes
+from finetune_bn.callbacks.timing import When, check_averaging, check_test, check_timing
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.recalibration.bank import StatisticsBank
 from finetune_bn.recalibration.recalibrate import recalibrate
 from finetune_bn.recalibration.record import Recalibration
-from finetune_bn.recalibration.settings import How, Mode, Part, RecalibrationSettings
+from finetune_bn.recalibration.settings import RecalibrationSettings
 
-When = Literal["validation", "steps", "fit_start", "test"]
-WHEN: tuple[When, ...] = get_args(When)
 CHECKPOINT_KEY = "finetune_bn_recalibration"
 _FROZEN_TRAP = (
     "a network that was fine-tuned with frozen layers works by the statistics that these had, and loses its function "
@@ -83,18 +81,13 @@ class BatchNormRecalibration(Callback):
         module: Attribute path of the part that takes the images and whose layers are recalibrated, such as `net`.
             By default the whole LightningModule.
         layers: Name patterns of the layers, such as `layer4.*`, relative to module; all by default.
-        mode: exact: all images together, layer by layer, so that it does not matter how they are cut into batches.
-            one_pass: each chunk of images is normalized by itself. auto: exact where the activations fit in memory.
-        how: renormalize: gamma and beta keep their values and the function changes. preserve: the function stays, and
-            gamma and beta are solved anew.
-        part: The mean and the variance (both), or one of them.
-        prior: Weight of the statistics from before, in images.
         max_samples: How many images are taken at most, over all processes; null takes all.
-        min_samples: Fewer images are an error.
-        tolerance: Stop when the standard error of all statistics is at most this, in standard deviations.
-        batch_size: Images that one_pass normalizes together. Default: as many as fit in memory, 1,024 at most.
-        memory: Bytes for activations that wait in mode exact. Default: half of what the device has free.
+        forward: The function `(module, batch)` that passes a batch to the part, by its import path; for batches that
+            are no tensor, or that the part's `forward` does not take as they are. Default: the first tensor of a batch.
+        mask: The function `(batch)` that tells which values of a padded batch count, by its import path; see
+            `finetune_bn.recalibrate`.
         seed: Decides the order of the images, and so which are taken.
+        settings: The other arguments of a recalibration, see `RecalibrationSettings`.
     """
 
     def __init__(
@@ -108,48 +101,25 @@ class BatchNormRecalibration(Callback):
         source_first: bool | None = None,
         module: str | None = None,
         layers: str | list[str] = "*",
-        mode: Mode = "auto",
-        how: How = "renormalize",
-        part: Part = "both",
-        prior: float = 0,
         max_samples: int | None = 4096,
-        min_samples: int = 8,
-        tolerance: float | None = None,
-        batch_size: int | None = None,
-        memory: int | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        mask: Callable[[Any], Any] | None = None,
         seed: int = 0,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        if when not in WHEN:
-            raise FinetuneBNError(complaint("when", when, ", ".join(WHEN)))
-        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise FinetuneBNError(complaint(name, value, "a whole number from 1 up"))
-        if (when == "steps") != (every_n_steps is not None):
-            raise FinetuneBNError(complaint("every_n_steps", every_n_steps, "a number with when=steps, and only then"))
-        if temporary and when in ("fit_start", "test"):
-            remedy = "test always gives the network its own statistics back." if when == "test" else ""
-            raise FinetuneBNError(complaint("temporary", True, f"false with when={when}", remedy))
-        if per_domain and (when != "test" or data is not None):
-            raise FinetuneBNError(complaint("per_domain", True, "true with when=test and without data"))
-        if source_first and (when != "test" or data is not None):
-            remedy = "In training use how=preserve."
-            raise FinetuneBNError(complaint("source_first", True, "true with when=test and without data", remedy))
-        if when == "test" and how == "preserve":
-            remedy = "Preserving the function changes nothing in a test."
-            raise FinetuneBNError(complaint("how", how, "renormalize with when=test", remedy))
+        self.settings = RecalibrationSettings(max_samples=max_samples, **settings)
+        check_timing(when, every_n_epochs, every_n_steps, temporary)
+        check_test(when, data, per_domain, source_first, self.settings.how)
         self.when, self.data = when, data
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.temporary, self.per_domain, self.source_first = temporary, per_domain, source_first
         self.module, self.layers, self.seed = module, layers, seed
-        self.settings = RecalibrationSettings(
-            mode, how, part, prior, max_samples, min_samples, tolerance, batch_size, memory
-        )
+        self.forward, self.mask = forward, mask
         self.record: Recalibration | None = None
         self.bank: StatisticsBank | None = None
         self._own = OwnStatistics()
-        self._metrics: dict[str, float] = {}
-        self._said: set[str] = set()
+        self._notes = Notes("BatchNormRecalibration")
         self._step = -1
         self._domain: int | None = None
 
@@ -181,12 +151,13 @@ class BatchNormRecalibration(Callback):
         """
         target = target_of(pl_module, self.module)
         if not find_batch_norms(target):
-            self._say(f"there are no BatchNorm layers in {type(target).__name__}, so nothing is recalibrated")
+            self._notes.say(f"there are no BatchNorm layers in {type(target).__name__}, so nothing is recalibrated")
             return None
         settings = self.settings if settings is None else settings
         fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting and self.when in ("validation", "steps") and settings.how == "renormalize":
-            self._warn_of_frozen(frozen_layers(target))
+        renormalized = fitting and self.when in ("validation", "steps") and settings.how == "renormalize"
+        if renormalized and (frozen := frozen_layers(target)):
+            self._notes.say(f"{frozen} frozen layers are renormalized in training: {_FROZEN_TRAP} Use how=preserve.")
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             images = min(settings.max_samples or _TRIAL_IMAGES, _TRIAL_IMAGES)
             settings = dataclasses.replace(settings, max_samples=images)
@@ -197,10 +168,11 @@ class BatchNormRecalibration(Callback):
                 batches = training_batches(trainer, pl_module, self.data, seed=self.seed)
             broadcast_statistics(target)
             with trainer.precision_plugin.forward_context():
-                arguments = dataclasses.asdict(settings)
-                self.record = recalibrate(target, batches, layers=self.layers, progress=progress, **arguments)
+                arguments: dict[str, Any] = dataclasses.asdict(settings)
+                arguments |= {"layers": self.layers, "forward": self.forward, "mask": self.mask, "progress": progress}
+                self.record = recalibrate(target, batches, **arguments)
         for warning in self.record.warnings:
-            self._say(warning)
+            self._notes.say(warning)
         return self.record
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: bool | None = False) -> None:
@@ -222,7 +194,7 @@ class BatchNormRecalibration(Callback):
         except FinetuneBNError as error:
             if self.source_first:
                 raise
-            self._say(f"there are no training images ({error}), so {_FROZEN_TRAP}")
+            self._notes.say(f"there are no training images ({error}), so {_FROZEN_TRAP}")
             return
         self.recalibrate(trainer, pl_module, batches, progress, settings)
 
@@ -230,11 +202,10 @@ class BatchNormRecalibration(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         check_whole_network(trainer)
         self._own.put_back()
-        self._said.clear()
-        self._metrics.clear()
+        self._notes.forget()
         self._step = -1
         if stage == "fit" and self._averaging(trainer):
-            self._check_averaging(trainer)
+            check_averaging(trainer, self, self.when, self.temporary)
 
     @override
     def on_load_checkpoint(
@@ -254,11 +225,13 @@ class BatchNormRecalibration(Callback):
         self._step = trainer.global_step if self.when == "steps" else -1
         if self.when == "test":
             return
-        target_of(pl_module, self.module)
-        training_batches(trainer, pl_module, self.data, seed=self.seed)  # what is wrong with them is said now
+        batches = training_batches(trainer, pl_module, self.data, seed=self.seed)
+        target = target_of(pl_module, self.module)
+        if find_batch_norms(target):
+            try_batch(trainer, target, batches, self.forward)  # what is wrong with them is said now
         if self.when == "fit_start" and not trainer.global_step:
             self._run(trainer, pl_module)
-            self._log(pl_module)
+            self._notes.log(pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -277,7 +250,7 @@ class BatchNormRecalibration(Callback):
         # With gradient accumulation several batches see the same step.
         if self.every_n_steps and trainer.global_step != self._step and trainer.global_step % self.every_n_steps == 0:
             self._run(trainer, pl_module)
-            self._log(pl_module, on_step=True)
+            self._notes.log(pl_module, on_step=True)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -292,19 +265,19 @@ class BatchNormRecalibration(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log(pl_module)
+        self._notes.log(pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.when == "validation" and self._step != trainer.global_step and self.should_recalibrate(trainer):
             if self._averaging(trainer):
-                self._say(
+                self._notes.say(
                     "the averaged network is recalibrated where it is validated; this epoch ends without a validation, "
                     "so a checkpoint of it holds averaged statistics"
                 )
                 return
             self._run(trainer, pl_module)
-        self._log(pl_module)
+        self._notes.log(pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -328,7 +301,7 @@ class BatchNormRecalibration(Callback):
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log(pl_module)
+        self._notes.log(pl_module)
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -378,7 +351,7 @@ class BatchNormRecalibration(Callback):
         with self._own.back_on_error():
             record = self.recalibrate(trainer, pl_module)
         if record is not None:
-            self._note(record)
+            self._notes.take(record)
 
     def _adapt(self, trainer: pl.Trainer, pl_module: pl.LightningModule, test_loaders: Any) -> None:
         """Give the network the statistics of the images that are to be tested, for the time of the test."""
@@ -397,7 +370,7 @@ class BatchNormRecalibration(Callback):
             batches = None if self.data is not None else pooled_batches(trainer, pl_module, loaders, self.seed)
             record = self.recalibrate(trainer, pl_module, batches)
             if record is not None:
-                self._note(record)
+                self._notes.take(record)
 
     def _measure_domains(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loaders: dict[str, Any]) -> None:
         target, bank = target_of(pl_module, self.module), StatisticsBank()
@@ -408,7 +381,7 @@ class BatchNormRecalibration(Callback):
                 if record is None:
                     return
                 bank.keep(name, target)
-            self._note(record, f"/{name}")
+            self._notes.take(record, f"/{name}")
         self.bank = bank
 
     def _switch(self, pl_module: pl.LightningModule, loader: int) -> None:
@@ -417,45 +390,5 @@ class BatchNormRecalibration(Callback):
             self._domain = loader
             self.bank.use(self.bank.names[loader], target_of(pl_module, self.module))
 
-    def _note(self, record: Recalibration, suffix: str = "") -> None:
-        """Take the figures to be logged; in words those of the first time."""
-        if "" not in self._said:
-            self._said.add("")
-            alone = [f"left alone: {name or '(root)'} {reason}" for name, reason in record.left_alone]
-            rank_zero_info("; ".join([f"BatchNormRecalibration: {str(record).splitlines()[0]}", *alone]))
-        values = {"images": record.images, "shift": record.shift, "standard_error": record.standard_error}
-        self._metrics |= {f"recalibration/{name}{suffix}": float(v) for name, v in values.items() if math.isfinite(v)}
-
-    def _log(self, pl_module: pl.LightningModule, on_step: bool = False) -> None:
-        """Log what there is to log; not each hook may."""
-        if self._metrics:
-            pl_module.log_dict(self._metrics, on_step=on_step, on_epoch=not on_step, batch_size=1, sync_dist=True)
-            self._metrics = {}
-
-    def _warn_of_frozen(self, frozen: int) -> None:
-        if frozen:
-            self._say(f"{frozen} frozen layers are renormalized in training: {_FROZEN_TRAP} Use how=preserve.")
-
-    def _say(self, text: str) -> None:
-        """Warn, once a run for each cause, whatever its numbers are."""
-        cause = re.sub(r"[\d.]+", "#", text)
-        if cause not in self._said:
-            self._said.add(cause)
-            rank_zero_warn(f"BatchNormRecalibration: {text}")
-
     def _averaging(self, trainer: pl.Trainer) -> bool:
         return any(isinstance(c, WeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
-
-    def _check_averaging(self, trainer: pl.Trainer) -> None:
-        if self.when not in ("validation", "steps"):
-            return
-        if self.when == "steps" or self.temporary:
-            name, value = ("when", self.when) if self.when == "steps" else ("temporary", True)
-            allowed = "validation" if name == "when" else "false"
-            why = "The averaged network is in place in validations only, and training never sees it."
-            raise FinetuneBNError(complaint(name, value, f"{allowed}, beside WeightAveraging", why))
-        callbacks: Sequence[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(c, WeightAveraging) for c in callbacks[callbacks.index(self) :]):
-            given = [type(c).__name__ for c in callbacks]
-            why = "It puts the averaged network in place, which is the one to recalibrate."
-            raise FinetuneBNError(complaint("callbacks", given, "BatchNormRecalibration behind WeightAveraging", why))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from finetune_bn.backbones.create import create_backbone
+from finetune_bn.callbacks.recalibration import BatchNormRecalibration
 from finetune_bn.functional.frozen import TOLERANCE
 from finetune_bn.layers.sites import is_converted_group_norm
 from finetune_bn.utilities.probe import distance, quietly
@@ -59,6 +60,18 @@ def timm_net(pl_module: pl.LightningModule) -> TimmNet | None:
     if not isinstance(name, str) or not isinstance(num_classes, int):
         return None
     return TimmNet(name, num_classes, dict(hparams.get("backbone_args") or {}))
+
+
+def end_adaptation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    """Give the module its own statistics back where a test used others, and tell whether it did.
+
+    `BatchNormRecalibration(when="test")` puts them back at the end of the test, which for the callbacks before it is
+    too late: what was tested would be taken for what the checkpoint holds.
+    """
+    adapting = [c for c in trainer.callbacks if isinstance(c, BatchNormRecalibration) and c.when == "test"]  # type: ignore[attr-defined]
+    for callback in adapting:
+        callback.on_test_end(trainer, pl_module)
+    return bool(adapting)
 
 
 def reload_and_test(trainer: pl.Trainer, pl_module: pl.LightningModule, domains: Sequence[str]) -> Reload:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
+import itertools
 import math
 import os
-import platform
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,30 +19,45 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from finetune_bn.callbacks.conversion import BatchNormConversion
+from finetune_bn.callbacks.model_file import write_model_file
 from finetune_bn.callbacks.module import loader_names
-from finetune_bn.callbacks.reload import Reload, reload_and_test, timm_net
-from finetune_bn.diagnosis.training_report import DomainResult, TrainingReport, timm_code
+from finetune_bn.callbacks.reload import Reload, end_adaptation, reload_and_test, timm_net
+from finetune_bn.callbacks.report_facts import (
+    batch_norm,
+    class_names,
+    not_finite,
+    other_accuracies,
+    print_results,
+    results_of,
+    versions,
+)
+from finetune_bn.diagnosis.loading_code import timm_code
+from finetune_bn.diagnosis.status import Status, status
+from finetune_bn.diagnosis.training_report import TrainingReport
 from finetune_bn.errors import FinetuneBNError, MissingDependency, complaint
-from finetune_bn.layers.sites import find_batch_norms
 
-_PACKAGES = ("finetune-bn", "torch", "torchvision", "timm", "lightning", "torchmetrics")
+_FILES = ("report.html", "report.json", "report.png")
+MODEL_FILE = "model.safetensors"
 
 
 class FinetuneReport(Callback):
-    """Write a report of the training and the test: a figure, a page for the browser, and the numbers as JSON.
+    """Write a report of the training and the test: a page for the browser, a figure, numbers as JSON, and the model.
 
     Works with any LightningModule. The curves show what it logs with `loss` or `acc` in the name, the bars its test
     accuracy on each test loader. After the test of a checkpoint of ImageClassification, or of any module that keeps a
     timm network as `net` and its name as hyperparameter `backbone`, the checkpoint is loaded into a plain timm model
-    and tested again on the same images: nothing of this package is needed to use what was trained.
+    and tested again on the same images: nothing of this package is needed to use what was trained. Beside the report
+    lies model.safetensors, with the weights of the best checkpoint (after a test: of that which was tested), the names
+    of the classes and how images are prepared: `finetune_bn.load(path).predict("image.jpg")` uses it.
 
     Args:
-        dirpath: Folder of the report. Default: the folder `report` beside the metrics of the run.
+        dirpath: Folder of the report. Default: the folder `report` beside the metrics of the run. Where another run has
+            left its report there, a number is put behind the name.
         check_reload: Test the checkpoint a second time, in plain timm. It takes about as long as the test.
+        save_model: Write model.safetensors.
     """
 
-    def __init__(self, dirpath: str | None = None, check_reload: bool = True) -> None:
+    def __init__(self, dirpath: str | None = None, check_reload: bool = True, save_model: bool = True) -> None:
         super().__init__()
         # Here and not when there is something to draw: nobody should learn of it after hours of training.
         for package in ("matplotlib", "rich"):
@@ -54,10 +67,12 @@ class FinetuneReport(Callback):
         if dirpath is not None and Path(dirpath).exists() and not Path(dirpath).is_dir():
             raise FinetuneBNError(complaint("dirpath", dirpath, "a folder, there already or to be made"))
         self.dirpath = dirpath
-        self.check_reload = check_reload
+        self.check_reload, self.save_model = check_reload, save_model
         self.history: list[dict[str, float | None]] = []
         self.path: Path | None = None
-        self._folder = Path()
+        self._base = self._folder = Path()
+        self._claimed = False
+        self._status: Status | None = None
         self._epoch: int | None = None
         self._seen: dict[str, Tensor] = {}
         self._news: TrainingReport | None = None
@@ -66,8 +81,12 @@ class FinetuneReport(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Lightning wants all processes to ask for log_dir.
         log_dir = trainer.log_dir or trainer.default_root_dir
-        self._folder = Path(log_dir, "report") if self.dirpath is None else Path(self.dirpath)
-        self._news = None
+        base = Path(log_dir, "report") if self.dirpath is None else Path(self.dirpath)
+        if stage == "fit" or base != self._base:
+            self._claimed = False  # another run, whose report is another one
+        self._base, self._news = base, None
+        if trainer.is_global_zero:
+            _check_writable(base)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -76,6 +95,7 @@ class FinetuneReport(Callback):
         progress: Any = trainer.fit_loop.epoch_progress.current
         amid = trainer.fit_loop.restarted_mid_epoch and progress.processed < progress.ready
         self._epoch, self._seen = trainer.current_epoch if amid else None, {}
+        self._status = status(pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -96,7 +116,8 @@ class FinetuneReport(Callback):
         if trainer.is_global_zero:
             best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
             report = self._describe(trainer, pl_module, best)
-            self._write(replace(report, notes=[*report.notes, "The test: none was run since the training."]))
+            report = replace(report, notes=[*report.notes, "The test: none was run since the training."])
+            self._write(self._with_model(trainer, pl_module, report, best))
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -104,6 +125,7 @@ class FinetuneReport(Callback):
         # In all processes: a metric over several of them, as the confusion matrix may be, is computed by all.
         confusion: Any = getattr(pl_module, "test_confusion", None)
         confusion = confusion.compute() if callable(getattr(confusion, "compute", None)) else confusion
+        adapted = end_adaptation(trainer, pl_module)
         again = Reload(left_out="check_reload is false")
         if self.check_reload:
             rank_zero_info("FinetuneReport: the checkpoint is tested once more, in plain timm.")
@@ -111,11 +133,16 @@ class FinetuneReport(Callback):
         if not trainer.is_global_zero:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        results, overall = _results(metrics, domains, again)
+        results, overall = results_of(metrics, domains, again)
         report = self._describe(trainer, pl_module, trainer.ckpt_path)
         notes = list(report.notes)
-        problems = [again.problem] if again.problem else _other_accuracies(results)
+        problems = [again.problem] if again.problem else [] if adapted else other_accuracies(results)
         errors = [f"The checkpoint in plain timm: {problem}." for problem in problems]
+        if adapted:
+            notes.append(
+                "The statistics of the test: BatchNormRecalibration took them from the test images, and no file holds "
+                "them. The checkpoint, the model file and plain timm have their own, and so another accuracy."
+            )
         if again.left_out:
             notes.append(f"The test of the checkpoint in plain timm: {again.left_out}.")
         if not torch.is_tensor(confusion):
@@ -125,17 +152,25 @@ class FinetuneReport(Callback):
             notes.append("The test accuracy: no share from 0 to 1 was logged under a name with `acc` in it.")
         for error in errors:
             rank_zero_warn(f"FinetuneReport: {error}")
+        if len(domains) > 1 and trainer.test_loop.verbose:
+            # Lightning's own table repeats what is of all loaders beside each; ours is printed by `teardown`.
+            trainer.test_loop.verbose = False
         self._write(
-            replace(
-                report,
-                results=results,
-                overall=overall if len(results) > 1 else None,
-                test_metrics=metrics,
-                confusion=confusion,
-                class_names=[] if confusion is None else _class_names(trainer, pl_module, len(confusion)),
-                tolerance=again.tolerance,
-                errors=errors,
-                notes=notes,
+            self._with_model(
+                trainer,
+                pl_module,
+                replace(
+                    report,
+                    results=results,
+                    overall=overall if len(results) > 1 else None,
+                    test_metrics=metrics,
+                    confusion=confusion,
+                    class_names=[] if confusion is None else class_names(trainer, pl_module, len(confusion)),
+                    tolerance=again.tolerance,
+                    errors=errors,
+                    notes=notes,
+                ),
+                trainer.ckpt_path,
             )
         )
 
@@ -148,7 +183,7 @@ class FinetuneReport(Callback):
             # Its turn to end comes after ours, and it would print its last line below ours.
             trainer.progress_bar_callback.teardown(trainer, pl_module, stage)
         if self._news.results:
-            _print_results(self._news)
+            print_results(self._news)
         path = self.path.resolve()
         print(f"Report: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}", flush=True)
         self._news = None
@@ -184,112 +219,69 @@ class FinetuneReport(Callback):
 
     def _describe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> TrainingReport:
         """Return the report without the test; `checkpoint` is the path of a file, or None."""
+        self._claim()
         recipe = timm_net(pl_module)
         datamodule = getattr(trainer, "datamodule", None)
-        layers = _batch_norm(trainer, pl_module)
+        layers = batch_norm(trainer, pl_module)
         facts = {
             "classes": recipe.num_classes if recipe else None,
-            "epochs": len(self.history) or None,
+            "epoch" if len(self.history) == 1 else "epochs": len(self.history) or None,
             "images a batch": getattr(datamodule, "batch_size", None),
         }
         lr = pl_module.hparams.get("lr")
-        how = [f"BatchNorm: {layers}", *(f"{value} {what}" for what, value in facts.items() if value is not None)]
+        how = [
+            f"BatchNorm: {layers.partition('; ')[0]}",
+            *(f"{n} {what}" for what, n in facts.items() if n is not None),
+        ]
         relative = None if checkpoint is None else Path(os.path.relpath(checkpoint, self._folder)).as_posix()
         what = f"{recipe.name if recipe else type(pl_module).__name__} {'fine-tuned' if self.history else 'tested'}"
         return TrainingReport(
             title=what if datamodule is None else f"{what} on {type(datamodule).__name__}",
             subtitle=" · ".join(how + ([] if lr is None else [f"learning rate {lr:g}"])),
             batch_norm=layers,
+            layers=self._status,
             history=self.history,
             checkpoint=relative,
             loading_code=timm_code(*recipe[:2], relative, recipe.arguments) if recipe and relative else "",
-            notes=_not_finite(self.history),
-            versions=_versions(),
+            notes=not_finite(self.history),
+            versions=versions(),
         )
+
+    def _with_model(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: TrainingReport, checkpoint: Any
+    ) -> TrainingReport:
+        """Write the model file, and return the report with its path, or with the reason why there is none."""
+        if not self.save_model:
+            return replace(report, notes=[*report.notes, "The model file: save_model is false."])
+        outputs = getattr(getattr(pl_module, "net", None), "num_classes", 0)
+        about: dict[str, Any] = {"title": report.title, "subtitle": report.subtitle, "checkpoint": report.checkpoint}
+        about["test_metrics"] = {name: value for name, value in report.test_metrics.items() if math.isfinite(value)}
+        names: Sequence[str] = class_names(trainer, pl_module, outputs) if isinstance(outputs, int) else ()
+        path = self._folder / MODEL_FILE
+        said = write_model_file(trainer, pl_module, path, checkpoint, names, about)
+        if not path.exists() and "has no timm network" not in said[0]:
+            rank_zero_warn(f"FinetuneReport: no model file was written. {said[0]}")
+        return replace(report, model_file=MODEL_FILE if path.exists() else None, notes=[*report.notes, *said])
+
+    def _claim(self) -> None:
+        """Take the folder in which no other run has its report."""
+        for i in itertools.count():
+            if self._claimed:
+                return
+            self._folder = self._base.with_name(f"{self._base.name}-{i}") if i else self._base
+            try:
+                self._folder.mkdir(parents=True)
+                self._claimed = True
+            except FileExistsError:
+                self._claimed = not any((self._folder / name).exists() for name in _FILES)
 
     def _write(self, report: TrainingReport) -> None:
         self.path = report.write(self._folder)
         self._news = report
 
 
-def _results(
-    metrics: Mapping[str, float], domains: Sequence[str], again: Reload
-) -> tuple[list[DomainResult], DomainResult]:
-    """Return the result for each domain, and that over all, from what was logged and what the reloaded network did."""
-    shares = {name: value for name, value in metrics.items() if "acc" in name.lower() and 0 <= value <= 1}
-    # As our task names them, and as Lightning does for modules that log under one name for all loaders.
-    endings = [(f"/{domain}", f"/dataloader_idx_{i}") for i, domain in enumerate(domains)]
-    overall = next((value for name, value in shares.items() if not any(name.endswith(e) for e in endings)), None)
-    results = []
-    for i, (domain, ending) in enumerate(zip(domains, endings, strict=True)):
-        found = next((value for name, value in shares.items() if name.endswith(ending)), None)
-        accuracy = overall if found is None and len(domains) == 1 else found
-        if again.images:
-            results.append(DomainResult(domain, accuracy, again.images[i], again.accuracies[i], again.differences[i]))
-        else:
-            results.append(DomainResult(domain, accuracy))
-    total = sum(again.images)
-    if not total:
-        return results, DomainResult("all", overall)
-    right = sum(n * accuracy for n, accuracy in zip(again.images, again.accuracies, strict=True))
-    return results, DomainResult("all", overall, total, right / total, max(again.differences))
-
-
-def _other_accuracies(results: Sequence[DomainResult]) -> list[str]:
-    """Return a complaint where equal logits lead to another accuracy than the one that was logged."""
-    off = [
-        f"{result.domain} {100 * result.reloaded:.1f} % against {100 * result.accuracy:.1f} %"
-        for result in results
-        if result.accuracy is not None and result.reloaded is not None and result.images
-        # One image may fall to the other side by rounding; whole points do not.
-        if abs(result.reloaded - result.accuracy) * result.images > max(1.5, 0.005 * result.images)
-    ]
-    why = "its logits are the same, so what was logged is no share of right answers over all images and processes"
-    return [f"its accuracy is not the one that was logged ({', '.join(off)}); {why}"] if off else []
-
-
-def _class_names(trainer: pl.Trainer, pl_module: pl.LightningModule, classes: int) -> list[str]:
-    holders = (pl_module, getattr(trainer, "datamodule", None))
-    given = [list(getattr(holder, "class_names", None) or []) for holder in holders]
-    return [str(name) for name in next((names for names in given if len(names) == classes), range(classes))]
-
-
-def _batch_norm(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-    """Return what happened to the BatchNorm layers, or, where this package did nothing, which there are."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, BatchNormConversion) and callback.plan is not None:
-            return str(callback.plan).splitlines()[0].partition(": ")[2]
-    kinds = Counter(site.kind for site in find_batch_norms(pl_module, group_norms=True))
-    return ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common()) or "no such layer"
-
-
-def _not_finite(history: Sequence[Mapping[str, float | None]]) -> list[str]:
-    epochs: dict[str, list[str]] = {}
-    for record in history:
-        for name, value in record.items():
-            if value is None:
-                epochs.setdefault(name, []).append(f"{record['epoch']}")
-    return [f"{name}, not finite in epoch {', '.join(numbers)}." for name, numbers in epochs.items()]
-
-
-def _versions() -> dict[str, str]:
-    found = {"Python": platform.python_version()}
-    for package in _PACKAGES:
-        if importlib.util.find_spec(package.replace("-", "_")) is not None:
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def _print_results(report: TrainingReport) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    header, rows = report.rows()
-    table = Table(title="Test accuracy")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-    for problem in report.errors:
-        Console().print(problem, style="bold red", markup=False)
+def _check_writable(folder: Path) -> None:
+    """Raise where no folder can be made, before a training whose report would be lost."""
+    there = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path("/"))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise FinetuneBNError(complaint("dirpath", str(folder), "a folder that can be written to"))

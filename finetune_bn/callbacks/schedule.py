@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -28,6 +29,7 @@ from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.recalibration.bank import StatisticsBank
 from finetune_bn.recalibration.record import Recalibration
+from finetune_bn.utilities.checks import number
 
 Momentum = float | Literal["auto"] | None
 
@@ -61,6 +63,8 @@ class BatchNormSchedule(Callback):
         momentum: Share of a new batch in the running statistics while the layers are live. auto: 10 / (batches of an
             epoch, on each device), 0.1 at most (Kornblith et al. 2019). null: what the layers have.
         seed: Decides the order of the images.
+        forward: The function `(module, batch)` that passes a batch to the part for the recalibration, by its import
+            path. Default: the first tensor of a batch.
     """
 
     def __init__(
@@ -73,15 +77,15 @@ class BatchNormSchedule(Callback):
         module: str | None = None,
         momentum: Momentum = None,
         seed: int = 0,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(frozen_fraction, (int, float)) or not 0 < frozen_fraction < 1:
-            remedy = "For 1 use BatchNormConversion(Freeze(...)), for 0 nothing."
-            raise FinetuneBNError(complaint("frozen_fraction", frozen_fraction, "a number between 0 and 1", remedy))
-        number = isinstance(momentum, (int, float)) and not isinstance(momentum, bool) and 0 < momentum <= 1
-        if momentum not in ("auto", None) and not number:
-            raise FinetuneBNError(complaint("momentum", momentum, "auto, a number above 0 and up to 1, or null"))
-        self.frozen_fraction, self.momentum, self.module = frozen_fraction, momentum, module
+        ends = " (for 1 use BatchNormConversion(Freeze(...)), for 0 nothing)"
+        self.frozen_fraction: float = number("frozen_fraction", frozen_fraction, above=0, below=1, other=ends)
+        if momentum != "auto":
+            momentum = number("momentum", momentum, above=0, most=1, none=True, other=", auto")
+        self.momentum: Momentum = momentum
+        self.module = module
         self.policy = check_policy(Freeze("original") if policy is None else policy)
         for each in _policies(self.policy):
             if not isinstance(each, (Freeze, Keep)) or (isinstance(each, Freeze) and each.affine == "merged"):
@@ -90,7 +94,9 @@ class BatchNormSchedule(Callback):
                 raise FinetuneBNError(complaint("policy", each, allowed, remedy))
         self.recalibration: BatchNormRecalibration | None = None
         if recalibrate:
-            self.recalibration = BatchNormRecalibration(data=data, max_samples=max_samples, module=module, seed=seed)
+            self.recalibration = BatchNormRecalibration(
+                data=data, max_samples=max_samples, module=module, seed=seed, forward=forward
+            )
         elif data is not None:
             raise FinetuneBNError(complaint("data", type(data).__name__, "null with recalibrate=False"))
         self.frozen = False

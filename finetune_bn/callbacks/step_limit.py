@@ -7,9 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from finetune_bn.callbacks.conversion import BatchNormConversion
+from finetune_bn.callbacks.conversion_checks import example_for
+from finetune_bn.callbacks.lightning_names import is_a
 from finetune_bn.callbacks.module import check_whole_network
 from finetune_bn.optim.step_limit import FLOOR, RATIO, LimitedSteps, check_ratio
 from finetune_bn.utilities.checks import number
@@ -24,7 +27,8 @@ class StepLimit(Callback):
 
     Bounded are the convolutions with a frozen layer behind, also those that a callback such as BackboneFinetuning adds
     to the optimizer later. Heads, adapters, decoders that were not pretrained and what starts at zero are not. Which
-    are is said at the start; a LightningModule with an `example_input_array` lets it be found out from a forward pass.
+    are is said at the start; a LightningModule with an `example_input_array` (or an `example_input` of
+    BatchNormConversion) lets it be found out from a forward pass.
 
     Logged is step_limit/share, the share of the bounded channels whose latest step was shortened. Near 0 the limit does
     nothing; near 1 the learning rate no longer decides how far steps go.
@@ -64,9 +68,16 @@ class StepLimit(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._remove()
+        # What was given to find out what can be folded tells, too, what is behind a convolution.
+        conversions = [c for c in trainer.callbacks if isinstance(c, BatchNormConversion)]  # type: ignore[attr-defined]
+        whole = [c for c in conversions if c.module is None]
+        example = example_for(pl_module, None, whole[0].example_input) if whole else None
+        schedule = frozenset({"BatchNormSchedule"})  # by name: its file imports this one
+        later = any(is_a(c, schedule) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        warn = rank_zero_info if later else rank_zero_warn
         for optimizer in trainer.optimizers:
             self.limits.append(
-                LimitedSteps(optimizer, pl_module, self.ratio, self.floor, say=rank_zero_info, new=self._new)
+                LimitedSteps(optimizer, pl_module, self.ratio, self.floor, example, rank_zero_info, warn, self._new)
             )
 
     def look_again(self, trainer: pl.Trainer) -> None:

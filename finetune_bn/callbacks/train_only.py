@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from finetune_bn.callbacks.intercept import intercept
+from finetune_bn.callbacks.lightning_names import overrides
 from finetune_bn.callbacks.module import check_whole_network, part_of
+from finetune_bn.errors import FinetuneBNError
 from finetune_bn.optim.train_only import train_only
 from finetune_bn.optim.trained_part import save_trained
 
@@ -36,7 +39,7 @@ class TrainOnly(Callback):
     def __init__(self, what: str | list[str] = "norm", module: str | None = None, path: str | None = None) -> None:
         super().__init__()
         self.what, self.module, self.path = what, module, path
-        self._intercepted: tuple[pl.LightningModule, Any] | None = None
+        self._intercepted: list[Callable[[], None]] = []
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -44,15 +47,21 @@ class TrainOnly(Callback):
         if stage != "fit":
             return
         check_whole_network(trainer)
-        original: Callable[[], Any] = pl_module.configure_optimizers
 
-        def configure_optimizers() -> Any:
-            trained = train_only(part_of(pl_module, self.module), self.what)
-            rank_zero_info(f"TrainOnly: {trained}.")
-            return original()
+        def so_far() -> None:
+            # DDP looks at requires_grad before the optimizer is made; what is not there yet has its turn later.
+            with contextlib.suppress(FinetuneBNError):
+                self._choose(pl_module)
 
-        self._intercepted = pl_module, vars(pl_module).get("configure_optimizers")
-        vars(pl_module)["configure_optimizers"] = configure_optimizers
+        so_far()
+        for name in ("setup", "configure_model"):
+            if overrides(pl_module, name):
+                self._intercepted.append(intercept(pl_module, name, after=so_far))
+        last = intercept(pl_module, "configure_optimizers", lambda: rank_zero_info(f"{self._choose(pl_module)}."))
+        self._intercepted.append(last)
+
+    def _choose(self, pl_module: pl.LightningModule) -> str:
+        return f"TrainOnly: {train_only(part_of(pl_module, self.module), self.what)}"
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -75,9 +84,5 @@ class TrainOnly(Callback):
         self._release()
 
     def _release(self) -> None:
-        if self._intercepted is not None:
-            pl_module, own = self._intercepted
-            vars(pl_module).pop("configure_optimizers", None)
-            if own is not None:
-                vars(pl_module)["configure_optimizers"] = own
-            self._intercepted = None
+        while self._intercepted:
+            self._intercepted.pop()()

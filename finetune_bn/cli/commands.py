@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
@@ -21,6 +22,7 @@ from finetune_bn.callbacks import BatchNormConversion
 from finetune_bn.cli.checkpoints import check_class_names, compare, is_local, read_checkpoint
 from finetune_bn.cli.help import VERBS
 from finetune_bn.cli.parser import ConfigByName, HelpForAll, Parser
+from finetune_bn.cli.run_config import SaveRunConfig
 from finetune_bn.cli.trainer import Trainer
 from finetune_bn.data.base import ImageDataModule
 from finetune_bn.errors import FinetuneBNError, complaint
@@ -42,6 +44,9 @@ class FinetuneBNCLI(LightningCLI):
     @override
     def __init__(self, args: Any = None, run: bool = True) -> None:
         self.checkpoint: dict[str, Any] = {}
+        given = sys.argv[1:] if args is None else args
+        first = given[0] if isinstance(given, list) and given else None
+        self._typed = [verb for verb in self.subcommands() if verb == first]
         super().__init__(
             model_class=pl.LightningModule,
             datamodule_class=pl.LightningDataModule,
@@ -49,6 +54,7 @@ class FinetuneBNCLI(LightningCLI):
             subclass_mode_data=True,
             trainer_class=Trainer,
             parser_class=Parser,
+            save_config_callback=SaveRunConfig,
             # A name of its own: without a logger it lands in the current folder, perhaps beside a config.yaml.
             save_config_kwargs={"config_filename": "run_config.yaml", "overwrite": True},
             seed_everything_default=0,
@@ -75,6 +81,13 @@ class FinetuneBNCLI(LightningCLI):
         words = "A YAML file, or the name of a packaged one (`finetune-bn configs`). Of several the later ones win."
         parser.add_argument("-c", "--config", action=ConfigByName, help=words)
         return parser
+
+    @override
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        # Only the parser of the command that was typed: to build all seven takes longer than to plan a network.
+        if self._typed:
+            self.__dict__["subcommands"] = lambda: {verb: FinetuneBNCLI.subcommands()[verb] for verb in self._typed}
+        super()._add_subcommands(parser, **kwargs)
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -198,6 +211,10 @@ class FinetuneBNCLI(LightningCLI):
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if not best:  # so it is with fast_dev_run and without a ModelCheckpoint
             rank_zero_info("No checkpoint was kept: the weights at the end of the training are tested.")
+        else:
+            # In the Trainer of the training it would put the weights of the last step in place of the averaged ones.
+            kept = [c for c in self.trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+            self.trainer.callbacks = kept  # type: ignore[attr-defined]
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, weights_only=True)
 
 

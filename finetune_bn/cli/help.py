@@ -6,7 +6,7 @@ VERBS = {
     "fit": "Train, and keep the best checkpoint, the config and a report.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "test": "Evaluate a checkpoint on the test images, domain by domain.",
-    "predict": "Write classes and scores, or embeddings, of the test images to a CSV file.",
+    "predict": "Write classes and scores, or embeddings, of the test images (or of any: see below) to a CSV file.",
     "plan": "Show what would happen to each BatchNorm layer of the model, and why. Trains nothing.",
     "recalibrate": "Give a checkpoint the BatchNorm statistics of the data, and write it to a new file.",
     "export": "Write the network of a checkpoint to a file that needs neither its code nor this package.",
@@ -24,6 +24,9 @@ To begin with:
   finetune-bn plan --config quickstart                       look first: what happens to each layer
   finetune-bn fit --config quickstart                        train on images that come with the package
   finetune-bn init my_images.yaml --data path/to/images      a config for your own; then fit --config my_images.yaml
+
+To use what a run has left beside its report, without config and data module:
+  finetune-bn predict --model runs/.../report/model.safetensors image.jpg folder/ [--output out.csv] [--top 3]
 
 `finetune-bn COMMAND --help` has the options of a command. Any value of a config can be changed behind it, such as
 --model.lr 1e-4, or by a second --config. --version prints the version."""

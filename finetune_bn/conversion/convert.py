@@ -44,6 +44,7 @@ from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.hold_affine import is_held
 from finetune_bn.layers.sites import find_batch_norms, is_batch_norm
 from finetune_bn.layers.stochastic import EvalBatchNorm
+from finetune_bn.layers.weights_seen import remember_weights
 from finetune_bn.utilities.probe import Probe, can_run, distance, find_probes, quietly
 
 log = logging.getLogger("finetune_bn")
@@ -195,7 +196,10 @@ def _channels(layer: nn.Module) -> int | None:
 def _swap(model: nn.Module, build: Callable[[nn.Module], list[_Swap]], example_input: Any, verify: bool) -> nn.Module:
     """Put the new layers in place; where outputs must stay the same and do not, put the old ones back and raise."""
     with sources_kept(model):
-        return _carry_out(model, build(model), build, example_input, verify)
+        swaps = build(model)
+        converted = _carry_out(model, swaps, build, example_input, verify)
+    remember_weights(converted, [(swap.old, swap.new) for swap in swaps])
+    return converted
 
 
 def _carry_out(

@@ -41,7 +41,8 @@ def policy_of(layer: nn.Module) -> Policy | None:
         layer: a layer that `find_batch_norms` finds.
     """
     if isinstance(layer, FrozenBatchNorm):
-        return Freeze(layer.affine_kind, layer.noise if isinstance(layer, NoisyFrozenBatchNorm) else None)
+        noise = layer.noise if isinstance(layer, NoisyFrozenBatchNorm) else None
+        return Freeze(layer.affine_kind, noise, layer.fold)
     if is_held(layer):
         return NormalizeOnly(change_function=True) if was_reset(layer) else FreezeAffine()
     for kind, policy in _BY_SETTINGS:

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from finetune_bn.conversion.merge import allowed_distance
 from finetune_bn.conversion.plan import check_model
 from finetune_bn.errors import ConversionMismatch, FinetuneBNError, MissingDependency, complaint
-from finetune_bn.utilities.files import write_atomically
+from finetune_bn.utilities.batch_size import count_in_call
+from finetune_bn.utilities.files import check_output, write_atomically
 from finetune_bn.utilities.probe import Probe, distance, find_probes, quietly, tensors_in
 
 log = logging.getLogger("finetune_bn")
@@ -48,8 +49,7 @@ def export(model: nn.Module, output: str | Path, example_input: Any = None) -> P
     path = Path(output)
     if path.suffix not in (".onnx", ".pt2"):
         raise FinetuneBNError(complaint("output", str(output), "a name that ends in .onnx or .pt2"))
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise FinetuneBNError(complaint("output", str(output), "a file in a folder that there is"))
+    check_output("output", path)
     check_model(model)
     if path.suffix == ".onnx":
         _check_size(model)
@@ -122,10 +122,11 @@ def _probe(model: nn.Module, example_input: Any) -> Probe:
 
 def _dynamic_shapes(probe: Probe) -> Any:
     """Return, for `torch.export`, that the first dimension of what goes in may be any where the model allows it."""
-    sizes = [len(t) for t in tree_leaves((probe.args, probe.kwargs)) if torch.is_tensor(t) and t.dim()]
+    count = count_in_call(probe.args, probe.kwargs)
+    images = count.images if count.first else 0  # no dimension counts them in a list of images
 
     def of(leaf: Any) -> Any:
-        batch = torch.is_tensor(leaf) and leaf.dim() > 0 and len(leaf) == sizes[0] > 1
+        batch = torch.is_tensor(leaf) and leaf.dim() > 0 and len(leaf) == images > 1
         return {0: torch.export.Dim.AUTO} if batch else None
 
     return tree_map(of, probe.args or probe.kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from finetune_bn.conversion.producers import Feed, find_feeds
 from finetune_bn.conversion.refusals import affine_sharers, known, notes, refusal
 from finetune_bn.conversion.rules import choose_rules, kinds_of
 from finetune_bn.conversion.training_run import run_in_training
-from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
+from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, complaint
 from finetune_bn.layers.frozen import LEARNABLE
 from finetune_bn.layers.group_norm import number_of_groups
 from finetune_bn.layers.sites import (
@@ -44,6 +45,8 @@ BESIDE = (
     "its tensors are used beside the layer (torch.nn.functional.batch_norm, as in a graph traced through it), where no "
     "policy has a say: convert before tracing, or call the layer itself"
 )
+
+log = logging.getLogger("finetune_bn")
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,6 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
 
     Raises:
         NoBatchNormMatched: the model has no BatchNorm, or a rule applies to no layer.
-        UnsupportedLayer: `fold="always"`, and not one layer can be folded.
         FinetuneBNError: the model, the policy or the example input is none.
     """
     check_model(model)
@@ -217,7 +219,7 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
     if probes:
         rows = _unreached(model, sites, rows, feeds, probes)
     if feeds:
-        _check_always(rows)
+        _tell_always(rows)
     listed = {id(site.module) for site in sites}
     for name, module in find_lookalikes(model):
         if id(module) not in listed:
@@ -327,22 +329,16 @@ def may_fold(policy: Policy) -> bool:
     return "weight" in LEARNABLE[policy.affine]
 
 
-def _check_always(rows: Sequence[PlanRow]) -> None:
+def _tell_always(rows: Sequence[PlanRow]) -> None:
+    """Warn where sharing was asked for wherever it can be, and it can be nowhere."""
     asked = [
         row
         for row in rows
         if isinstance(row.policy, Freeze) and row.policy.fold == "always" and may_fold(row.policy) and not row.refused
     ]
     if asked and not any(row.folded_into for row in asked):
-        reasons = Counter(row.not_folded for row in asked).most_common(3)
-        raise UnsupportedLayer(
-            complaint(
-                "fold",
-                "always",
-                "'auto' or 'never', as none of these layers can be folded",
-                f"Reasons: {', '.join(f'{n} x {why}' for why, n in reasons)}.",
-            )
-        )
+        reasons = ", ".join(f"{n} x {why}" for why, n in Counter(row.not_folded for row in asked).most_common(3))
+        log.warning("fold='always' changes nothing: not one layer can share the backward pass (%s)", reasons)
 
 
 def _is_lonely(site: BatchNormSite, policy: Policy) -> bool:

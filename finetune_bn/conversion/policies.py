@@ -211,12 +211,13 @@ class EvalNorm(Policy):
 
 @dataclass(frozen=True)
 class ToGroupNorm(Policy):
-    """GroupNorm (Wu and He 2018) in place of BatchNorm: no image depends on another, no statistics are kept.
+    """GroupNorm (Wu and He 2018) in place of BatchNorm: each image is normalized by itself, and by nothing stored.
 
-    For small batches, and for privacy engines, which take no BatchNorm. It changes what the network computes, on
-    purpose; how much of the pretrained function is left depends on `init` and on the number of groups. `revert` brings
-    the pretrained BatchNorm back. A layer that GroupNorm would return zeros for (one channel a group, one position) is
-    frozen instead, and the plan says so.
+    For networks that have to follow each image's own statistics. Small batches and privacy engines do not ask for it:
+    `Freeze("none")` suits both, and loses nothing. It changes what the network computes, on purpose; how much of the
+    pretrained function is left depends on `init`, on the number of groups, and on how much the images are like those it
+    was fitted to. `revert` brings the pretrained BatchNorm back. A layer that GroupNorm would return zeros for (one
+    channel a group, one position) is frozen instead, and the plan says so.
 
     Args:
         groups: number of groups; where it does not divide a layer's channels, their greatest common divisor. `auto`:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from finetune_bn.functional.shared_backward import fewest
 from finetune_bn.layers.norm_act import is_conv_same
 from finetune_bn.layers.sites import BatchNormSite, is_leaf
+from finetune_bn.utilities.batch_size import count_in_call
 from finetune_bn.utilities.probe import Probe, quietly, tensors_in
 
 
@@ -86,7 +87,7 @@ def find_feeds(model: nn.Module, sites: Sequence[BatchNormSite], probes: Sequenc
     try:
         for probe in probes:
             with quietly(model), watch:
-                watch.images = next((len(t) for t in tree_leaves((probe.args, probe.kwargs)) if _is_batch(t)), 1)
+                watch.images = max(count_in_call(probe.args, probe.kwargs).images, 1)
                 output = probe.call(model)
             watch.returned(output)
     except Exception:
@@ -251,10 +252,6 @@ def _place(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # a tensor without a storage
         return -1
-
-
-def _is_batch(leaf: Any) -> bool:
-    return torch.is_tensor(leaf) and leaf.dim() > 0 and len(leaf) > 0
 
 
 def _role(module: nn.Module) -> str:

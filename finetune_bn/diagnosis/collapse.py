@@ -183,8 +183,8 @@ class CollapseWatch:
             return
         self.collapsed = True
         self._say(
-            f"The frozen network has collapsed: {sign}. Freezing BatchNorm narrows the range of learning rates that "
-            "work, and a run does not recover from this. Start again from the pretrained weights with a learning "
+            f"The frozen network has collapsed: {sign}. Frozen BatchNorm layers take smaller learning rates than "
+            "live ones, and a run does not recover from this. Start again from the pretrained weights with a learning "
             "rate about 5 times smaller, with a longer warm-up, or with the callback StepLimit."
         )
 

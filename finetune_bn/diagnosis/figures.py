@@ -1,56 +1,32 @@
-"""Figures and pages about experiments: panels that draw on given axes, parts of an HTML page, files written whole.
+"""Figures about experiments: panels that draw on given axes.
 
-No panel touches `pyplot`, a display or the style the user has set: figures are made by `new_figure` and rendered to
-bytes by `png`.
+No panel touches `pyplot`, a display or the style the user has set: figures are made by `new_figure` and rendered by
+`png` or `svg` of `finetune_bn.diagnosis.rendering`.
 """
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from finetune_bn.errors import FinetuneBNError, MissingDependency, complaint
+from finetune_bn.diagnosis.rendering import FAINT, FONT, INK
+from finetune_bn.errors import FinetuneBNError, complaint
 
 History = Sequence[Mapping[str, float | None]]
 """One mapping of metric names to values per epoch, the epoch itself under `epoch`, from 0; None where not finite."""
 
 # Okabe and Ito (2008): told apart with any kind of color vision, and by their lightness in print.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
-INK, FAINT = "#222222", "#d9d9d9"
-FONT = 11.0  # points
+_ON_LIGHT = "#222221"  # ink on a cell, which is light on a dark page too
 NUMBERS_UP_TO = 30  # classes; the cells of a larger confusion matrix have no room for a number
 LABELS_UP_TO = 45  # names that fit along one side of a confusion matrix
 _LINES = ((BLUE, "o", "--"), (VERMILION, "s", "-"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"))
-
-
-def new_figure(width: float, height: float) -> Any:
-    """Return an empty `matplotlib.figure.Figure` of that size in inches, whose parts are laid out without overlap.
-
-    Raises:
-        MissingDependency: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        remedy = "Run: pip install matplotlib"
-        raise MissingDependency(complaint("matplotlib", "not installed", "3.9 and newer", remedy)) from error
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def png(figure: Any, dpi: int = 150) -> bytes:
-    """Return a figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
 
 
 def curve_names(history: History, word: str) -> list[str]:
@@ -91,12 +67,18 @@ def learning_curves(axes: Any, history: History, word: str = "loss") -> None:
         x, y = [x for x, _ in curve], [100 * y if percent else y for _, y in curve]
         size = 5 if len(curve) <= 30 else 0
         axes.plot(x, y, color=color, marker=marker, markersize=size, linestyle=line, linewidth=1.8, label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     axes.margins(x=0.04, y=0.12)
+    epochs = {x for curve in curves.values() for x, _ in curve}
+    if len(epochs) == 1:  # a single point leaves matplotlib an axis of fractions
+        (epoch,) = epochs
+        axes.set_xlim(epoch - 1, epoch + 1)
+        axes.set_xticks([epoch], [f"{epoch:.0f}"])
     quantity = "accuracy" if word == "acc" else word
     _tidy(axes, quantity.capitalize(), "epochs trained", quantity + (" (%)" if percent else ""), len(curves))
     # Between title and axes, where no curve can pass.
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), borderaxespad=0, frameon=False, fontsize=0.85 * FONT)
+    place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1), "borderaxespad": 0}
+    axes.legend(**place, frameon=False, fontsize=0.85 * FONT, labelcolor=INK)
 
 
 def confusion_matrix(axes: Any, counts: Tensor, class_names: Sequence[str]) -> None:
@@ -125,7 +107,7 @@ def confusion_matrix(axes: Any, counts: Tensor, class_names: Sequence[str]) -> N
         digits = max(2, len(str(int(counts.max()))))
         size = min(FONT, 0.9 * side / digits, 0.6 * side)
         for true, predicted in counts.nonzero().tolist():
-            color = "white" if share[true, predicted] > 0.55 else INK
+            color = "white" if share[true, predicted] > 0.55 else _ON_LIGHT
             number = str(int(counts[true, predicted]))
             axes.text(predicted, true, number, ha="center", va="center", fontsize=size, color=color)
     every = math.ceil(classes / LABELS_UP_TO)
@@ -186,61 +168,6 @@ def shortened(name: str, length: int = 22) -> str:
     return name if len(name) <= length else name[: length - 1].rstrip() + "…"
 
 
-def html_page(title: str, sections: Iterable[tuple[str, str]], subtitle: str = "") -> str:
-    """Return one self-contained page: no script, no file or host beside it.
-
-    Args:
-        title: of the page, plain text.
-        sections: pairs of a heading (plain text, may be empty) and what stands below it (HTML, as the functions
-            below return it); a section without contents is left out.
-        subtitle: plain text under the title.
-    """
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    body += [f'<p class="subtitle">{html.escape(subtitle)}</p>'] if subtitle else []
-    for heading, content in sections:
-        top = f"<h2>{html.escape(heading)}</h2>\n" if heading else ""
-        body += [f"<section>\n{top}{content}\n</section>"] if content else []
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table of plain texts and numbers; columns after the first are set flush right. "" without rows."""
-    lines = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
-    if not lines:
-        return ""
-    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="wide"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
-
-
-def html_code(text: str) -> str:
-    """Return a block of code."""
-    return f"<pre><code>{html.escape(text)}</code></pre>"
-
-
-def html_image(picture: bytes, description: str) -> str:
-    """Return a PNG as a part of the page itself; `description` is for those who cannot see it."""
-    data = base64.b64encode(picture).decode("ascii")
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(description)}">'
-
-
-def html_list(items: Iterable[str], kind: str = "note") -> str:
-    """Return plain texts as a list, framed by its `kind`: `note` or `error`. "" without items."""
-    lines = "\n".join(f"<li>{html.escape(item)}</li>" for item in items)
-    return f'<ul class="{kind}">\n{lines}\n</ul>' if lines else ""
-
-
-def html_text(text: str) -> str:
-    """Return a paragraph of plain text."""
-    return f"<p>{html.escape(text)}</p>"
-
-
 def to_json(data: Any) -> str:
     """Return plain data as JSON: floats to six digits, null for NaN and infinity, lists of numbers on one line."""
     text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False)
@@ -289,22 +216,3 @@ def _plain(data: Any) -> Any:
     if isinstance(data, float):
         return float(f"{data:.6g}") if math.isfinite(data) else None
     return data
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 72rem; margin: 2rem auto;
-  padding: 0 1.25rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.subtitle { color: #555; margin: .3rem 0 1.5rem; }
-img { width: 100%; height: auto; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem 1rem .3rem 0; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th { border-bottom: 2px solid #222; }
-th:first-child, td:first-child { text-align: left; }
-pre { background: #f4f5f7; padding: .9rem 1rem; overflow-x: auto; line-height: 1.4; font-size: .88rem; }
-ul { padding: .7rem 1rem .7rem 2rem; margin: 0; }
-ul.note { background: #f4f5f7; border-left: 4px solid #0072B2; }
-ul.error { background: #fdf0e8; border-left: 4px solid #D55E00; }
-"""

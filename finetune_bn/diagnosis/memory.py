@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -158,11 +159,16 @@ def memory_report(
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Return the bytes that autograd keeps of what `run` does: each storage once, the model's own tensors left out."""
+    """Return the bytes that autograd keeps for what `run` returns: each storage once, the model's own tensors left out.
+
+    What was kept on the way and given up again, when the graph no longer leads to it, does not count.
+    """
     saved = _Saved(model)
     with saved.hooks():
-        run()
-    return saved.total()
+        output = run()
+    total = saved.total()
+    del output
+    return total
 
 
 def saved_by_layer(model: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
@@ -173,25 +179,34 @@ def saved_by_layer(model: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
     handles += [module.register_forward_hook(saved.leave, always_call=True) for module in plain]
     try:
         with saved.hooks():
-            run()
+            output = run()
     finally:
         for handle in handles:
             handle.remove()
     names = {id(module): name for name, module in model.named_modules()}
-    return {names.get(key, ""): size for key, size in saved.by_module().items()}
+    sizes = {names.get(key, ""): size for key, size in saved.by_module().items()}
+    del output
+    return sizes
+
+
+class _Packed:
+    """A tensor that autograd keeps, as long as it keeps it."""
+
+    def __init__(self, tensor: Tensor, module: int) -> None:
+        self.tensor, self.module = tensor, module
 
 
 class _Saved:
-    """The storages that autograd saved, each with the module that was running when it was first saved."""
+    """The storages that autograd keeps, each with the module that was running when it was first saved."""
 
     def __init__(self, model: nn.Module) -> None:
         self._own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-        # The storage is held, so that no other one can take its address.
-        self._kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self._kept: list[weakref.ref[_Packed]] = []
+        self._latest: dict[int, Callable[[], _Packed | None]] = {}
         self._running: list[int] = []
 
     def hooks(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda packed: packed.tensor)
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self._running.append(id(module))
@@ -200,19 +215,27 @@ class _Saved:
         if self._running:
             self._running.pop()
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._own:
-            self._kept.setdefault(storage._cdata, (storage, self._running[-1] if self._running else 0))
-        return tensor
+    def _pack(self, tensor: Tensor) -> _Packed:
+        storage = tensor.untyped_storage()._cdata
+        before = self._latest.get(storage, lambda: None)()
+        # A layer that shares the backward pass of a convolution keeps its input in its place.
+        module = before.module if before is not None else self._running[-1] if self._running else 0
+        packed = _Packed(tensor, module)
+        self._kept.append(weakref.ref(packed))
+        self._latest[storage] = self._kept[-1]
+        return packed
 
     def total(self) -> int:
-        return sum(storage.nbytes() for storage, _ in self._kept.values())
+        return sum(self.by_module().values())
 
     def by_module(self) -> dict[int, int]:
         sizes: Counter[int] = Counter()
-        for storage, key in self._kept.values():
-            sizes[key] += storage.nbytes()
+        counted = set(self._own)
+        for packed in (kept() for kept in self._kept):
+            storage = None if packed is None else packed.tensor.untyped_storage()
+            if packed is not None and storage is not None and storage._cdata not in counted:
+                counted.add(storage._cdata)
+                sizes[packed.module] += storage.nbytes()
         return sizes
 
 

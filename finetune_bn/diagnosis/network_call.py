@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from finetune_bn.layers.sites import find_batch_norms
+from finetune_bn.utilities.batch_size import count_in_call
 from finetune_bn.utilities.batches import Chunk
 
 
@@ -46,13 +46,14 @@ class NetworkCall:
         self.buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
 
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf) and leaf.dim()]
-        if self.chunk is not None or not tensors or not len(tensors[0]) or _is_redirected(module):
+        count = count_in_call(args, kwargs)
+        if self.chunk is not None or not count.known or not count.images or _is_redirected(module):
             return
         # A copy: networks may change their input in place.
         content = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
-        images = len(tensors[0])
-        self.target, self.chunk = module, Chunk(content, (0,) * images, tuple(range(images)))
+        images = range(count.images)
+        self.target = module
+        self.chunk = Chunk(content, (0,) * count.images, tuple(images), whole=not count.first)
         for site in find_batch_norms(module):
             layer = site.module
             self.training[layer] = layer.training

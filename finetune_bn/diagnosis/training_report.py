@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,24 +10,20 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune_bn.diagnosis.figures import (
-    FONT,
-    INK,
-    History,
-    confusion_matrix,
-    curve_names,
-    domain_bars,
+from finetune_bn.diagnosis.figures import History, to_json
+from finetune_bn.diagnosis.loading_code import use_code
+from finetune_bn.diagnosis.page import (
     html_code,
-    html_image,
+    html_figures,
     html_list,
     html_page,
     html_table,
     html_text,
-    learning_curves,
-    new_figure,
-    png,
-    to_json,
+    html_verdict,
 )
+from finetune_bn.diagnosis.rendering import png
+from finetune_bn.diagnosis.status import Status
+from finetune_bn.diagnosis.training_figures import Drawn, panels, slide
 from finetune_bn.utilities.files import write_atomically
 
 CLASSES_SHOWN = 50
@@ -59,6 +56,7 @@ class TrainingReport:
         title: what was trained on what.
         subtitle: how.
         batch_norm: what happened to the BatchNorm layers, one line.
+        layers: the status of the network when the training began; None where none was seen.
         history: the metrics of each epoch.
         results: the test, domain by domain; empty without a test.
         overall: the test over all domains.
@@ -67,6 +65,7 @@ class TrainingReport:
         class_names: C names.
         checkpoint: the file that was tested, relative to the report.
         loading_code: Python that loads it into plain timm.
+        model_file: the file that `finetune_bn.load` takes, relative to the report.
         tolerance: what `DomainResult.difference` may be.
         errors: what went wrong.
         notes: what was left out, and why.
@@ -76,6 +75,7 @@ class TrainingReport:
     title: str
     subtitle: str = ""
     batch_norm: str = ""
+    layers: Status | None = None
     history: History = ()
     results: Sequence[DomainResult] = ()
     overall: DomainResult | None = None
@@ -84,60 +84,60 @@ class TrainingReport:
     class_names: Sequence[str] = ()
     checkpoint: str | None = None
     loading_code: str = ""
+    model_file: str | None = None
     tolerance: float | None = None
     errors: Sequence[str] = ()
     notes: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
-        """Write `report.png`, `report.json` and `report.html` (which holds the figure), and return the page's path."""
-        picture = png(self.figure())
-        write_atomically(folder / "report.png", picture)
+        """Write `report.png`, `report.json` and `report.html` (which needs no other), and return the page's path."""
+        write_atomically(folder / "report.png", png(self.figure()))
         write_atomically(folder / "report.json", to_json(self.to_dict()))
-        write_atomically(folder / "report.html", self.page(picture))
+        write_atomically(folder / "report.html", self.page())
         return folder / "report.html"
+
+    @property
+    def diverged(self) -> str:
+        """What was not finite at the end of the run, a sentence; "" for a run that did not diverge."""
+        last: dict[str, tuple[Any, float | None]] = {}
+        for record in self.history:
+            last |= {name: (record.get("epoch"), value) for name, value in record.items() if "loss" in name.lower()}
+        names = [f"{name} in epoch {epoch}" for name, (epoch, value) in last.items() if value is None]
+        lost = {name: value for name, value in self.test_metrics.items() if "loss" in name.lower()}
+        names += [name for name, value in lost.items() if not math.isfinite(value)]
+        return f"The run diverged: not finite were {', '.join(names)}." if names else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain data, but for the confusion matrix, a tensor."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
-            "results": [asdict(result) for result in self.results],
-            "overall": None if self.overall is None else asdict(self.overall),
-        }
+        return (
+            {"diverged": self.diverged}
+            | {name: getattr(self, name) for name in self.__dataclass_fields__}
+            | {
+                "results": [asdict(result) for result in self.results],
+                "overall": None if self.overall is None else asdict(self.overall),
+                "layers": None if self.layers is None else self.layers.to_dict(),
+            }
+        )
 
     def figure(self) -> Any:
-        """Return a `matplotlib.figure.Figure` with those panels for which there is something to draw."""
-        curves = [word for word in ("loss", "acc") if curve_names(self.history, word)]
-        accuracies = {result.domain: result.accuracy for result in self.results if result.accuracy is not None}
-        columns = max(1, len(curves))
-        rows = ([curves] if curves else []) + ([["domains"] * columns] if accuracies else [])
-        figure, left, right = _titled_figure(self, len(rows), columns)
-        if rows:
-            axes = left.subplot_mosaic(rows, height_ratios=[3, 2] if len(rows) == 2 else None)
-            for word in curves:
-                learning_curves(axes[word], self.history, word)
-            if accuracies:
-                domain_bars(axes["domains"], accuracies, None if self.overall is None else self.overall.accuracy)
-        if self.confusion is not None:
-            confusion_matrix(right.subplots(), self.confusion, self.class_names)
-        if not rows and self.confusion is None:
-            left.text(0.5, 0.5, "No loss and no accuracy was logged.", ha="center", fontsize=FONT)
-        return figure
+        """Return a `matplotlib.figure.Figure` for a slide, with those panels for which there is something to draw."""
+        title = f"DIVERGED: {self.title}" if self.diverged else self.title
+        return slide(title, self.subtitle, self._drawn())
 
-    def page(self, picture: bytes) -> str:
-        """Return the HTML page, with the figure in it.
-
-        Args:
-            picture: the figure as PNG.
-        """
-        loading = html_text("The path is that from the folder of this page.")
+    def page(self) -> str:
+        """Return the HTML page, with the figures in it."""
+        paths = html_text("Paths are those from the folder of this page.")
         return html_page(
             self.title,
             [
-                ("Wrong", html_list(self.errors, "error")),
+                ("", self._verdict()),
+                ("Wrong", html_list([*filter(None, [self.diverged]), *self.errors], "error")),
                 ("Test accuracy", self._results_table()),
-                ("", html_image(picture, f"{self.title}: learning curves, test accuracy, confusion matrix")),
-                ("BatchNorm layers", html_text(self.batch_norm) if self.batch_norm else ""),
-                ("Load it into plain timm", loading + html_code(self.loading_code) if self.loading_code else ""),
+                ("", html_figures(panels(self._drawn()))),
+                ("BatchNorm layers", self._layers()),
+                ("Use it", html_code(use_code(self.model_file)) + paths if self.model_file else ""),
+                ("Load it into plain timm", html_code(self.loading_code) + paths if self.loading_code else ""),
                 (self._classes_heading(), self._classes_table()),
                 ("Epoch by epoch", self._history_table()),
                 ("All test metrics", html_table(["metric", "value"], _cells(self.test_metrics.items()))),
@@ -159,6 +159,39 @@ class TrainingReport:
         }
         shown = {name: cells for name, cells in columns.items() if any(cells)}
         return list(shown), [list(cells) for cells in zip(*shown.values(), strict=True)]
+
+    def _drawn(self) -> Drawn:
+        accuracies = {result.domain: result.accuracy for result in self.results if result.accuracy is not None}
+        overall = None if self.overall is None else self.overall.accuracy
+        return Drawn(self.history, accuracies, overall, self.confusion, self.class_names)
+
+    def _verdict(self) -> str:
+        overall = self.overall or (self.results[0] if len(self.results) == 1 else None)
+        accuracy = None if overall is None else overall.accuracy
+        tested = "" if accuracy is None else f"{_share(accuracy)} of the test images right"
+        if self.diverged:
+            after = f"; {tested}, by a network that is of no use" if tested else ""
+            return html_verdict("Diverged", f"not a result{after}", "bad")
+        kind = "bad" if self.errors else "good"
+        recall = self.test_metrics.get("test_recall_at_1")
+        if accuracy is None and recall is not None and math.isfinite(recall):
+            return html_verdict(_share(recall), "of the test images have one of their label as the nearest", kind)
+        if accuracy is None or overall is None:
+            return ""
+        of = f"of {overall.images:,} test images right" if overall.images else "of the test images right"
+        return html_verdict(_share(accuracy), of, kind)
+
+    def _layers(self) -> str:
+        line = html_text(self.batch_norm) if self.batch_norm else ""
+        if self.layers is None:
+            return line
+        numbers = (
+            f"When the training began, {self.layers.trained_norm:,} numbers of normalization layers and "
+            f"{self.layers.trained_other:,} others were trained; {self.layers.constant:,} were constant."
+        )
+        problems = [f"{', '.join(names)}: {problem}" for problem, names in self.layers.irregular.items()]
+        table = html_table(*self.layers.rows(), texts=(1, 2, 3, 5))
+        return line + table + html_text(numbers) + html_list(problems, "error")
 
     def _results_table(self) -> str:
         table = html_table(*self.rows()) if self.results else ""
@@ -189,7 +222,8 @@ class TrainingReport:
             rows.append(
                 [self.class_names[i], int(images[i]), _share(float(recall[i])), _share(float(precision[i])), taken]
             )
-        return html_table(["class", "test images", "recall", "precision", "mostly mistaken for"], rows)
+        header = ["class", "test images", "recall", "precision", "mostly mistaken for"]
+        return html_table(header, rows, texts=(0, 4))
 
     def _history_table(self) -> str:
         names = [name for name in dict.fromkeys(name for record in self.history for name in record) if name != "epoch"]
@@ -197,48 +231,6 @@ class TrainingReport:
             [_text(record.get("epoch"), ".0f"), *(_metric(record, name) for name in names)] for record in self.history
         ]
         return html_table(["epoch (from 0)", *names], rows) if names else ""
-
-
-def timm_code(name: str, num_classes: int, checkpoint: str, arguments: Mapping[str, Any], prefix: str = "net.") -> str:
-    """Return a script that loads a Lightning checkpoint into `timm.create_model`, without this package.
-
-    Args:
-        name: of the timm model.
-        num_classes: size of its head.
-        checkpoint: path of the file.
-        arguments: further ones of `timm.create_model`.
-        prefix: what stands before timm's names in the checkpoint.
-    """
-    call = ", ".join([repr(name), f"{num_classes=}", *(f"{key}={value!r}" for key, value in arguments.items())])
-    return f"""import timm
-import torch
-
-model = timm.create_model({call})
-checkpoint = torch.load({checkpoint!r}, map_location="cpu", weights_only=True)
-weights = {{key: value for key, value in checkpoint["state_dict"].items() if key.startswith({prefix!r})}}
-model.load_state_dict({{key.removeprefix({prefix!r}): value for key, value in weights.items()}}, strict=True)
-model.eval()
-"""
-
-
-def _titled_figure(report: TrainingReport, rows: int, columns: int) -> tuple[Any, Any, Any]:
-    """Return a figure with its title, its part for small panels, and its part for the confusion matrix."""
-    head, height, width = 0.8, (2.2, 3.8, 7.3)[rows], max(7.0, 4.6 * columns)
-    matrix = 0.0
-    if report.confusion is not None:
-        # More classes get more room, which on a slide makes all letters smaller.
-        height = 7.3 * (1 + min(0.4, max(0, len(report.class_names) - 12) / 40))
-        matrix = height + 1.1
-        width = max(3.4 * columns, 4.6) * height / 7.3 if rows else 0.0
-    figure = new_figure(width + matrix, head + height)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    top, body = figure.subfigures(2, 1, height_ratios=[head, height])
-    place = {"x": 0.15 / (width + matrix), "ha": "left", "va": "top", "parse_math": False}
-    top.text(y=0.8, s=report.title, fontsize=1.5 * FONT, fontweight="bold", color=INK, **place)
-    top.text(y=0.35, s=report.subtitle, fontsize=FONT, color="#555555", **place)
-    if width and matrix:
-        return figure, *body.subfigures(1, 2, width_ratios=[width, matrix])
-    return figure, body, body
 
 
 def _share(share: float | None) -> str:

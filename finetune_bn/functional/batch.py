@@ -8,14 +8,14 @@ by n - 1, as BatchNorm (BN) stores it.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from finetune_bn.errors import FinetuneBNError
-from finetune_bn.functional.frozen import at_least_float32, frozen_batch_norm, quickly_bound
+from finetune_bn.functional.frozen import at_least_float32, frozen_batch_norm, in_forward_mode, quickly_bound
 
 Normalized = tuple[Tensor, Tensor, Tensor]
 
@@ -120,6 +120,11 @@ def batch_renorm(
     without its part along the normalized x. `r_max = d_max = inf`: the output is that of BN in eval mode bit for bit.
     `r_max = 1, d_max = 0`: the output is that of BN in training mode. Needs more than one value a channel.
     """
+    if in_forward_mode():
+        raise FinetuneBNError(
+            "batch renormalization has no forward-mode derivative: its gradient is BatchNorm's, not that of its own "
+            "forward pass. For a Hessian take torch.autograd.functional.hessian, or call eval() first."
+        )
     mean, var = batch_statistics(x)
     by_mean, by_var = renorm_statistics(mean, var, running_mean, running_var, eps, r_max, d_max)
     y = _ProjectedBatchNorm.apply(x, widened(weight), widened(bias), by_mean, by_var, mean, var, eps)
@@ -161,14 +166,6 @@ class _ProjectedBatchNorm(torch.autograd.Function):
         grad_weight = along * r + total * (mean - by_mean) * by_rsigma if ctx.needs_input_grad[1] else None
         grad_bias = total if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        raise FinetuneBNError(
-            "batch renormalization has no forward-mode derivative: its gradient is BatchNorm's, not that of its own "
-            "forward pass. For a Hessian take reverse mode twice: torch.func.jacrev(torch.func.jacrev(f)), or "
-            "torch.autograd.functional.hessian."
-        )
 
 
 def stochastic_norm(

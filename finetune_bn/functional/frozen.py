@@ -38,14 +38,15 @@ def scale_shift(
 
     Differentiable in `weight` and `bias`.
     """
-    scale = _scale(weight, running_var, eps)
+    scale = scale_of(weight, running_var, eps)
     shift = -at_least_float32(running_mean) * scale
     if bias is not None:
         shift = at_least_float32(bias) + shift
     return scale, shift
 
 
-def _scale(weight: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
+def scale_of(weight: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
+    """Return gamma' of a BN in eval mode, [C], in float32 or higher."""
     scale = torch.rsqrt(at_least_float32(running_var) + eps)
     return scale if weight is None else at_least_float32(weight) * scale
 
@@ -93,90 +94,19 @@ def canonicalize(
     return new_weight.to(weight), new_bias.to(bias), mean, var
 
 
-class Constants:
-    """What is fixed in a layer, with what backward needs of it: made once, and anew where a tensor was written to.
-
-    Backward works with copies, so that a write to the buffers between forward and backward (DDP broadcasts them) does
-    not invalidate it. "Written to" is what autograd's version counters tell: `load_state_dict`, a recalibration, an
-    average that copies into the tensors of a state dict; also a tensor put in place of another, by `.to()` or by hand.
-
-    Attributes:
-        mean: copy of the mean, [C].
-        var: copy of the variance, [C].
-        zero: a mean of 0, [C].
-        offset: -mean / sqrt(var + eps), [C], float32 or higher; None where it is 0.
-    """
-
-    mean: Tensor
-    var: Tensor
-    zero: Tensor
-    offset: Tensor | None
-
-    def __init__(self) -> None:
-        self._statistics: tuple[Any, ...] = ()
-        self._weight: tuple[Any, ...] = ()
-        self._scale: dict[torch.dtype, Tensor] = {}
-
-    @torch.no_grad()
-    def of(self, mean: Tensor, var: Tensor, eps: float) -> Constants:
-        """Return what is known of these statistics."""
-        key = (eps, *_state(mean), *_state(var))
-        if key != self._statistics:
-            self.mean, self.var, self.zero = mean.clone(), var.clone(), torch.zeros_like(mean)
-            self.offset = -at_least_float32(mean) * torch.rsqrt(at_least_float32(var) + eps) if mean.any() else None
-            self._statistics = key
-        return self
-
-    @torch.no_grad()
-    def scale(self, weight: Tensor | None, var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """Return the scale of a layer whose weight is not trained, [C], in this dtype."""
-        key = (eps, *_state(var), *(() if weight is None else _state(weight)))
-        if key != self._weight:
-            self._scale, self._weight = {}, key
-        if dtype not in self._scale:
-            self._scale[dtype] = _scale(weight, var, eps).to(dtype)
-        return self._scale[dtype]
-
-    @property
-    def copies(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance."""
-        return self.mean, self.var
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Constants:
-        return Constants()  # the copy's tensors are others
-
-    def __reduce__(self) -> tuple[type[Constants], tuple[()]]:
-        return Constants, ()
-
-
-def _state(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor._version, tensor.data_ptr(), tensor.dtype
-
-
-def plain_step(*tensors: Tensor | None) -> bool:
-    """Tell whether this is a step of eager reverse-mode autograd, on tensors that have values."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or any(t is not None and (t.is_meta or t.is_inference()) for t in tensors)
-    )
-
-
 def in_transform() -> bool:
     """Tell whether a transform of `torch.func` is running: vmap, grad, jvp and what is made of them."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _loose(y: Tensor) -> Tensor:
-    """Return what an autograd function returned, in a form that an activation in place may write to."""
-    return y.clone() if in_transform() else y  # under vmap it is a view
-
-
 def in_forward_mode() -> bool:
     """Tell whether forward-mode derivatives are being taken, which an autograd function of ours does not know."""
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+def loose(y: Tensor) -> Tensor:
+    """Return what an autograd function returned, in a form that an activation in place may write to."""
+    return y.clone() if in_transform() else y  # under vmap it is a view
 
 
 def frozen_batch_norm(
@@ -192,34 +122,24 @@ def frozen_batch_norm(
     mode (`torch.func.jvp`, `torch.func.hessian`) it is PyTorch's own in all.
     """
     if not torch.jit.is_scripting():  # by itself: only so does torch.jit.script leave out what it cannot read
-        return batch_norm_in_step(x, running_mean, running_var, weight, bias, eps, None)
+        return _batch_norm(x, running_mean, running_var, weight, bias, eps)
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 
-def batch_norm_in_step(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    constants: Constants | None,
+def _batch_norm(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Return `frozen_batch_norm` of the same tensors for a layer that has `constants` of its own."""
     # What is captured to be deployed is to hold BatchNorm, which every backend knows.
     captured = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[no-untyped-call]
     if torch.is_grad_enabled() and not captured and not in_forward_mode():
-        known = constants if constants is not None and plain_step(running_mean, running_var, weight) else None
+        # What backward needs is made afresh in each call: in-place writes to the buffers between forward and
+        # backward (DDP broadcasts them) cannot invalidate it.
         if weight is not None and weight.requires_grad:
-            mean, var = running_mean, running_var
-            mean, var = (mean.clone(), var.clone()) if known is None else known.of(mean, var, eps).copies
-            return _loose(_LearnableScaleBatchNorm.apply(x, bias, weight, mean, var, eps))
+            mean, var = running_mean.clone(), running_var.clone()
+            return loose(_LearnableScaleBatchNorm.apply(x, bias, weight, mean, var, eps))
         if x.requires_grad or (bias is not None and bias.requires_grad):
-            if known is None:
-                scale = _scale(weight, running_var, eps).to(x.dtype)
-            else:
-                scale = known.scale(weight, running_var, eps, x.dtype)
-            return _loose(_ConstantScaleBatchNorm.apply(x, bias, scale, running_mean, running_var, weight, eps))
+            scale = scale_of(weight, running_var, eps).to(x.dtype)
+            return loose(_ConstantScaleBatchNorm.apply(x, bias, scale, running_mean, running_var, weight, eps))
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 

@@ -25,10 +25,10 @@ import weakref
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from finetune_bn.functional.frozen import Constants, at_least_float32, eval_backward, plain_step
+from finetune_bn.functional.eager_step import Constants, direct_apply, plain_step
+from finetune_bn.functional.frozen import at_least_float32, eval_backward
 
 FoldMode = Literal["auto", "always", "never"]
 FOLD_MODES: tuple[FoldMode, ...] = get_args(FoldMode)
@@ -37,6 +37,7 @@ FOLD_MODES: tuple[FoldMode, ...] = get_args(FoldMode)
 _FEWEST, _OF_WEIGHT = 1 << 18, 1 / 8
 # Autocast's copy of so small a weight is kept: to make it again is a launch.
 _SMALL = 1 << 16
+_OTHERS = {3: (0, 2), 4: (0, 2, 3), 5: (0, 2, 3, 4)}  # all dimensions but the channels'
 
 
 def pays(size: int, weights: int) -> bool:
@@ -137,7 +138,7 @@ def shared_batch_norm(
     elif producer.weight.dtype != producer.dtype:
         _Recast(producer.weight, producer.dtype, producer.node)
     known = constants.of(running_mean, running_var, eps)
-    return _Shared.apply(  # type: ignore[no-any-return]
+    return _apply_shared(  # type: ignore[no-any-return]
         y, producer.x, producer.weight, producer.bias, weight, bias, known, eps, producer.geometry, producer.dtype
     )
 
@@ -178,14 +179,18 @@ class _Shared(torch.autograd.Function):
         geometry: tuple[Any, ...],
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(x, kernel, conv_bias, weight, *constants.copies, constants.offset, constants.zero)
+        ctx.save_for_backward(x, kernel, conv_bias, weight)
+        # The layer's own copies, which nobody writes to.
+        ctx.constants = constants.mean, constants.var, constants.offset, constants.zero
         ctx.eps, ctx.geometry, ctx.dtype = eps, geometry, dtype
         ctx.y, ctx.bias_dtype = weakref.ref(y), None if bias is None else bias.dtype
-        return F.batch_norm(y, constants.mean, constants.var, weight, bias, False, 0.0, eps)
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(y, weight, bias, constants.mean, constants.var, False, 0.0, eps, cudnn)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, kernel, conv_bias, weight, mean, var, offset, zero = ctx.saved_tensors
+        x, kernel, conv_bias, weight = ctx.saved_tensors
+        mean, var, offset, zero = ctx.constants
         need_y, need_x, need_kernel, need_conv_bias, need_weight, need_bias, *_ = ctx.needs_input_grad
         y = ctx.y()
         if y is not None and need_y:  # somebody holds it, and may ask for its gradient
@@ -217,6 +222,9 @@ class _Shared(torch.autograd.Function):
         )
 
 
+_apply_shared = direct_apply(_Shared)
+
+
 def _by_kernels(
     grad: Tensor,
     x: Tensor,
@@ -232,15 +240,16 @@ def _by_kernels(
     """Return the gradients of x and W, sum(W H) / sqrt(var + eps) and sum G."""
     rows = _rows(kernel)
     assert rows is not None
-    scaled = F.batch_norm(rows, zero, var, weight, None, False, 0.0, eps)
-    scaled = scaled.as_strided(kernel.shape, kernel.stride()).to(dtype)
+    scaled = torch.batch_norm(rows, weight, None, zero, var, False, 0.0, eps, torch.backends.cudnn.enabled)
+    scaled = scaled.as_strided(kernel.shape, kernel.stride())
+    scaled = scaled if scaled.dtype == dtype else scaled.to(dtype)
     of_x, of_scaled, _ = torch.ops.aten.convolution_backward.default(
         grad, x, scaled, None, *geometry, [need_x, True, False]
     )
     # The convolution's own sum of the gradient, that of its bias, is less exact on a CPU, and in half precision.
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    total = grad.sum([d for d in range(grad.dim()) if d != 1], dtype=wide)
-    of_scaled = _rows(of_scaled.to(kernel.dtype), kernel)
+    total = grad.sum(_OTHERS[grad.dim()], dtype=wide)
+    of_scaled = _rows(of_scaled if of_scaled.dtype == kernel.dtype else of_scaled.to(kernel.dtype), kernel)
     of_rows, of_weight, _ = torch.ops.aten.native_batch_norm_backward.default(
         of_scaled, rows, weight, zero, var, zero, var, False, eps, [True, True, False]
     )
@@ -267,12 +276,11 @@ def _differentiable(
         grad, x, (kernel * scale).to(dtype), None, *geometry, [need_x, True, False]
     )
     of_scaled = at_least_float32(of_scaled)
-    others = [d for d in range(grad.dim()) if d != 1]
     return (
         of_x,
         (of_scaled * scale).to(kernel.dtype),
         (of_scaled * kernel).flatten(1).sum(1) * rsigma,
-        grad.sum(others, dtype=rsigma.dtype),
+        grad.sum(_OTHERS[grad.dim()], dtype=rsigma.dtype),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,10 +20,15 @@ from finetune_bn.group_norm.twin import batch_norm_twin, group_norm_sites
 from finetune_bn.layers.balance import relative_name
 from finetune_bn.layers.group_norm import GroupNorm, eval_batch_norm
 from finetune_bn.layers.norm_act import behind_norm
-from finetune_bn.layers.sites import BatchNormSite
+from finetune_bn.layers.sites import BatchNormSite, find_batch_norms
+from finetune_bn.layers.statistics import statistics_of, why_no_statistics
 from finetune_bn.recalibration.collector import cut
-from finetune_bn.utilities.batches import Chunk, Feeder, Forward, Stock, check_batches
-from finetune_bn.utilities.lockstep import DifferentPaths, caller_settings, meet, run_in_lockstep
+from finetune_bn.recalibration.measured_layer import MeasuredLayer
+from finetune_bn.recalibration.rehearsal import Findings, Rehearsal
+from finetune_bn.utilities.batches import Chunk, Feeder, Forward, Stock, check_batches, join
+from finetune_bn.utilities.checks import number
+from finetune_bn.utilities.lockstep import MOST_PASSES, DifferentPaths, caller_settings, meet, run_in_lockstep
+from finetune_bn.utilities.module_state import ModuleState
 from finetune_bn.utilities.probe import Probe, undisturbed, unwrapped
 from finetune_bn.utilities.processes import Ranks
 from finetune_bn.utilities.progress import progress_bar
@@ -37,6 +42,7 @@ def calibrate_group_norm(
     *,
     max_samples: int | None = 256,
     balance: bool = True,
+    keep_batches: bool | None = None,
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     group: torch.distributed.ProcessGroup | None = None,
@@ -67,8 +73,10 @@ def calibrate_group_norm(
             of the kind that the model is to work on. In a distributed run each process passes its own part.
         max_samples: take so many images at most, over all processes together; None takes all.
         balance: False leaves the maps in front of the layers as they are.
+        keep_batches: whether batches stay as they come, and are not cut and joined; None: where a trial shows that they
+            have to, see `recalibrate`.
         forward: `(model, batch)` that passes a batch to the model; None takes the first tensor of a tuple or list, and
-            of a dict what `model.forward` takes.
+            of a dict what `model.forward` takes. See `recalibrate` for batches of other kinds.
         device: where batches are moved to; None: where the model is.
         group: process group; None: all processes, where there are several.
         progress: show a progress bar; None: on a terminal.
@@ -83,11 +91,12 @@ def calibrate_group_norm(
     model = unwrapped(model)
     sites = group_norm_sites(model)
     check_batches(batches)
-    if max_samples is not None and (isinstance(max_samples, bool) or max_samples < _MIN_IMAGES):
-        raise FinetuneBNError(complaint("max_samples", max_samples, f"{_MIN_IMAGES} or more, or None for all"))
+    max_samples = number("max_samples", max_samples, least=_MIN_IMAGES, whole=True, none=True)
     if not isinstance(balance, bool):
         raise FinetuneBNError(complaint("balance", balance, "True or False"))
-    student = Feeder(model, forward, device)
+    if keep_batches is not None and not isinstance(keep_batches, bool):
+        raise FinetuneBNError(complaint("keep_batches", keep_batches, "True, False or None"))
+    student = Feeder(model, forward, device, bool(keep_batches))
     ranks = Ranks(group, student.device)
     settings = caller_settings(student.device)  # with the caller's autocast, which is off in what follows
     share = max_samples if max_samples is None else -(-max_samples // ranks.world)
@@ -95,7 +104,8 @@ def calibrate_group_norm(
         twin = batch_norm_twin(model)
         teacher = Feeder(twin, forward, device)
         stock = Stock(check_batches(batches), student, share)
-        chunks = cut(list(stock.up_to(float("inf"))), student.device)
+        found = _rehearse(twin, teacher, stock, settings, keep_batches, ranks)
+        chunks = _pieces(list(stock.up_to(float("inf"))), model, found, student.device)
         counts = [int(row[0]) for row in ranks.agree(stock.images)]
         if sum(counts) < _MIN_IMAGES or not min(counts):
             given = f"{sum(counts)} images" if min(counts) else "no images on one of the processes"
@@ -121,6 +131,50 @@ def calibrate_group_norm(
         rows.append(LayerFit(sites[n].names, sites[n].num_features, *changes, *errors, why))
     alone = [site.names[0] for n, site in enumerate(sites) if n not in fitting.errors]
     return Calibration(sum(counts), tuple(rows), tuple(alone))
+
+
+def _rehearse(
+    twin: nn.Module,
+    teacher: Feeder,
+    stock: Stock,
+    settings: Callable[[], contextlib.ExitStack],
+    keep: bool | None,
+    ranks: Ranks,
+) -> Findings:
+    """Find out by a few images whether batches can be cut, and images pass one by one, in the BatchNorm network."""
+    sites = [site for site in find_batch_norms(twin) if why_no_statistics(site.module, preserve=False) is None]
+    layers = [MeasuredLayer(site.names[0], site.module, statistics_of(site.module)) for site in sites]
+    chunks, found = stock.first(2), Findings()
+    if chunks and layers and (len(chunks) > 1 or len(chunks[0]) > 1):
+        state = ModuleState(twin, teacher.functions)
+        found = Rehearsal(layers, teacher, state, settings).look(chunks, keep=keep, side_by_side=True)
+    rows = ranks.agree(found.parts_differ, found.passes_mix, found.kept_outside)
+    differ, mix, outside = (any(row[i] for row in rows) for i in range(3))
+    if differ:
+        stock.keep_batches()
+    return Findings(differ, mix, found.kept_in, outside)
+
+
+def _pieces(chunks: list[Chunk], model: nn.Module, found: Findings, device: torch.device) -> list[Chunk]:
+    """Return the images as the passes that stand side by side, in both networks: one, where passes disturb each other.
+
+    Raises:
+        FinetuneBNError: they disturb each other, and one pass cannot hold all images, or the networks share what is
+            kept.
+    """
+    if not found.passes_mix:
+        return cut(chunks, device, MOST_PASSES // 2)
+    where = ", ".join(found.kept_in[:6]) or "something outside of its modules"
+    given = f"{type(model).__name__}, which keeps something between its layers ({where})"
+    if found.kept_outside:
+        allowed = (
+            "one that keeps it in its modules, of which each of the two networks that run side by side has its own"
+        )
+        raise FinetuneBNError(complaint("model", given, allowed))
+    if len({chunk.shape_key for chunk in chunks}) > 1 or (len(chunks) > 1 and chunks[0].shape_key is None):
+        remedy = "Pass one batch, or images of one size."
+        raise FinetuneBNError(complaint("model", given, "one whose batches can be joined to a single one", remedy))
+    return [join(chunks)] if chunks else []
 
 
 @dataclass(frozen=True)

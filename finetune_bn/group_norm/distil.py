@@ -16,6 +16,8 @@ from finetune_bn.group_norm.twin import batch_norm_twin, group_norm_sites
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.sites import BatchNormSite
 from finetune_bn.utilities.batches import Chunk, Feeder, Forward, Stock, check_batches, join
+from finetune_bn.utilities.checks import number
+from finetune_bn.utilities.hooks import hooked
 from finetune_bn.utilities.probe import tensors_in, undisturbed, unwrapped
 from finetune_bn.utilities.processes import Ranks
 from finetune_bn.utilities.progress import progress_bar
@@ -109,18 +111,19 @@ def distil(
         pair = _Pair(sites, feeder, Feeder(batch_norm_twin(model), forward, device))
         stack.enter_context(pair.listening())
         stock = Stock(check_batches(batches), feeder, share)
-        images = [chunk[[i]] for chunk in stock.up_to(math.inf) for i in range(len(chunk)) if chunk.shape_key]
-        rows = ranks.agree(len(images))
-        steps = epochs * math.ceil(min(row[0] for row in rows) / batch_size)
+        images = [part for chunk in stock.up_to(math.inf) for part in _single(chunk)]
+        alike = len({chunk.shape_key for chunk in images}) == 1 and images[0].shape_key is not None
+        rows = ranks.agree(len(images), alike or not images, stock.images)
+        size = batch_size if all(row[1] for row in rows) else 1  # what cannot be joined is a step each
+        steps = epochs * math.ceil(min(row[0] for row in rows) / size)
         if not steps:
-            allowed = "tensors with images in the first dimension, some on each process"
-            raise BadData(complaint("batches", "nothing that can be cut into images", allowed))
+            raise BadData(complaint("batches", "no images on one of the processes", "some on each"))
         stack.enter_context(amp)
         with torch.no_grad():
-            before = float(pair.loss(join(images[:_MEASURED])))
+            before = pair.mean_loss(images)
         with _undone_on_error(model), progress_bar("Distilling", "steps", steps, progress) as report:
             optimizer = _optimizer(model, pair.layers)
-            for step, chunk in enumerate(_cut(images, batch_size, steps, seed)):
+            for step, chunk in enumerate(_cut(images, size, steps, seed)):
                 for layer in pair.layers:
                     layer.alpha = max(0.0, 1 - step / (blend * steps)) if blend else 0.0
                 _set_rates(optimizer, lr, step, steps, affine_only)
@@ -138,8 +141,8 @@ def distil(
             for layer in pair.layers:
                 layer.alpha = 0.0
         with torch.no_grad():
-            after = float(pair.loss(join(images[:_MEASURED])))
-    return Distillation(int(sum(row[0] for row in rows)), steps, before, after)
+            after = pair.mean_loss(images)
+    return Distillation(int(sum(row[2] for row in rows)), steps, before, after)
 
 
 class _Pair:
@@ -155,6 +158,7 @@ class _Pair:
         self.layers = [site.module for site in sites if isinstance(site.module, GroupNorm)]
         self._student, self._teacher = student, teacher
         self._outputs: dict[int, list[Tensor]] = {}
+        self._learns = self._hidden = False
         others = [teacher.model.get_submodule(site.names[0]) for site in sites]
         self._watched = ((student, self.layers), (teacher, others))
 
@@ -163,29 +167,46 @@ class _Pair:
         """Take what the layers return, for the time of the block."""
 
         def listener(feeder: Feeder) -> Callable[..., None]:
-            return lambda module, args, y: self._outputs[id(feeder)].append(y)
+            def take(module: nn.Module, args: Any, y: Tensor) -> None:
+                # Gradient checkpointing runs layers once more, in the backward pass: that is no output of theirs.
+                if id(feeder) in self._outputs:
+                    self._outputs[id(feeder)].append(y)
+                    self._hidden = self._hidden or (self._learns and not torch.is_grad_enabled())
 
-        handles = [
-            layer.register_forward_hook(listener(feeder)) for feeder, layers in self._watched for layer in layers
-        ]
-        try:
+            return take
+
+        with contextlib.ExitStack() as stack:
+            for feeder, layers in self._watched:
+                stack.enter_context(hooked(layers, post=listener(feeder)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def loss(self, chunk: Chunk) -> Tensor:
         """Return the distance of the two networks."""
         with torch.no_grad():
             targets, end_target = self._run(self._teacher, chunk)
         outputs, end = self._run(self._student, chunk)
+        if self._hidden:
+            given = f"{type(self._student.model).__name__}, whose layers run without gradients"
+            allowed = (
+                "one without torch.no_grad() and without checkpoint(use_reentrant=True), which hide them from the loss"
+            )
+            raise FinetuneBNError(complaint("model", given, allowed, "Set use_reentrant=False, or switch it off."))
         inner = [_distance(y, target) for y, target in zip(outputs, targets, strict=True)]
         outer = [_distance(y, target) for y, target in zip(end, end_target, strict=True) if y.is_floating_point()]
         total = torch.stack(inner).mean()
         return total + torch.stack(outer).mean() if outer else total
 
+    def mean_loss(self, images: Sequence[Chunk]) -> float:
+        """Return the distance on the first images, for comparison."""
+        few = images[:_MEASURED]
+        if len({chunk.shape_key for chunk in few}) == 1 and few[0].shape_key is not None:
+            return float(self.loss(join(few)))
+        losses = [float(self.loss(chunk)) for chunk in few]
+        return sum(losses) / len(losses)
+
     def _run(self, feeder: Feeder, chunk: Chunk) -> tuple[list[Tensor], list[Tensor]]:
         self._outputs[id(feeder)] = []
+        self._learns = torch.is_grad_enabled()
         end = feeder(chunk)
         return self._outputs.pop(id(feeder)), tensors_in(end, detach=False)
 
@@ -207,6 +228,11 @@ def _cut(images: Sequence[Chunk], size: int, steps: int, seed: int) -> Iterator[
                 return
             done += 1
             yield join([images[i] for i in order[start : start + size]])
+
+
+def _single(chunk: Chunk) -> list[Chunk]:
+    """Return the images of a chunk one by one; the chunk itself where it cannot be cut."""
+    return [chunk] if chunk.shape_key is None else [chunk[[i]] for i in range(len(chunk))]
 
 
 def _optimizer(model: nn.Module, layers: Sequence[nn.Module]) -> torch.optim.Optimizer:
@@ -247,18 +273,17 @@ def _undone_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def check_distillation(**given: Any) -> None:
-    """Raise unless these are arguments of `distil`."""
+def check_distillation(
+    *, epochs: int, batch_size: int, lr: float, affine_only: float, blend: float, max_samples: int | None
+) -> None:
+    """Raise unless these are arguments of `distil`.
 
-    def number(value: object, whole: bool) -> bool:
-        return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-
-    for name in ("epochs", "batch_size", "max_samples"):
-        value = given[name]
-        if not (number(value, True) and value >= 1) and not (name == "max_samples" and value is None):
-            raise FinetuneBNError(complaint(name, value, "a whole number from 1 on"))
-    if not (number(given["lr"], False) and 0 < given["lr"] < math.inf):
-        raise FinetuneBNError(complaint("lr", given["lr"], "a number above 0"))
-    for name in ("affine_only", "blend"):
-        if not (number(given[name], False) and 0 <= given[name] <= 1):
-            raise FinetuneBNError(complaint(name, given[name], "a share of the steps, from 0 to 1"))
+    Raises:
+        FinetuneBNError: one is none of the values allowed.
+    """
+    number("epochs", epochs, least=1, whole=True)
+    number("batch_size", batch_size, least=1, whole=True)
+    number("max_samples", max_samples, least=1, whole=True, none=True)
+    number("lr", lr, above=0, below=math.inf)
+    number("affine_only", affine_only, least=0, most=1)
+    number("blend", blend, least=0, most=1)

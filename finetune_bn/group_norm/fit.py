@@ -25,7 +25,7 @@ EPS_CANDIDATES = (0.0, 0.1, 0.3, 1.0, 3.0, 9.0)
 
 
 @dataclass(frozen=True)
-class Settings:
+class GroupNormSettings:
     """What a layer is set to, besides weight and bias.
 
     Attributes:
@@ -39,7 +39,7 @@ class Settings:
     balance: tuple[str, Tensor] | None
 
     @classmethod
-    def of(cls, layer: GroupNorm) -> Settings:
+    def of(cls, layer: GroupNorm) -> GroupNormSettings:
         """Return those of a layer."""
         return cls(layer.num_groups, layer.eps, layer.balance)
 
@@ -56,7 +56,7 @@ class Settings:
 class _Option:
     """What a layer may be set to, and what its map's channels are to be multiplied by now, or None."""
 
-    settings: Settings
+    settings: GroupNormSettings
     factors: Tensor | None
 
 
@@ -83,7 +83,7 @@ class Fitting:
         report: Report,
     ) -> None:
         self.layers, self.producers = layers, producers
-        self.before = [Settings.of(layer) for layer in layers]
+        self.before = [GroupNormSettings.of(layer) for layer in layers]
         self.chosen = list(self.before)
         self.errors: dict[int, tuple[float, float]] = {}
         self._affine = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in layers]
@@ -180,10 +180,10 @@ class Fitting:
                 balance = (self.producers[place][0], (old * factors).cpu())
             sizes = [before.eps]
             if automatic["eps"] == "auto" and bn.running_mean is not None and bn.running_var is not None:
-                scale = Settings(number, before.eps, balance).factors(bn.running_mean)
+                scale = GroupNormSettings(number, before.eps, balance).factors(bn.running_mean)
                 _, spread = group_statistics(bn.running_mean * scale, bn.running_var * scale.square(), number)
                 sizes += [bn.eps + share * float(spread.mean()) for share in EPS_CANDIDATES]
-            found += [_Option(Settings(number, size, balance), factors) for size in dict.fromkeys(sizes)]
+            found += [_Option(GroupNormSettings(number, size, balance), factors) for size in dict.fromkeys(sizes)]
         return [*found, _Option(before, None)]
 
     def _covariance(self, pairs: Sequence[ImagePairs]) -> Tensor:

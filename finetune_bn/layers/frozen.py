@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.functional.eager_step import Constants, batch_norm_in_step
 from finetune_bn.functional.frozen import (
-    Constants,
-    batch_norm_in_step,
     canonical_statistics,
     canonicalize,
     frozen_batch_norm,
@@ -77,7 +76,6 @@ class FrozenBatchNorm(nn.Module):
 
     _version = 2  # as BatchNorm's: from version 2 on a state dict holds num_batches_tracked
     track_running_stats = True
-    fold: FoldMode = "auto"  # whether backward is shared with the convolution in front, see shared_backward.py
     __jit_unused_properties__ = ["affine", "has_source_statistics"]  # noqa: RUF012 (torch.jit looks for a list)
     if TYPE_CHECKING:  # torch.jit.script reads a class's annotations, and cannot read them as strings
         weight: Tensor
@@ -85,6 +83,9 @@ class FrozenBatchNorm(nn.Module):
         running_mean: Tensor
         running_var: Tensor
         num_batches_tracked: Tensor
+        fold: FoldMode
+    else:
+        fold = "auto"  # whether backward is shared with the convolution in front, see shared_backward.py
 
     def __init__(
         self,
@@ -161,7 +162,7 @@ class FrozenBatchNorm(nn.Module):
         """Return `x * scale + shift` in the dtype and memory format of `x` [N, C, ...]."""
         if not torch.jit.is_scripting():  # by itself: only so does torch.jit.script leave out what it cannot read
             if not isinstance(x, Tensor):
-                return as_leaf(self, x)  # type: ignore[no-any-return]
+                return as_leaf(self, x)
             self._check_input_dim(x)
             return self._normalized(x)
         self._check_input_dim(x)

@@ -111,7 +111,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` [N, C, ...] normalized, in its dtype and memory format."""
         if not torch.jit.is_scripting() and not isinstance(input, Tensor):
-            return as_leaf(self, input)  # type: ignore[no-any-return]
+            return as_leaf(self, input)
         return self._normalize(input)
 
     def _normalize(self, x: Tensor) -> Tensor:

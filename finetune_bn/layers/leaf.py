@@ -24,4 +24,5 @@ def as_leaf(layer: nn.Module, x: Any) -> Any:
 
     if not isinstance(x, Proxy):
         raise TypeError(f"{type(layer).__name__}: expected a tensor, got {type(x).__name__}")
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})
+    tracer: Any = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), {})

@@ -91,7 +91,7 @@ class NoisyFrozenBatchNorm(KeepsAside, FrozenBatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` [N, C, ...] normalized, in training by noisy statistics, in the dtype and memory format of `x`."""
         if not isinstance(x, Tensor):
-            return as_leaf(self, x)  # type: ignore[no-any-return]
+            return as_leaf(self, x)
         self._check_input_dim(x)
         return self._normalize(x)
 

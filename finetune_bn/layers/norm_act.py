@@ -93,7 +93,7 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         """Return `act(drop(x * scale + shift))` for `x` of shape [N, C, H, W]."""
         if not torch.jit.is_scripting():
             if not isinstance(x, Tensor):
-                return as_leaf(self, x)  # type: ignore[no-any-return]
+                return as_leaf(self, x)
             self._check_input_dim(x)
             y = self._in_one_step(x)
             return self.act(self.drop(self._normalized(x))) if y is None else y
@@ -170,7 +170,7 @@ class NoisyFrozenBatchNormAct2d(NoisyFrozenBatchNorm, FrozenBatchNormAct2d):
     def forward(self, x: Tensor) -> Tensor:
         """Return `act(drop(y))`, y being `x` [N, C, H, W] normalized, in training by noisy statistics."""
         if not isinstance(x, Tensor):
-            return as_leaf(self, x)  # type: ignore[no-any-return]
+            return as_leaf(self, x)
         self._check_input_dim(x)
         return self.act(self.drop(self._normalize(x)))  # type: ignore[no-any-return]
 
@@ -203,7 +203,7 @@ class TrackingBatchNormAct2d(TrackingBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Return `act(drop(y))`, y being `input` [N, C, H, W] normalized."""
         if not isinstance(input, Tensor):
-            return as_leaf(self, input)  # type: ignore[no-any-return]
+            return as_leaf(self, input)
         return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return]
 
     def to_batch_norm(self) -> _BatchNorm:
@@ -270,7 +270,7 @@ class GroupNormAct2d(GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Return `act(drop(y))`, y being `input` [N, C, H, W] normalized."""
         if not isinstance(input, Tensor):
-            return as_leaf(self, input)  # type: ignore[no-any-return]
+            return as_leaf(self, input)
         return self.act(self.drop(self._normalize(input)))  # type: ignore[no-any-return]
 
     def to_batch_norm(self) -> _BatchNorm:

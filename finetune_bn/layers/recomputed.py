@@ -130,7 +130,8 @@ def _may_come_back() -> bool:
 
 def _key(x: Tensor) -> Tensor:
     """Return the values in the middle of some maps, at most [8, 64], in float32 or wider."""
-    middle = x.detach()[(slice(8), slice(64), *(size // 2 for size in x.shape[2:]))]
+    place: tuple[Any, ...] = (slice(8), slice(64), *(size // 2 for size in x.shape[2:]))
+    middle = x.detach()[place]
     return middle.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 

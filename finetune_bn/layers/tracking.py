@@ -111,7 +111,7 @@ class TrackingBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` [N, C, ...] normalized; in training mode also update the running statistics."""
         if not isinstance(input, Tensor):
-            return as_leaf(self, input)  # type: ignore[no-any-return]
+            return as_leaf(self, input)
         self._check_input_dim(input)
         if not self.training:
             return self._evaluate(input)

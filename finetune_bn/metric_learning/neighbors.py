@@ -33,26 +33,36 @@ class Gallery:
             gallery [M, D], both float64, that returns scores [n, M], larger for nearer ones; they are compared as
             float32.
         chunk_bytes: about how much memory a search may use, beside the embeddings and the answer.
+        half: keep the rows in float16, a quarter of the memory. They are rounded to 3 digits, and scores computed in
+            float64 of that; not for a function as the measure.
 
     Raises:
         BadData: `embeddings` is no such matrix, or holds NaN or infinite numbers.
         FinetuneBNError: `measure` is none of the allowed ones.
     """
 
-    def __init__(self, embeddings: Tensor, measure: Measure = "cosine", chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(
+        self, embeddings: Tensor, measure: Measure = "cosine", chunk_bytes: int = CHUNK_BYTES, half: bool = False
+    ) -> None:
         check_embeddings("gallery", embeddings)
         if not len(embeddings):
             raise BadData(complaint("gallery", list(embeddings.shape), "one row or more"))
         if not callable(measure) and measure not in MEASURES:
             raise FinetuneBNError(complaint("measure", measure, f"{', '.join(MEASURES)}, or a function"))
+        if half and callable(measure):
+            allowed = f"False, where the measure is none of {', '.join(MEASURES)}"
+            raise FinetuneBNError(complaint("half", half, allowed))
         self.measure = measure
-        self._center = embeddings.double().mean(dim=0)
-        rows = self._widened(embeddings)
-        if measure == "euclidean":
-            # -|q - r|^2 / 2 is q.r - |r|^2 / 2, but for what all r have in common.
-            rows = torch.cat([rows, rows.square().sum(dim=1, keepdim=True) / -2], dim=1)
-        self._rows = rows
-        self._norm = torch.linalg.vector_norm(self._rows, dim=1).max()
+        self._center = embeddings.mean(dim=0, dtype=torch.float64)
+        self._block = max(1, chunk_bytes // (2 * BYTES_OF_A_PAIR * embeddings.shape[1])) if half else len(embeddings)
+        parts = torch.split(embeddings, self._block)
+        # Half precision has numbers up to 65504 and few below 1e-7, so rows are kept as shares of the largest number.
+        self._scale = max(float(self._widened(part).abs().max()) for part in parts) or 1.0 if half else None
+        self._rows = torch.cat([self._kept(part) for part in parts])
+        lengths = [
+            torch.linalg.vector_norm(self._compared(part), dim=1).max() for part in torch.split(self._rows, self._block)
+        ]
+        self._norm = torch.stack(lengths).max()
         self._queries_at_once = max(1, chunk_bytes // (BYTES_OF_A_PAIR * len(embeddings)))
 
     def __len__(self) -> int:
@@ -86,6 +96,21 @@ class Gallery:
             found[rows] = largest(scores, k)
         return found
 
+    def _kept(self, embeddings: Tensor) -> Tensor:
+        """Return rows of the gallery as they are kept."""
+        rows = self._widened(embeddings)
+        return self._with_square(rows) if self._scale is None else (rows / self._scale).half()
+
+    def _compared(self, kept: Tensor) -> Tensor:
+        """Return kept rows as queries are multiplied with them, float64."""
+        return kept if self._scale is None else self._with_square(kept.double() * self._scale)
+
+    def _with_square(self, rows: Tensor) -> Tensor:
+        if self.measure != "euclidean":
+            return rows
+        # -|q - r|^2 / 2 is q.r - |r|^2 / 2, but for what all r have in common.
+        return torch.cat([rows, rows.square().sum(dim=1, keepdim=True) / -2], dim=1)
+
     def _widened(self, embeddings: Tensor) -> Tensor:
         wide = embeddings.double()
         if self.measure == "cosine":
@@ -99,7 +124,8 @@ class Gallery:
         prepared = F.pad(wide, (0, 1), value=1.0) if self.measure == "euclidean" else wide
         bound = torch.linalg.vector_norm(prepared, dim=1, keepdim=True) * self._norm
         tiny = torch.finfo(torch.float64).tiny
-        return (prepared @ self._rows.T).div_(bound.clamp_min(tiny) * GRID).round_()
+        scores = torch.cat([prepared @ self._compared(part).T for part in torch.split(self._rows, self._block)], dim=1)
+        return scores.div_(bound.clamp_min(tiny) * GRID).round_()
 
 
 def largest(scores: Tensor, k: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,8 @@ def retrieval_report(
     *,
     measure: Measure = "cosine",
     chunk_bytes: int = CHUNK_BYTES,
+    half: bool = False,
+    over_processes: bool = False,
 ) -> RetrievalReport:
     """Return how well images of a label find each other: among all images, and for each pair of domains.
 
@@ -116,12 +118,16 @@ def retrieval_report(
         names: names of the domains.
         measure: see `neighbors.Gallery`, and `measure_of` for pytorch-metric-learning's distances.
         chunk_bytes: about how much memory may be used at a time, beside the embeddings.
+        half: see `retrieval`.
+        over_processes: see `retrieval`.
 
     Raises:
         BadData: the shapes do not fit, a number is not finite, or a domain has no name.
         MissingDependency: pytorch-metric-learning is not installed.
     """
-    overall = retrieval(embeddings, labels, measure=measure, chunk_bytes=chunk_bytes)
+    how: dict[str, Any] = {"measure": measure, "chunk_bytes": chunk_bytes}
+    how |= {"half": half, "over_processes": over_processes}
+    overall = retrieval(embeddings, labels, **how)
     if domains is None or len(names) < 2 or not len(labels):
         return RetrievalReport(overall, {})
     if domains.shape != labels.shape or int(domains.min()) < 0 or int(domains.max()) >= len(names):
@@ -134,7 +140,7 @@ def retrieval_report(
             looked_up = (embeddings[rows], labels[rows])
             # In another domain's images, or in the others of the same.
             among = (embeddings[others], labels[others]) if query != gallery else (None, None)
-            pairs[query, gallery] = retrieval(*looked_up, *among, measure=measure, chunk_bytes=chunk_bytes)
+            pairs[query, gallery] = retrieval(*looked_up, *among, **how)
     return RetrievalReport(overall, pairs)
 
 
@@ -146,6 +152,8 @@ def retrieval(
     *,
     measure: Measure = "cosine",
     chunk_bytes: int = CHUNK_BYTES,
+    half: bool = False,
+    over_processes: bool = False,
 ) -> Retrieval:
     """Return how well each image finds its label in a gallery, or, without one, among all other images.
 
@@ -159,9 +167,14 @@ def retrieval(
         gallery_labels: their labels [M].
         measure: see `neighbors.Gallery`, and `measure_of` for pytorch-metric-learning's distances.
         chunk_bytes: about how much memory may be used at a time, beside the embeddings.
+        half: keep the gallery in float16, a quarter of the memory; scores are still float64, of embeddings that are
+            rounded to 3 digits, so images that are nearly as near may change places.
+        over_processes: cut the queries over the processes of `torch.distributed`, which all call this with the same
+            embeddings; all get the whole result.
 
     Raises:
         BadData: the shapes do not fit, or a number is not finite.
+        OtherProcessFailed: another process raised.
         MissingDependency: pytorch-metric-learning is not installed.
     """
     check_rows("embeddings", embeddings, labels)
@@ -177,17 +190,35 @@ def retrieval(
     # By label, so that a chunk has few of them: the calculator looks at them one by one.
     queries = wanted.argsort(stable=True)
     queries = queries[matches[queries] > 0]
-    totals = dict.fromkeys(SCORES, 0.0)
-    if len(queries):
-        place = Gallery(gallery, measure, chunk_bytes)
-        for rows in torch.split(queries, max(1, chunk_bytes // (BYTES_OF_A_PAIR * len(gallery)))):
+
+    def totals_of(part: Tensor) -> dict[str, float]:
+        totals = dict.fromkeys(SCORES, 0.0)
+        if not len(part):
+            return totals
+        place = Gallery(gallery, measure, chunk_bytes, half)
+        for rows in torch.split(part, max(1, chunk_bytes // (BYTES_OF_A_PAIR * len(gallery)))):
             own = rows if among_themselves else None
             k = min(max(_NEIGHBORS, int(matches[rows].max())), len(gallery) - int(among_themselves))
             neighbors = place.nearest(embeddings[rows], k, own)
             for name, value in _calculate(wanted[rows], known, neighbors, own).items():
                 totals[name] += value * len(rows)
+        return totals
+
+    ranks = Ranks(None, embeddings.device)
+    totals = _over_ranks(ranks, queries, totals_of) if over_processes and ranks.world > 1 else totals_of(queries)
     shares = {name: total / len(queries) if len(queries) else math.nan for name, total in totals.items()}
     return Retrieval(**shares, queries=len(queries), lone=len(labels) - len(queries))
+
+
+def _over_ranks(ranks: Ranks, queries: Tensor, totals_of: Callable[[Tensor], dict[str, float]]) -> dict[str, float]:
+    """Return the totals of all queries, of which each process looks up its part."""
+    try:
+        own = totals_of(queries.tensor_split(ranks.world)[torch.distributed.get_rank()])
+    except BaseException:
+        ranks.fail(len(SCORES))
+        raise
+    columns = zip(*ranks.agree(*(own[name] for name in SCORES)), strict=True)
+    return {name: sum(column) for name, column in zip(SCORES, columns, strict=True)}
 
 
 def _calculate(wanted: Tensor, known: Tensor, neighbors: Tensor, own: Tensor | None) -> dict[str, float]:

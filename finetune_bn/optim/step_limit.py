@@ -41,8 +41,8 @@ class LimitedSteps:
         ratio: largest step of a channel, as a share of the norm of its weights.
         floor: the norm that a channel of smaller weights counts with.
         limited: names of the convolutions whose steps are bounded.
-        free: names of those that the optimizer trains and that are not: no frozen layer is behind them, or their
-            weights were all zero at the start.
+        free: names of those that the optimizer trains and that are not: no frozen layer is behind them, their weights
+            were all zero at the start, or are computed from others (parametrized).
         summary: these two in a sentence, with how that was found out.
     """
 
@@ -54,16 +54,18 @@ class LimitedSteps:
         floor: float = FLOOR,
         example_input: Any = None,
         say: Callable[[str], object] = log.info,
+        warn: Callable[[str], object] = log.warning,
         new: frozenset[str] = frozenset(),
     ) -> None:
         self.ratio, self.floor = ratio, floor
         self.limited: tuple[str, ...] = ()
         self.free: tuple[str, ...] = ()
         self.new = new
-        self._net, self._example_input, self._say = net, example_input, say
+        self._net, self._example_input, self._say, self._warn = net, example_input, say, warn
         self._buckets: list[Bucket] = []
         self._held: tuple[int, ...] = ()
         self._stepped = False
+        optimizer = _hookable(optimizer)
         self.look_again(optimizer)
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
@@ -81,10 +83,11 @@ class LimitedSteps:
         of = len(self.limited) + len(self.free)
         if not of:
             return "steps are not bounded: the optimizer trains no convolution yet"
-        why = ""
-        if self.free:
-            shown = ", ".join(self.free[:4]) + (", ..." if len(self.free) > 4 else "")
-            why = f"; not bounded, as no frozen layer is behind them or they start at zero: {shown}"
+        shown = ", ".join(self.free[:4]) + (", ..." if len(self.free) > 4 else "")
+        if not self.limited:
+            return f"no step is bounded: no frozen layer is behind the {of} convolutions that are trained ({shown})"
+        reasons = "as no frozen layer is behind them, they start at zero, or their weights are computed from others"
+        why = f"; not bounded, {reasons}: {shown}" if self.free else ""
         return (
             f"steps of {len(self.limited)} of the {of} convolutions that the optimizer trains are bounded ({self._how})"
             f"{why}"
@@ -103,11 +106,16 @@ class LimitedSteps:
         self._held = _sizes(optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         convolutions: dict[int, tuple[str, nn.Parameter, int]] = {}
+        computed: list[str] = []  # weights that are made of others, as by torch.nn.utils.parametrize
         for name, module in self._net.named_modules():
-            weight = getattr(module, "weight", None) if isinstance(module, _ConvNd) else None
-            if isinstance(weight, nn.Parameter) and id(weight) in held:
+            if not isinstance(module, _ConvNd):
+                continue
+            weight = module._parameters.get("weight")
+            if weight is not None and id(weight) in held:
                 dim = int(isinstance(module, _ConvTransposeNd))
                 convolutions.setdefault(id(weight), (name, weight, dim))
+            elif weight is None and any(id(p) in held for p in module.parameters()):
+                computed.append(name)
         behind = frozen_behind(self._net, self._example_input) if convolutions else None
         names = behind.names if behind is not None else frozenset[str]()
         self._how = behind.how if behind is not None else ""
@@ -118,10 +126,12 @@ class LimitedSteps:
         limited = [c for c in followed if c[0] not in self.new]
         before = self.limited, self.free
         self.limited = tuple(name for name, _, _ in limited)
-        self.free = tuple(name for name, _, _ in convolutions.values() if name not in set(self.limited))
+        free = [name for name, _, _ in convolutions.values() if name not in set(self.limited)]
+        self.free = (*free, *computed)
         self._buckets = Bucket.sort([(weight, dim) for _, weight, dim in limited])
         if before != (self.limited, self.free) or not convolutions:
-            self._say(f"StepLimit: {self.summary}.")
+            say = self._warn if self.free and not self.limited else self._say
+            say(f"StepLimit: {self.summary}.")
             log.debug("bounded: %s; not bounded: %s", ", ".join(self.limited), ", ".join(self.free))
 
     @torch.no_grad()
@@ -175,8 +185,9 @@ def limit_steps(
     sharded (FSDP). During a step it holds two copies of those weights.
 
     Not bounded are heads, adapters such as LoRA's, decoders that were not pretrained, convolutions without a frozen
-    layer behind or that start at zero, linear layers and vectors. The log (`finetune_bn`, level INFO) and the
-    attributes of what is returned say which are. Parameter groups that are added later are bounded too.
+    layer behind or that start at zero, linear layers and vectors. The log (`finetune_bn`, level INFO; a warning
+    where there is nothing to bound) and the attributes of what is returned say which are. Parameter groups that are
+    added later are bounded too.
 
     Args:
         optimizer: holds parameters of `net`.
@@ -214,6 +225,18 @@ def share_of_peak(group: dict[str, Any]) -> Limit:
 def check_ratio(ratio: object) -> None:
     """Raise unless `ratio` is a number above 0."""
     number("ratio", ratio, above=0, below=float("inf"))
+
+
+def _hookable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer inside of a wrapper that calls itself one and has no hooks, such as accelerate's."""
+    if hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        return optimizer
+    for name in ("optimizer", "original_optimizer", "base_optimizer"):  # accelerate's, opacus', other people's
+        inner = getattr(optimizer, name, None)
+        if isinstance(inner, torch.optim.Optimizer):
+            return _hookable(inner)
+    allowed = "an optimizer with step hooks, as every torch.optim.Optimizer has that calls its parent's __init__"
+    raise FinetuneBNError(complaint("optimizer", type(optimizer).__name__, allowed, "Pass the one that it wraps."))
 
 
 def _sizes(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:

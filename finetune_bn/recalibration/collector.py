@@ -47,17 +47,17 @@ PIECE, _VALUES_OF_A_PIECE = 64, 1 << 19
 Settle = Callable[[int, Moments], Statistics]
 
 
-def cut(chunks: Sequence[Chunk], device: torch.device) -> list[Chunk]:
+def cut(chunks: Sequence[Chunk], device: torch.device, most: int = MOST_PASSES) -> list[Chunk]:
     """Return the chunks as pieces of the size in which they go through a model in lock-step.
 
-    Of larger size where they would be more than `MOST_PASSES`; what can be neither cut nor joined stays as it is.
+    Larger ones where they would be more than `most`; what can be neither cut nor joined stays as it is.
     """
     size = PIECE
     if chunks and device.type == "cpu":
         fit = max(_VALUES_OF_A_PIECE // max(chunks[0].values_of_an_image, 1), 1)
         size = min(size, 1 << (fit.bit_length() - 1))  # a power of two, as batches are: less to cut and join
     pieces = list(recut(chunks, size))
-    while len(pieces) > MOST_PASSES and size < sum(map(len, chunks)):
+    while len(pieces) > most and size < sum(map(len, chunks)):
         size *= 2
         pieces = list(recut(chunks, size))
     return pieces
@@ -280,7 +280,7 @@ class Collector:
         number = here.pop()
         layer = self.layers[number]
         own = merge_all(brought) if brought else Moments.none(layer.before.mean.numel(), layer.before.mean.device)
-        pooled = self.ranks.merge(own)
+        pooled = own.all_reduce(self.ranks.group)
         self.check_finite(number, pooled)
         on_layer(len(self.order))
         settled = self.settle(number, pooled)

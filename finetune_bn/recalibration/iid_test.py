@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from finetune_bn.functional.image_spread import batch_membership_p_value
 from finetune_bn.utilities.batches import Chunk, join
+from finetune_bn.utilities.hooks import hooked
 
 # Images of one batch that are kept, and batches, spread over all that came; one forward pass of so many is the price
 # where the run that measures tells nothing of them.
@@ -58,7 +59,7 @@ class Membership:
                 numbers = [chunk.batch[i] for i in chosen]
                 self._watched.setdefault(id(chunk), (numbers, []))[1].append(_means(x[chosen]))
 
-        with _hooked(layers, look):
+        with hooked(layers, pre=look):
             yield
 
     def forget(self) -> None:
@@ -100,19 +101,9 @@ class Membership:
             if len(args[0]) == len(chunk):
                 found.append(_means(args[0]))
 
-        with _hooked(layers, look):
+        with hooked(layers, pre=look):
             run(chunk)
         return torch.cat(found, 1) if found else torch.empty(len(chunk), 0)
-
-
-@contextlib.contextmanager
-def _hooked(layers: Sequence[nn.Module], look: Callable[[nn.Module, tuple[Tensor, ...]], None]) -> Iterator[None]:
-    handles = [layer.register_forward_pre_hook(look) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _means(x: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ from torch import nn
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
 from finetune_bn.layers.sites import BatchNormSite, find_batch_norms, find_lookalikes, why_left_alone
 from finetune_bn.layers.statistics import Statistics, statistics_of, store, why_no_statistics
+from finetune_bn.layers.weights_seen import renew_weights, trained_since
 from finetune_bn.recalibration.bank import StatisticsBank
 from finetune_bn.recalibration.measured_layer import MeasuredLayer
 from finetune_bn.recalibration.measurement import Measuring
 from finetune_bn.recalibration.record import LayerRecord, Recalibration
 from finetune_bn.recalibration.settings import How, Mode, Part, RecalibrationSettings
 from finetune_bn.utilities.batches import Feeder, Forward, Mask, check_batches
-from finetune_bn.utilities.probe import undisturbed, unwrapped
+from finetune_bn.utilities.probe import at_work_on, undisturbed, unwrapped
 
 
 def recalibrate(
@@ -105,15 +106,17 @@ def recalibrate(
     patterns = _patterns(layers)
     check_batches(batches)
     feeder = Feeder(model, forward, device, bool(keep_batches), mask)
-    with contextlib.ExitStack() as undo:
+    with at_work_on(model), contextlib.ExitStack() as undo:
         if source is not None:
             if how == "preserve":
                 raise FinetuneBNError(complaint("source", "batches", "None with how='preserve'", "It is that step."))
             undo.enter_context(StatisticsBank.restoring(model))
             first = replace(settings, how="preserve", part="both", prior=0, tolerance=None)
             _recalibrate(model, check_batches(source, "source"), patterns, first, feeder, group, progress)
+        stale = [] if source is not None or how == "preserve" else trained_since(model)
         record = _recalibrate(model, check_batches(batches), patterns, settings, feeder, group, progress)
         undo.pop_all()
+        record = _finish(model, record, stale)
     for warning in record.warnings:
         warnings.warn(f"recalibrate: {warning}", stacklevel=2)
     return record
@@ -154,6 +157,22 @@ def _recalibrate(
     alone = (*left_alone, *((name, "was not reached by the data") for name in idle))
     used = "exact" if run.exact or preserve else "one_pass"
     return Recalibration(used, settings.how, run.images, tuple(rows), alone, tuple(run.warnings))
+
+
+def _finish(model: nn.Module, record: Recalibration, stale: Sequence[nn.Module]) -> Recalibration:
+    """Warn of layers whose old statistics the network was trained by; from now on they have those of today."""
+    measured = {row.names[0]: model.get_submodule(row.names[0]) for row in record.rows}
+    names = [name or "(root)" for name, layer in measured.items() if any(layer is each for each in stale)]
+    renew_weights(model, measured.values())
+    if not names:
+        return record
+    some = ", ".join(names[:4]) + (", ..." if names[4:] else "")
+    warning = (
+        f"the weights in front of {len(names)} layers ({some}) were trained while the statistics of these were frozen: "
+        "the network works by those, and loses its function where they are replaced by others. Pass source=, batches "
+        "of the data that it was trained on, or how='preserve'"
+    )
+    return replace(record, warnings=(*record.warnings, warning))
 
 
 def _patterns(layers: object) -> tuple[str, ...]:

@@ -42,11 +42,13 @@ class Findings:
         parts_differ: layers see other things in a part of a batch than in the whole, or the model fails on it.
         passes_mix: a pass is disturbed by one beside it, or by what one before it left in closures or globals.
         kept_in: attributes, buffers and variables in which the model keeps something within a pass.
+        kept_outside: whether that is not in its modules alone, which copies of it do not share.
     """
 
     parts_differ: bool = False
     passes_mix: bool = False
     kept_in: tuple[str, ...] = ()
+    kept_outside: bool = False
 
 
 @dataclass
@@ -104,7 +106,7 @@ class Rehearsal:
             if not mix:
                 return Findings(parts_differ)
             self._outside = True
-            return Findings(parts_differ, True, self._kept_in(parts[0]))
+            return Findings(parts_differ, True, *self._kept_in(parts[0]))
         finally:
             self._begin_anew()
 
@@ -225,11 +227,17 @@ class Rehearsal:
             errors = run_in_turns(jobs, self._settings)
         return differ or any(error is not None for error in errors)
 
-    def _kept_in(self, part: Chunk) -> tuple[str, ...]:
-        found: list[str] = []
+    def _kept_in(self, part: Chunk) -> tuple[tuple[str, ...], bool]:
+        found: dict[str, None] = {}
+        inside: set[str] = set()
+
+        def look() -> None:
+            found.update(dict.fromkeys(self._state.changes()))
+            inside.update(self._state.changes(outside=False))
+
         self._begin_anew()
-        self._alone(part, look=lambda: found.extend(self._state.changes()))
-        return tuple(dict.fromkeys(found))
+        self._alone(part, look=look)
+        return tuple(found), not found or bool(found.keys() - inside)
 
     def _own(self, number: int, x: Tensor) -> Statistics:
         before = self._layers[number].before

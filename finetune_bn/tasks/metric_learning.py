@@ -74,6 +74,7 @@ class MetricLearning(TimmTask):
 
     _collected: Collected
 
+    task_kind: ClassVar[str] = "embedding"  # of a model file
     _modules_given: ClassVar[tuple[str, ...]] = ("loss", "miner", "distance")
     _no_arguments: ClassVar[tuple[str, ...]] = ("num_classes", "class_names")
 
@@ -254,7 +255,8 @@ class MetricLearning(TimmTask):
             kinds = ("", "/across_domains") if len(names) > 1 else ("",)
             scores = {f"{name}{kind}": math.nan for kind in kinds for name in SCORES}
         else:
-            report = retrieval_report(embeddings, labels, loaders, names, measure=self.measure)
+            spread = self.trainer.world_size > 1
+            report = retrieval_report(embeddings, labels, loaders, names, measure=self.measure, over_processes=spread)
             scores = report.named()
             self._tell_what_is_missing(stage, report)
         for name, value in scores.items():

@@ -153,7 +153,9 @@ class Feeder:
             count = count_in_call(*content)
             empty = not count.known
         if empty or not count.images:
-            raise BadData(complaint(f"batches[{number}]", _kind(batch), "a batch with at least one image in a tensor"))
+            raise BadData(
+                complaint(f"batches[{number}]", kind_of(batch), "a batch with at least one image in a tensor")
+            )
         content = tree_map(self._moved, content)
         self._sizes[number] = count.images
         chunk = Chunk(content, (number,) * count.images, tuple(range(count.images)), self._masks(batch, number, count))
@@ -233,7 +235,7 @@ class Feeder:
         raise BadData(
             complaint(
                 f"batches[{number}]",
-                _kind(batch),
+                kind_of(batch),
                 "a tensor, a tuple that starts with one, or a dict whose keys model.forward takes",
                 "Or pass forward=lambda model, batch: model(...).",
             )
@@ -250,7 +252,7 @@ def check_batches(batches: object, argument: str = "batches") -> Iterable[Any]:
         return [batches]
     if isinstance(batches, (str, Mapping, nn.Module)) or not isinstance(batches, Iterable):
         raise FinetuneBNError(
-            complaint(argument, _kind(batches), "a DataLoader, or a list of batches", "One batch: pass [batch].")
+            complaint(argument, kind_of(batches), "a DataLoader, or a list of batches", "One batch: pass [batch].")
         )
     return batches
 
@@ -271,7 +273,8 @@ def _is_plain(batch: Any) -> bool:
     return all(leaf is None or isinstance(leaf, (Tensor, str, bytes, int, float)) for leaf in tree_leaves(batch))
 
 
-def _kind(batch: Any) -> str:
+def kind_of(batch: Any) -> str:
+    """Return in words what a batch is."""
     if isinstance(batch, Mapping):
         return f"dict with the keys {', '.join(map(str, batch))}"
     if isinstance(batch, (tuple, list)):

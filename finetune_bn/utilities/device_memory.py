@@ -13,6 +13,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from finetune_bn.utilities.hooks import hooked
+
+# Of control groups, version 2 and version 1.
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
 
 class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers, without holding them, the storages of all tensors that operations return."""
@@ -44,13 +52,8 @@ def bytes_alive_at(layers: Sequence[nn.Module], run: Callable[[], None]) -> int:
         run: runs the model they belong to, once, without gradients.
     """
     storages = _Storages()
-    handles = [layer.register_forward_pre_hook(lambda module, args: storages.look()) for layer in layers]
-    try:
-        with storages:
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(layers, pre=lambda module, args: storages.look()), storages:
+        run()
     return storages.peak
 
 
@@ -78,9 +81,12 @@ def _meminfo() -> int | None:
 
 def _cgroup() -> int | None:
     """Return what a container may still use: its limit does not show in what the machine has free."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii").strip()
-        return None if limit == "max" else max(int(limit) - int(used), 0)
-    except (OSError, ValueError):
-        return None
+    for limit_file, used_file in _CGROUP_FILES:
+        try:
+            limit = Path(limit_file).read_text(encoding="ascii").strip()
+            used = Path(used_file).read_text(encoding="ascii").strip()
+            # Version 2 says "max" where there is no limit, version 1 a number that no machine has.
+            return None if limit == "max" else max(int(limit) - int(used), 0)
+        except (OSError, ValueError):
+            continue
+    return None

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import stat
+import time
 from pathlib import Path
 
+from finetune_bn.errors import FinetuneBNError, complaint
 
-def write_atomically(path: str | Path, content: str | bytes) -> None:
+
+def write_atomically(path: str | Path, content: str | bytes | memoryview) -> None:
     """Write a file so that, whatever happens, there is the old one or the whole new one; folders are made.
 
     Also after a power failure: the content is on the disk before it takes the old one's name. A link stays a link, and
@@ -35,6 +39,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     if old is not None and not stat.S_ISREG(old.st_mode):
         target.write_bytes(data)
         return
+    _forget_killed(target)
     temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
     try:
         # A new file gets the mode that the user's umask leaves; what is secret is so from the first byte on.
@@ -49,6 +54,33 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         _sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(argument: str, path: str | Path) -> None:
+    """Raise where a file could not be written, so that it is known before what is to be in it is computed.
+
+    Args:
+        argument: name of the argument that names the file, for the message.
+        path: the file; it need not be there, but its folder.
+
+    Raises:
+        FinetuneBNError: it is a folder, its folder is not there, or one of the two may not be written to.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir() or not target.parent.is_dir():
+        raise FinetuneBNError(complaint(argument, str(path), "a file in a folder that there is"))
+    for place in (target, target.parent):
+        if place.exists() and not os.access(place, os.W_OK):
+            why = f"{place} may not be written to."
+            raise FinetuneBNError(complaint(argument, str(path), "a file that can be written", why))
+
+
+def _forget_killed(target: Path) -> None:
+    """Remove what writers of this file have left that were killed amid it; after an hour none is still at work."""
+    for path in target.parent.glob(f".{glob.escape(target.name[:40])}.{'[0-9a-f]' * 8}.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
 
 
 def _take_over(handle: int, old: os.stat_result) -> None:

@@ -19,9 +19,9 @@ _DEEP, _LARGE = 4, 4096
 class ModuleState:
     """Attributes of all modules of a model, what is in their lists, dicts and sets, and their buffers' values.
 
-    Parameters, and attributes of other objects that a module holds (a trainer, a data set), are left out. With `deep`
-    also the plain values, containers and tensors that its functions and hooks keep in closures and in globals; these
-    are put back on request only, for they may be a user's who records what passes.
+    Parameters that are learned, and attributes of other objects that a module holds (a trainer, a data set), are left
+    out. With `deep` also the plain values, containers and tensors that its functions and hooks keep in closures and in
+    globals; these are put back on request only, for they may be a user's who records what passes.
 
     Args:
         model: the model.
@@ -60,30 +60,40 @@ class ModuleState:
         for key, (_, held, content) in self._contents.items():
             if (outside or key not in self._outer) and _differ(_entries(held), content):
                 _fill(held, content)
-        with torch.no_grad():
-            for key, (_, tensor, version, value) in self._values.items():
-                if (outside or key not in self._outer) and _changed(tensor, version, value):
+        for key, (name, tensor, version, value) in list(self._values.items()):
+            if (outside or key not in self._outer) and _changed(tensor, version, value):
+                with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
                     tensor.copy_(value)
+                self._values[key] = (name, tensor, _version(tensor), value)
 
-    def changes(self) -> list[str]:
-        """Return the names of what differs now; hooks and `forward` that were put in meanwhile do not count."""
+    def changes(self, *, outside: bool = True) -> list[str]:
+        """Return the names of what differs now; hooks and `forward` that were put in meanwhile do not count.
+
+        Args:
+            outside: also what is kept in closures and globals.
+        """
         found = []
         for name, module, attributes in self._modules:
             now = vars(module)
             keys = [k for k in {**attributes, **now} if now.get(k, self) is not attributes.get(k, self)]
             found += [f"{name}.{key}".lstrip(".") for key in keys if key not in ("forward", "training")]
-        found += [name for name, holder, key, value in self._outside if _read(holder, key) is not value]
-        for name, held, content in self._contents.values():
-            if _differ(_entries(held), content) and "_hooks" not in name:
+        if outside:
+            found += [name for name, holder, key, value in self._outside if _read(holder, key) is not value]
+        for place, (name, held, content) in self._contents.items():
+            inner = outside or place not in self._outer
+            if inner and _differ(_entries(held), content) and "_hooks" not in name:
                 found.append(name.removesuffix("._buffers"))
-        found += [name for name, tensor, version, value in self._values.values() if _changed(tensor, version, value)]
+        for place, (name, tensor, version, value) in self._values.items():
+            if (outside or place not in self._outer) and _changed(tensor, version, value):
+                found.append(name)
         return list(dict.fromkeys(found))
 
     def _note(self, name: str, value: Any, deep: int) -> None:
         if isinstance(value, Tensor):
-            if self._deep and not isinstance(value, nn.Parameter) and not value.is_meta:
-                version = None if value.is_inference() else value._version
-                self._values.setdefault(id(value), (name, value, version, value.detach().clone()))
+            # A parameter without dimensions may be a counter; others are what the network has learned.
+            kept = not isinstance(value, nn.Parameter) or not (value.dim() or value.requires_grad)
+            if self._deep and kept and not value.is_meta:
+                self._values.setdefault(id(value), (name, value, _version(value), value.detach().clone()))
             return
         kept = _is_container(value) if self._deep else isinstance(value, dict)
         if not kept or id(value) in self._contents:
@@ -93,7 +103,7 @@ class ModuleState:
         if deep and len(content) <= _LARGE:
             inside = content.items() if isinstance(content, dict) else enumerate(content)
             for key, each in inside:
-                self._note(f"{name}.{key}".replace("._buffers.", "."), each, deep - 1)
+                self._note(f"{name}.{key}".replace("_buffers.", "").replace("_parameters.", ""), each, deep - 1)
 
 
 def _is_container(value: Any) -> bool:
@@ -139,6 +149,11 @@ def _write(holder: Any, key: Any, value: Any) -> None:
         holder.cell_contents = value
     else:
         holder[key] = value
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return how often a tensor was changed in place; None where that is not counted."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _changed(tensor: Tensor, version: int | None, value: Tensor) -> bool:

@@ -163,7 +163,7 @@ def undisturbed(model: nn.Module, functions: Iterable[Any] = ()) -> Iterator[Mod
     Raises:
         FinetuneBNError: another thread is at work on a part of the model.
     """
-    with _at_work_on(model), ONE_THREAD:
+    with at_work_on(model), ONE_THREAD:
         random = RandomStates()
         try:
             with quietly(model):
@@ -181,8 +181,12 @@ _AT_WORK_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
-def _at_work_on(model: nn.Module) -> Iterator[None]:
-    """Let one thread at a time work on a module: its layers measure, and would measure the other's images too."""
+def at_work_on(model: nn.Module) -> Iterator[None]:
+    """Let one thread at a time work on a module: its layers measure, and would measure the other's images too.
+
+    Raises:
+        FinetuneBNError: another thread is at work on a part of it.
+    """
     parts, own = [id(module) for module in model.modules()], threading.get_ident()
     with _AT_WORK_LOCK:
         if any(_AT_WORK.get(part, own) != own for part in parts):

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from finetune_bn.errors import FinetuneBNError
-from finetune_bn.functional.moments import Moments
 
 _FAILED = -2.0
 
@@ -54,7 +53,3 @@ class Ranks:
     def fail(self, width: int) -> None:
         """Tell the others, who call `agree` with so many numbers now, that this process goes no further."""
         self.gather(torch.full((width,), _FAILED, dtype=torch.float64, device=self.device))
-
-    def merge(self, moments: Moments) -> Moments:
-        """Return the moments of the values of all processes."""
-        return moments if self.world == 1 else moments.all_reduce(self.group)

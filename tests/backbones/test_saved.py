@@ -232,7 +232,6 @@ def test_a_truncated_file_is_one_error(file: Path, kept: float) -> None:
         (lambda t, m: m.pop("finetune_bn"), "It holds weights alone: finetune_bn.create_backbone"),
         (lambda t, m: m.update(finetune_bn="{"), "Its header cannot be read"),
         (lambda t, m: m.update(finetune_bn="[]"), "Its header cannot be read"),
-        (lambda t, m: m.update(finetune_bn_layers="{"), "Its header is damaged"),
     ],
 )
 def test_a_file_that_is_not_whole_is_one_error_that_names_what_is_wrong(file: Path, change: Any, words: str) -> None:
@@ -312,6 +311,17 @@ def test_a_network_with_nan_or_none_of_timms_is_not_saved(tmp_path: Path) -> Non
     with pytest.raises(FinetuneBNError, match=r"path: got .* allowed: a file that can be written"):
         fbn.save(network(), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_settings_of_a_group_norm_cannot_get_lost(tmp_path: Path) -> None:
+    file = fbn.save(network(fbn.ToGroupNorm(groups=4)), tmp_path / "model.safetensors", transform=SMALL)
+    name = next(name for name in safetensors.load_file(file) if name.endswith("_extra_state"))
+    rewritten(file, lambda tensors, metadata: tensors.pop(name))
+    with pytest.raises(BadData, match=rf"1 missing \({name}\)"):
+        fbn.load(file)
+    rewritten(file, lambda tensors, metadata: tensors.update({name: torch.zeros(3, dtype=torch.uint8)}))
+    with pytest.raises(BadData, match=name.rpartition(".")[0]):
+        fbn.load(file)
 
 
 def test_a_device_that_is_not_there_is_named(file: Path) -> None:

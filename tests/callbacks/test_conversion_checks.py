@@ -11,11 +11,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion, StepLimit
-from finetune_bn.callbacks.conversion_checks import pending
+from finetune_bn.callbacks.conversion_checks import gone, pending
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched
 from finetune_bn.layers import FrozenBatchNorm
 from finetune_bn.utilities.probe import find_probes
@@ -141,6 +142,10 @@ def test_sync_batchnorm_of_live_layers_is_no_change_of_the_plan() -> None:
     the_plan = fbn.plan(make_net(), policy, probe=False)
     net = fbn.convert(make_net(), the_plan, verify=False)
     assert pending(make_net(), the_plan, policy) == ["4"]
+    wrapped = nn.ModuleDict({name: checkpoint_wrapper(layer) for name, layer in net.named_children()})
+    assert pending(wrapped, the_plan, policy) == []
+    assert gone(wrapped, the_plan) == []
+    assert gone(nn.Sequential(net[0]), the_plan) == ["1", "4"]
     assert pending(nn.SyncBatchNorm.convert_sync_batchnorm(net), the_plan, policy) == []
 
 
@@ -179,8 +184,9 @@ def test_parameters_that_stay_the_same_are_still_held(policy: fbn.Policy, tmp_pa
 # The example input
 
 
-def folded(model: pl.LightningModule) -> int:
-    return sum(getattr(layer, "_fold", None) is not None for layer in frozen(model))
+def folded(callback: BatchNormConversion) -> int:
+    assert callback.plan is not None
+    return sum(bool(row.folded_into) for row in callback.plan.rows)
 
 
 def test_the_modules_example_input_array_reaches_the_part_that_is_converted(tmp_path: Path) -> None:
@@ -190,24 +196,14 @@ def test_the_modules_example_input_array_reaches_the_part_that_is_converted(tmp_
             model.example_input_array = torch.zeros(2, 3, 8, 8)
         callback = BatchNormConversion(fbn.Freeze("merged"), module=module)
         trainer(tmp_path, callback, epochs=1).fit(model, loader())
-        assert folded(model) == (2 if example else 0)
+        assert folded(callback) == (2 if example else 0)
 
 
 @pytest.mark.parametrize("given", [torch.zeros(2, 3, 8, 8), (torch.zeros(2, 3, 8, 8),), [2, 3, 8, 8]], ids=type)
 def test_an_example_input_may_be_given_also_as_a_shape(given: Any, tmp_path: Path) -> None:
-    model = Foreign()
     callback = BatchNormConversion(fbn.Freeze("merged"), module="backbone", example_input=given)
-    trainer(tmp_path, callback, epochs=1).fit(model, loader())
-    assert folded(model) == 2
-
-
-def test_fold_always_names_an_argument_that_there_is(tmp_path: Path) -> None:
-    policy = fbn.Freeze("merged", fold="always")
-    with pytest.raises(FinetuneBNError, match="`example_input`"):
-        trainer(tmp_path, BatchNormConversion(policy)).fit(Foreign(), loader())
-    model = Foreign()
-    trainer(tmp_path, BatchNormConversion(policy, example_input=[2, 3, 8, 8]), epochs=1).fit(model, loader())
-    assert folded(model) == 2
+    trainer(tmp_path, callback, epochs=1).fit(Foreign(), loader())
+    assert folded(callback) == 2
 
 
 def test_an_example_input_that_the_part_refuses_is_named(tmp_path: Path) -> None:
@@ -266,6 +262,21 @@ def test_a_resumed_run_whose_plan_is_the_checkpoints_may_hold_layers_that_its_ow
     with pytest.warns(UserWarning, match="another policy than this run asks for"):
         run.validate(model, loader(), ckpt_path=path, verbose=False)
     assert isinstance(model.head[0], nn.BatchNorm1d)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weight_averaging_goes_on_with_the_layers_of_the_checkpoint(first: bool, tmp_path: Path) -> None:
+    path, _ = saved(tmp_path, fbn.Freeze("merged"))
+    checkpoint = torch.load(path, weights_only=False)
+    average = WeightAveraging()
+    both: list[Callback] = [average, BatchNormConversion(fbn.Freeze("none"))]
+    run = trainer(tmp_path, *(both if first else both[::-1]), epochs=2)
+    model = Foreign()
+    with pytest.warns(UserWarning, match="another policy than this run asks for"):
+        run.fit(model, loader(), ckpt_path=path)
+    assert {layer.affine_kind for layer in frozen(model)} == {"merged"}
+    assert average._average_model is None or {m.affine_kind for m in frozen(average._average_model)} == {"merged"}
+    assert checkpoint["state_dict"].keys() == model.state_dict().keys()
 
 
 # Constant gamma and beta

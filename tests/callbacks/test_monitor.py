@@ -586,9 +586,9 @@ def test_batches_of_one_image_and_a_shorter_last_one_are_looked_at(tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"every_n_steps": 0}, "every_n_steps: got 0; allowed: a whole number from 1 on"),
+        ({"every_n_steps": 0}, "every_n_steps: got 0; allowed: a whole number from 1 up"),
         ({"every_n_steps": 2.5}, "every_n_steps: got 2.5"),
-        ({"leakage_every_n_looks": -1}, "leakage_every_n_looks: got -1; allowed: a whole number from 0 on"),
+        ({"leakage_every_n_looks": -1}, "leakage_every_n_looks: got -1; allowed: a whole number from 0 up"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:

@@ -16,8 +16,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import finetune_bn as fbn
 from finetune_bn import Freeze
-from finetune_bn.callbacks import BatchNormConversion
+from finetune_bn.callbacks import BatchNormConversion, BatchNormRecalibration
 from finetune_bn.callbacks.report import FinetuneReport
 from finetune_bn.errors import FinetuneBNError, MissingDependency
 from finetune_bn.layers.frozen import FrozenBatchNorm
@@ -32,6 +33,7 @@ class Images(pl.LightningDataModule):
     batch_size = 6
     domains = DOMAINS
     class_names = ("a", "b", "c", "$d_1$")
+    image_size, normalization, interpolation, crop_pct = 32, ((0.5,) * 3, (0.25,) * 3), "bilinear", 0.9
 
     def loader(self, size: int, seed: int) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(seed)
@@ -135,7 +137,8 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[FinetuneReport, 
 def test_the_report_lies_in_the_folder_of_the_run_and_nothing_else_is_left_there(main_job: Any) -> None:
     report, trainer, _ = main_job
     assert report.path == Path(trainer.default_root_dir) / "report" / "report.html"
-    assert sorted(p.name for p in report.path.parent.iterdir()) == ["report.html", "report.json", "report.png"]
+    files = ["model.safetensors", "report.html", "report.json", "report.png"]
+    assert sorted(p.name for p in report.path.parent.iterdir()) == files
 
 
 def test_the_reloaded_network_answers_as_the_trained_one_on_every_domain(main_job: Any) -> None:
@@ -163,7 +166,8 @@ def test_confusion_class_names_and_plan_are_those_of_the_run(main_job: Any) -> N
     assert data["confusion"] == module.test_confusion.tolist()
     assert data["class_names"] == list(Images.class_names)
     layers = sum(isinstance(m, FrozenBatchNorm) for m in module.modules())
-    assert data["batch_norm"] == f"{layers} x freeze, affine=merged; {layers} folded"
+    assert data["batch_norm"].startswith(f"{layers} x freeze, affine=merged; ")
+    assert data["subtitle"].startswith(f"BatchNorm: {layers} x freeze, affine=merged · 4 classes")
     assert data["title"] == "test_resnet fine-tuned on Images"
 
 
@@ -183,7 +187,7 @@ def test_the_code_on_the_page_loads_the_checkpoint_without_this_package(
 
 def test_the_page_needs_no_other_file_and_no_host(main_job: Any) -> None:
     page = main_job[0].path.read_text(encoding="utf-8")
-    assert "data:image/png;base64," in page
+    assert page.count("<svg") == 4
     assert re.findall(r"https?://|<script|<link", page) == []
     assert "$d_1$" in page
 
@@ -275,9 +279,10 @@ def test_a_foreign_module_gets_what_can_be_drawn_and_is_told_what_was_left_out(t
     assert data["batch_norm"] == "1 x BatchNorm2d"
     assert [result["domain"] for result in data["results"]] == ["0", "1"]
     assert all(0 <= result["accuracy"] <= 1 and result["reloaded"] is None for result in data["results"])
-    reload, confusion = data["notes"]
+    reload, confusion, model = data["notes"]
     assert "plain timm: Foreign does not have what it takes: a timm network as `net`" in reload
     assert "confusion matrix: Foreign has no `test_confusion`" in confusion
+    assert model == "The model file: Foreign has no timm network as `net`."
 
 
 def test_weights_that_come_from_no_file_are_not_reloaded_and_that_is_said(tmp_path: Path) -> None:
@@ -400,6 +405,9 @@ def test_a_value_that_is_not_finite_is_null_in_the_history_and_named(tmp_path: P
     data = read(report)
     assert data["history"][-1]["train_loss"] is None
     assert any(note.startswith("train_loss, not finite in epoch") for note in data["notes"])
+    assert data["diverged"].startswith("The run diverged: not finite were train_loss")
+    assert data["model_file"] is None
+    assert any(note.startswith("The model file: ") and "NaN" in note for note in data["notes"])
 
 
 def test_a_missing_matplotlib_is_noticed_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,3 +422,154 @@ def test_a_dirpath_that_is_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FinetuneBNError, match=r"dirpath: got .*notes\.txt"):
         FinetuneReport(str(file))
     assert file.read_text(encoding="utf-8") == "mine"
+
+
+# --- the model file ---------------------------------------------------------------------------------------------------
+
+
+def test_the_model_file_is_the_tested_network_with_its_classes_and_its_images(main_job: Any) -> None:
+    report, trainer, module = main_job
+    model = fbn.load(report.path.with_name("model.safetensors"))
+    assert model.classes == Images.class_names
+    transform = model.card.transform
+    assert (transform.size, transform.mean, transform.std) == ((32, 32), *Images.normalization)
+    assert (transform.interpolation, transform.crop_pct) == ("bilinear", 0.9)
+    module.load_state_dict(torch.load(trainer.ckpt_path, weights_only=True)["state_dict"])
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), module.eval().net(images), rtol=0, atol=1e-5)
+    data = read(report)
+    assert data["model_file"] == "model.safetensors"
+    assert model.card.about["test_metrics"]["test_accuracy"] == pytest.approx(data["overall"]["accuracy"], abs=1e-6)
+    assert {layer["state"] for layer in data["layers"]["layers"]} == {"frozen"}
+
+
+@pytest.mark.parametrize("policy", [Freeze("original"), fbn.ToGroupNorm(groups=2), fbn.EvalNorm(0.5)], ids=str)
+def test_after_fit_alone_the_model_file_has_the_best_weights_and_not_the_last(
+    tmp_path: Path, policy: fbn.Policy
+) -> None:
+    class BestAtFirst(Classifier):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.log("val_score", float(-self.current_epoch))
+
+    report, best = FinetuneReport(), ModelCheckpoint(tmp_path, monitor="val_score", mode="max")
+    module = BestAtFirst(lr=0.1)
+    make_trainer(tmp_path, BatchNormConversion(policy), report, best).fit(module, datamodule=Images())
+    model, images = fbn.load(report.path.with_name("model.safetensors")), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        last = module.eval().net(images)
+        module.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+        torch.testing.assert_close(model(images), module.net(images), rtol=0, atol=1e-5)
+        assert not torch.allclose(model(images), last, atol=1e-3)
+
+
+def test_a_module_for_embeddings_leaves_a_file_that_answers_with_embeddings(tmp_path: Path) -> None:
+    class Embedder(Classifier):
+        task_kind = "embedding"
+        normalize = True
+
+    report = FinetuneReport(check_reload=False)
+    make_trainer(tmp_path, report, max_epochs=1).fit(Embedder(), datamodule=Images())
+    model = fbn.load(report.path.with_name("model.safetensors"))
+    (found,) = model.predict(torch.rand(1, 3, 20, 20))
+    assert float(found.vector.norm()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_where_the_images_come_from_is_not_known_the_pretrained_transform_is_taken_and_said(tmp_path: Path) -> None:
+    report = FinetuneReport()
+    trainer = make_trainer(tmp_path, report, max_epochs=1)
+    trainer.fit(Classifier(), Images().train_dataloader(), Images().val_dataloader())
+    notes = read(report)["notes"]
+    assert sum("as the pretrained weights want it, since there is no data module" in note for note in notes) == 1
+    model = fbn.load(report.path.with_name("model.safetensors"))
+    assert model.card.transform.size == tuple(model.net.pretrained_cfg["input_size"][1:])
+    assert model.classes == ("0", "1", "2", "3")
+
+
+def test_the_model_file_can_be_left_out(tmp_path: Path) -> None:
+    report = FinetuneReport(save_model=False)
+    make_trainer(tmp_path, report, max_epochs=1).fit(Classifier(), datamodule=Images())
+    assert not report.path.with_name("model.safetensors").exists()
+    assert "The model file: save_model is false." in read(report)["notes"]
+
+
+# --- a test by other statistics, several runs in one folder, the terminal --------------------------------------------
+
+
+@pytest.mark.parametrize("report_first", [True, False])
+def test_a_network_adapted_to_the_test_images_is_not_called_wrong(
+    main_job: Any, tmp_path: Path, report_first: bool
+) -> None:
+    report = FinetuneReport(str(tmp_path / "report"))
+    adaptation = BatchNormRecalibration(when="test", per_domain=True, min_samples=4, module="net")
+    both = [report, adaptation] if report_first else [adaptation, report]
+    trainer = make_trainer(tmp_path, BatchNormConversion(Freeze(affine="merged")), *both)
+    trainer.test(Classifier(), datamodule=Images(), ckpt_path=main_job[1].ckpt_path, verbose=False)
+    data = read(report)
+    assert data["errors"] == []
+    assert all(result["difference"] <= data["tolerance"] for result in data["results"])
+    assert sum("took them from the test images, and no file holds them" in note for note in data["notes"]) == 1
+    # In plain timm and in the model file the network has the statistics of its checkpoint.
+    assert [r["reloaded"] for r in data["results"]] == [r["reloaded"] for r in read(main_job[0])["results"]]
+    images = torch.randn(2, 3, 32, 32)
+    own, other = (fbn.load(r.path.with_name("model.safetensors")) for r in (report, main_job[0]))
+    with torch.no_grad():
+        assert torch.equal(own(images), other(images))
+
+
+def test_two_runs_in_one_folder_do_not_overwrite_each_others_report(tmp_path: Path) -> None:
+    def run(report: FinetuneReport, lr: float) -> FinetuneReport:
+        trainer = make_trainer(tmp_path, report, max_epochs=1, enable_checkpointing=False, limit_train_batches=1)
+        trainer.fit(Classifier(lr=lr), datamodule=Images())
+        return report
+
+    first, second = run(FinetuneReport(check_reload=False), 0.01), run(FinetuneReport(str(tmp_path / "report")), 0.02)
+    folders = [report.path.parent for report in (first, second)]
+    trainer = make_trainer(tmp_path, first, limit_test_batches=1)
+    trainer.test(Classifier(lr=0.01), datamodule=Images(), verbose=False)  # a part of the first run
+    folders += [first.path.parent, run(first, 0.03).path.parent]  # another run with the callback of the first
+    assert [folder.name for folder in folders] == ["report", "report-1", "report", "report-2"]
+    for folder, lr in (("report", 0.01), ("report-1", 0.02), ("report-2", 0.03)):
+        data = json.loads((tmp_path / folder / "report.json").read_text(encoding="utf-8"))
+        assert f"learning rate {lr}" in data["subtitle"]
+        assert bool(data["results"]) == (folder == "report")
+        assert (tmp_path / folder / "model.safetensors").exists()
+
+
+def test_a_folder_that_is_there_and_empty_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    report = FinetuneReport(str(tmp_path / "mine"))
+    make_trainer(tmp_path, report, limit_test_batches=1).test(Classifier(), datamodule=Images(), verbose=False)
+    assert report.path.parent == tmp_path / "mine"
+
+
+def test_a_place_where_no_folder_can_be_made_is_refused_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(FinetuneBNError, match=r"dirpath: got .*file/report'; allowed: a folder that can be written to"):
+        make_trainer(tmp_path, FinetuneReport(str(tmp_path / "file" / "report"))).fit(Classifier(), datamodule=Images())
+
+
+def test_each_figure_is_printed_once_whatever_the_number_of_loaders(
+    main_job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Logging(Classifier):
+        def on_test_epoch_end(self) -> None:
+            super().on_test_epoch_end()
+            self.log("test_loss", torch.tensor(0.12345))
+
+    trainer = make_trainer(tmp_path, FinetuneReport(str(tmp_path / "report")))
+    trainer.test(Logging(), datamodule=Images())
+    printed = capsys.readouterr().out
+    data = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert printed.count(f"{100 * data['overall']['accuracy']:.1f} %") >= 1
+    assert printed.count("test_loss") == 1
+    assert "0.1235" in printed
+    assert "DataLoader" not in printed
+
+
+def test_a_name_with_brackets_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Named(Images):
+        domains = ["[red]", "fluent"]  # noqa: RUF012
+
+    make_trainer(tmp_path, FinetuneReport()).test(Classifier(), datamodule=Named(), verbose=False)
+    assert "[red]" in capsys.readouterr().out

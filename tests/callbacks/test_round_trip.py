@@ -272,13 +272,25 @@ def test_load_from_checkpoint_gives_the_function_of_the_net_in_memory_or_raises(
         warnings.simplefilter("always")
         loaded = Own.load_from_checkpoint(path, weights_only=True, map_location="cpu")
     assert_same_function(loaded, module)
-    assert any("the checkpoint holds no plan" in str(w.message) for w in caught) == (weights_only and differs)
+    assert any("The checkpoint holds no plan" in str(w.message) for w in caught) == (weights_only and differs)
     if differs:
         with pytest.raises(RuntimeError, match="_extra_state"):
             Foreign.load_from_checkpoint(path, weights_only=True, map_location="cpu")
     else:
         plain = Foreign.load_from_checkpoint(path, weights_only=True, map_location="cpu")
         assert_same_function(plain, module)
+
+
+@pytest.mark.parametrize("policy", ["calibrated", "eval", "rules", "merged"])
+def test_weights_alone_are_tested_as_the_net_in_memory_under_whatever_policy_the_run_asks_for(
+    policy: str, tmp_path: Path
+) -> None:
+    module, loaded = checkpoint_of(policy, tmp_path / "one.ckpt", weights_only=True), Foreign()
+    trainer = quiet_trainer(BatchNormConversion(fbn.Freeze("none"), module="net", watch_every_n_steps=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.predict(loaded, DataLoader(X, 5), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    assert_same_function(loaded, module)
 
 
 @pytest.mark.parametrize("weights_only", [False, True])

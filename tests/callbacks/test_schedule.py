@@ -477,7 +477,7 @@ def test_the_rule_needs_to_know_how_many_batches_an_epoch_has(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"frozen_fraction": 0}, "frozen_fraction: got 0; allowed: a number between 0 and 1"),
+        ({"frozen_fraction": 0}, "frozen_fraction: got 0; allowed: a number above 0, below 1"),
         (
             {"frozen_fraction": 1.0},
             "frozen_fraction: got 1.0; .* use BatchNormConversion|For 1 use BatchNormConversion",
@@ -485,7 +485,7 @@ def test_the_rule_needs_to_know_how_many_batches_an_epoch_has(tmp_path: Path) ->
         ({"policy": fbn.Freeze("merged")}, r"policy: got Freeze\(affine='merged'.*take original"),
         ({"policy": fbn.Rules([("*", fbn.FreezeAffine())])}, r"policy: got FreezeAffine\(\)"),
         ({"policy": fbn.Freeze}, "policy: got .*parentheses"),
-        ({"momentum": "kornblith"}, "momentum: got 'kornblith'; allowed: auto"),
+        ({"momentum": "kornblith"}, "momentum: got 'kornblith'; allowed: a number above 0, at most 1, auto or None"),
         ({"momentum": 0}, "momentum: got 0"),
         ({"max_samples": 0}, "max_samples: got 0"),
         ({"recalibrate": False, "data": loader()}, "data: got 'DataLoader'; allowed: null with recalibrate=False"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def fit(
     *callbacks: pl.Callback,
     policy: fbn.Policy | None = None,
     ckpt_path: str | None = None,
+    example_input: Any = None,
     **arguments: Any,
 ) -> pl.Trainer:
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +84,9 @@ def fit(
         "max_epochs": 1, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
         "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder,
     }  # fmt: skip
-    trainer = pl.Trainer(callbacks=[BatchNormConversion(policy), *callbacks], **settings | arguments)
+    trainer = pl.Trainer(
+        callbacks=[BatchNormConversion(policy, example_input=example_input), *callbacks], **settings | arguments
+    )
     trainer.fit(net, DataLoader(data, 4), ckpt_path=ckpt_path)
     return trainer
 
@@ -182,6 +186,32 @@ def test_convolutions_frozen_by_the_schedule_are_limited_from_then_on(tmp_path: 
     fit(tmp_path, free, policy=fbn.Keep(), max_epochs=2)
     assert max(net.moved[6:]) == pytest.approx(1e-4, rel=1e-3)
     assert max(net.moved[:6]) > 1e-3  # a live layer takes no notice of the size of the weights before it
+
+
+def test_the_example_input_of_the_conversion_tells_what_is_behind_a_convolution(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Forward(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    with caplog.at_level("INFO"):
+        fit(tmp_path, Forward(), StepLimit(), example_input=[2, 3, 8, 8])
+    assert "steps of 1 of the 1 convolutions that the optimizer trains are bounded (by running a probe" in caplog.text
+
+
+def test_without_frozen_layers_it_warns_that_it_does_nothing_and_not_where_a_schedule_will_freeze_them(
+    tmp_path: Path,
+) -> None:
+    with pytest.warns(
+        UserWarning, match=r"StepLimit: no step is bounded: .* 1 convolutions that are trained \(net.0\)"
+    ):
+        fit(tmp_path, Net(), StepLimit(), policy=fbn.Keep())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        schedule = BatchNormSchedule(0.5, recalibrate=False)
+        fit(tmp_path, Net(), StepLimit(), schedule, policy=fbn.Keep())
+    assert not any("StepLimit" in str(w.message) for w in caught)
 
 
 def test_what_started_at_zero_is_free_after_resuming_too(tmp_path: Path) -> None:

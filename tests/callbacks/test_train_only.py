@@ -52,3 +52,13 @@ def test_constants_are_an_error_before_the_training_and_the_module_is_left_as_it
     with pytest.raises(FinetuneBNError, match=r"convert with Freeze\('original'\)"):
         trainer(tmp_path, TrainOnly(), BatchNormConversion(fbn.Freeze("none"))).fit(model, loader())
     assert "configure_optimizers" not in vars(model)
+
+
+def test_in_several_processes_no_parameter_is_waited_for_that_gets_no_gradient(tmp_path: Path) -> None:
+    only = TrainOnly(path="part.safetensors")
+    run = trainer(tmp_path, only, BatchNormConversion(fbn.Freeze("original")), epochs=1, devices=2, strategy="ddp_fork")
+    run.fit(Foreign("configure_model"), loader())
+    start = Foreign()
+    before = start.head.weight.detach().clone()
+    fbn.apply_trained(start, tmp_path / "part.safetensors")
+    assert not torch.equal(start.head.weight, before)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("lightning.pytorch")
 pytest.importorskip("jsonargparse")
 
 import finetune_bn
 from finetune_bn.cli import FinetuneBNCLI, main
+from finetune_bn.cli.entry import names_a_model_file
 from finetune_bn.cli.help import VERBS
 from finetune_bn.cli.messages import for_the_user
 
@@ -106,10 +108,31 @@ def test_without_the_extras_the_command_says_what_to_install(monkeypatch: pytest
     )
 
 
+@pytest.mark.parametrize(
+    ("args", "found"),
+    [
+        (["predict", "--model", "x/model.safetensors", "a.png"], True),
+        (["predict", "a.png", "--model=x/model.safetensors"], True),
+        (["predict", "--model", "here"], True),
+        (["predict", "--model", "ImageClassification", "--data", "EmojiData"], False),
+        (["predict", "--config", "quickstart"], False),
+        (["test", "--model", "x/model.safetensors"], False),
+    ],
+)
+def test_a_model_file_and_a_class_are_told_apart(args: list[str], found: bool) -> None:
+    Path("here").mkdir()
+    assert names_a_model_file(args) == found
+
+
+def test_predict_with_a_model_file_is_the_command_without_lightning() -> None:
+    assert "model.safetensors" in error_of("predict", "--model", "nowhere/model.safetensors", "a.png")
+    assert error_of("predict", "--model", "nowhere/model.safetensors").startswith("finetune-bn: error: predict: the ")
+
+
 # --- stopped --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["plan", "recalibrate", "export"])
+@pytest.mark.parametrize("verb", ["plan", "recalibrate"])
 def test_ctrl_c_ends_in_one_line_and_status_130(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,7 +173,7 @@ def test_a_disk_that_is_full_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
+    monkeypatch.setattr("finetune_bn.callbacks.checkpoint_io.write_atomically", full)
     message = error_of("fit", *SMALL)
     assert message.startswith("finetune-bn: error: No space left on device. Free some space, or write elsewhere (train")
 
@@ -177,7 +200,7 @@ def test_a_config_that_is_not_utf8_is_named_with_its_line() -> None:
     assert "config: got 'latin.yaml'; allowed: a file in UTF-8. Line 3 is not" in message
 
 
-@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+@pytest.mark.parametrize("verb", ["validate", "predict"])
 def test_without_a_checkpoint_the_untrained_head_is_told(verb: str) -> None:
     limit = ("--trainer.limit_test_batches", "1", "--trainer.limit_predict_batches", "1")
     with pytest.warns(
@@ -202,6 +225,18 @@ def test_weight_averaging_is_used_from_the_command(name: str) -> None:
     kinds = [type(callback).__name__ for callback in cli.trainer.callbacks]
     assert kinds.index("BatchNormConversion") < kinds.index(name)
     assert cli.trainer.global_step == 4
+
+
+def test_the_averaged_weights_of_the_checkpoint_are_tested_after_the_training_as_they_are_later() -> None:
+    steps = ("--trainer.limit_train_batches", "4", "--trainer.limit_test_batches", "1", "--model.lr", "1e-2")
+    args = ["--config", "quickstart", "--config", "with/ema", *SMALL[2:], *steps]
+    after = FinetuneBNCLI(["fit", *args, "--test_after_fit", "true"]).trainer.callback_metrics
+    (checkpoint,) = Path().rglob("*.ckpt")
+    later = FinetuneBNCLI(["test", *args, "--ckpt_path", str(checkpoint)]).trainer.callback_metrics
+    assert float(after["test_loss"]) == pytest.approx(float(later["test_loss"]), rel=1e-5)
+    state = torch.load(checkpoint, weights_only=True)
+    last, averaged = state["current_model_state"], state["state_dict"]
+    assert not torch.equal(last["net.conv_stem.weight"], averaged["net.conv_stem.weight"])
 
 
 # --- splits that are not there --------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from tests.models import Plain, Tied, build, settle
 POLICIES = [
     *(Freeze(affine) for affine in ("none", "shift", "merged", "original")),  # type: ignore[arg-type]
     Freeze("original", noise=8),
+    Freeze("original", fold="never"),
     FreezeAffine(),
     NormalizeOnly(change_function=True),
     Ghost(groups=2),

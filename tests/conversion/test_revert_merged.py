@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import finetune_bn as fbn
 from finetune_bn.errors import ConversionMismatch, UnsupportedLayer
+from finetune_bn.layers.statistics import statistics_of
 from tests.models import Plain, settle
 
 C = 5
@@ -184,3 +186,19 @@ def test_fold_of_a_trained_merged_layer_that_no_map_takes_keeps_the_function() -
     folded = fbn.fold(net, x)
     assert isinstance(folded[2], nn.BatchNorm2d)  # type: ignore[index]
     torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("moved", ["weight", "bias"])
+def test_recalibration_and_banks_know_the_gamma_and_beta_of_a_trained_merged_layer(moved: str) -> None:
+    net = merged(20.0)
+    x = images(net, net[0]._source[0])  # type: ignore[arg-type,union-attr]
+    with torch.no_grad():
+        getattr(net[0], moved).mul_(1.5)
+    now = statistics_of(net[0])
+    now_as_layer = SimpleNamespace(weight=now.weight, bias=now.bias, running_mean=now.mean, running_var=now.var)
+    now_as_layer.eps = now.eps
+    torch.testing.assert_close(function(now_as_layer, x), function(net[0], x), rtol=1e-5, atol=1e-5)
+    expected = net(x)
+    fbn.recalibrate(net, [x + 1.0] * 2, how="preserve")
+    torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(function(fbn.revert(net)[0], x), expected.double(), rtol=1e-4, atol=1e-4)  # type: ignore[index]

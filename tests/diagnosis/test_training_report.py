@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ import timm
 import torch
 from PIL import Image
 
-from finetune_bn.diagnosis.training_report import CLASSES_SHOWN, DomainResult, TrainingReport, timm_code
+import finetune_bn as fbn
+from finetune_bn.diagnosis.loading_code import timm_code
+from finetune_bn.diagnosis.training_report import CLASSES_SHOWN, DomainResult, TrainingReport
+from tests.models import settle
 
 FULL = TrainingReport(
     title="a_net fine-tuned on Images",
     subtitle="BatchNorm: 3 x freeze",
     batch_norm="3 x freeze",
     history=[
-        {"epoch": 0, "train_loss": 1.0, "val_accuracy": 0.5},
-        {"epoch": 1, "train_loss": None, "val_accuracy": 0.6},
+        {"epoch": 0, "train_loss": None, "val_accuracy": 0.5},
+        {"epoch": 1, "train_loss": 1.0, "val_accuracy": 0.6},
     ],
     results=[DomainResult("noto", 0.5, 10, 0.5, 0.0), DomainResult("fluent", 0.7, 20, 0.65, 2e-7)],
     overall=DomainResult("all", 0.63, 30, 0.6, 2e-7),
@@ -89,27 +93,95 @@ def test_columns_of_which_nothing_is_known_are_left_out_of_the_table() -> None:
 
 
 def test_the_page_lists_classes_from_worst_to_best_with_what_they_are_mistaken_for() -> None:
-    page = FULL.page(b"")
-    cat = "<td>dog</td><td>20</td><td>75.0 %</td><td>88.2 %</td><td>cat (5)</td>"
-    dog = "<td>cat</td><td>10</td><td>80.0 %</td><td>61.5 %</td><td>dog (2)</td>"
+    page = FULL.page()
+    text = '<td class="text">'
+    cat = f"{text}dog</td><td>20</td><td>75.0 %</td><td>88.2 %</td>{text}cat (5)</td>"
+    dog = f"{text}cat</td><td>10</td><td>80.0 %</td><td>61.5 %</td>{text}dog (2)</td>"
     assert -1 < page.index(cat) < page.index(dog)
-    assert "<td>never seen</td>" not in page
+    assert f"{text}never seen</td>" not in page
 
 
 def test_many_classes_are_cut_to_the_worst_and_the_page_says_so() -> None:
     classes = CLASSES_SHOWN + 20
     confusion = torch.eye(classes).long() * 9 + 1
-    page = replace(FULL, confusion=confusion, class_names=[f"class {i}" for i in range(classes)]).page(b"")
+    page = replace(FULL, confusion=confusion, class_names=[f"class {i}" for i in range(classes)]).page()
     assert f"Classes ({CLASSES_SHOWN} of {classes}, worst first)" in page
-    assert page.count("<tr><td>class ") == CLASSES_SHOWN
+    assert page.count('<tr><td class="text">class ') == CLASSES_SHOWN
 
 
 def test_errors_stand_first_and_what_was_left_out_is_on_the_page() -> None:
-    page = replace(FULL, errors=["it broke"], notes=["no test"]).page(b"")
+    page = replace(FULL, errors=["it broke"], notes=["no test"]).page()
     assert page.index("it broke") < page.index("Test accuracy")
     assert "no test" in page
     assert "not finite" in page
-    assert '<ul class="error">' not in FULL.page(b"")
+    assert '<ul class="error">' not in FULL.page()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"history": [*FULL.history, {"epoch": 2, "train_loss": None}]}, "train_loss in epoch 2"),
+        ({"test_metrics": {"test_loss": math.nan}}, "not finite were test_loss"),
+    ],
+)
+def test_a_run_that_diverged_says_so_first_and_its_accuracy_is_no_headline(change: dict[str, Any], words: str) -> None:
+    report = replace(FULL, **change)
+    page = report.page()
+    assert words in report.diverged
+    headline = page.index('<p class="verdict bad"><strong>Diverged</strong>')
+    assert headline < page.index(words) < page.index("Test accuracy")
+    assert "<strong>63.0 %" not in page
+    figure = report.figure()
+    assert figure.subfigs[0].texts[0].get_text() == "DIVERGED: a_net fine-tuned on Images"
+    assert report.to_dict()["diverged"] == report.diverged
+
+
+def test_the_headline_is_the_accuracy_over_all_images_and_nothing_without_a_test() -> None:
+    assert '<p class="verdict good"><strong>63.0 %</strong> of 30 test images right' in FULL.page()
+    assert FULL.diverged == ""  # one epoch that was not finite, and went on
+    single = replace(FULL, results=FULL.results[:1], overall=None, errors=["it broke"])
+    assert '<p class="verdict bad"><strong>50.0 %</strong> of 10 test images right' in single.page()
+    assert "verdict" not in TrainingReport("t").page().partition("</style>")[2]
+
+
+def test_the_status_of_the_layers_is_on_the_page_and_in_the_data() -> None:
+    model = fbn.convert(settle(timm.create_model("test_resnet")), fbn.Freeze("shift"))
+    model.bn1.weight.requires_grad_(True)
+    report = replace(FULL, layers=fbn.status(model))
+    page = report.page()
+    assert '<td class="text">freeze, affine=shift</td>' in page
+    assert "bn1: a constant requires a gradient" in page
+    assert report.to_dict()["layers"] == fbn.status(model).to_dict()
+
+
+def test_names_of_classes_layers_and_files_are_text_on_the_page() -> None:
+    nasty = "<script>alert(1)</script>"
+
+    class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(nasty, torch.nn.BatchNorm2d(2))
+
+    report = replace(
+        FULL,
+        title=nasty,
+        subtitle=nasty,
+        batch_norm=nasty,
+        layers=fbn.status(Named()),
+        results=[DomainResult(nasty, 0.5, 10), DomainResult("b", 0.5, 10)],
+        class_names=[nasty, "dog", "c"],
+        model_file=nasty,
+        checkpoint=nasty,
+        loading_code=timm_code(nasty, 3, nasty, {}),
+        test_metrics={nasty: 1.0},
+        errors=[nasty],
+        notes=[nasty],
+        history=[{"epoch": 0, f"loss {nasty}": 1.0}],
+        versions={nasty: nasty},
+    )
+    page = report.page()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)") > 20
 
 
 def test_writing_makes_three_files_that_agree(tmp_path: Path) -> None:
@@ -127,7 +199,7 @@ def test_writing_makes_three_files_that_agree(tmp_path: Path) -> None:
     assert data["history"] == FULL.history
     width, height = Image.open(tmp_path / "report" / "report.png").size
     assert width > height > 1000
-    assert "data:image/png;base64," in page.read_text(encoding="utf-8")
+    assert page.read_text(encoding="utf-8").count("<svg") == 4
 
 
 def test_the_loading_code_runs_and_refuses_a_checkpoint_of_another_net(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import finetune_bn as fbn
 from finetune_bn.errors import BadData, FinetuneBNError, NoBatchNormMatched
 from finetune_bn.layers import GroupNorm
-from tests.models import NETS, build
+from tests.models import NETS, build, settle
 
 
 def converted(net: str = "plain", **arguments: Any) -> tuple[nn.Module, Tensor, nn.Module]:
@@ -131,7 +132,55 @@ def test_a_loss_that_is_not_finite_is_an_error_and_changes_nothing() -> None:
 
 def test_no_images_and_no_converted_layers_are_named() -> None:
     model, _, _ = converted()
-    with pytest.raises(BadData, match="nothing that can be cut"):
+    with pytest.raises(BadData, match="no images"):
         fbn.distil(model, [])
     with pytest.raises(NoBatchNormMatched):
         fbn.distil(build("plain")[0], [torch.randn(8, 3, 9, 9)])
+
+
+class Checkpointed(nn.Module):
+    """Two blocks, each under gradient checkpointing where that is asked for."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for c in (3, 4)
+        )
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.head(x.mean((2, 3)))
+
+
+def checkpointed(reentrant: bool | None) -> nn.Module:
+    torch.manual_seed(0)
+    model = settle(Checkpointed(reentrant))
+    return fbn.convert(model, fbn.ToGroupNorm(groups=1), example_input=torch.randn(2, 3, 8, 8)).eval()
+
+
+def test_under_gradient_checkpointing_it_is_the_same_training() -> None:
+    # Layers run once more in the backward pass, and their hooks with them: a KeyError before.
+    x = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    plain, other = checkpointed(None), checkpointed(False)
+    records = [fbn.distil(model, [x], lr=1e-2, epochs=2) for model in (plain, other)]
+    assert records[0] == records[1]
+    for a, b in zip(plain.state_dict().items(), other.state_dict().items(), strict=True):
+        assert torch.equal(a[1], b[1]), a[0]
+
+
+def test_checkpointing_that_hides_layers_from_the_loss_is_refused_and_changes_nothing() -> None:
+    model, x = checkpointed(True), torch.randn(12, 3, 8, 8)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FinetuneBNError, match="use_reentrant=False"):
+        fbn.distil(model, [x.requires_grad_()], lr=1e-2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_batches_that_cannot_be_cut_are_a_step_each() -> None:
+    model, x, _ = converted()
+    batches = [{"x": part, "scale": torch.tensor(1.0)} for part in x.split(6)]
+    record = fbn.distil(model, batches, forward=lambda net, batch: net(batch["x"] * batch["scale"]), lr=1e-3, epochs=3)
+    assert (record.images, record.steps) == (24, 12)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.functional.frozen import scale_shift
 from finetune_bn.functional.group_norm import closed_form
-from finetune_bn.layers import GroupNorm, GroupNormAct2d
+from finetune_bn.layers import EvalBatchNorm2d, GroupNorm, GroupNormAct2d
 from finetune_bn.layers.extra_state import pack, unpack
 from finetune_bn.layers.group_norm import number_of_groups, why_not_group_norm
 from tests.models import settle
@@ -376,3 +376,23 @@ def test_the_closed_form_needs_statistics_and_reset_does_not() -> None:
     bad = make()
     bad.running_var[0] = float("nan")
     assert "running_var" in (why_not_group_norm(bad, "sequential") or "")
+
+
+@pytest.mark.parametrize("kind", ["group norm", "eval norm"])
+def test_torchs_distributed_checkpoint_carries_it(kind: str, tmp_path: Any) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    def net(seed: int, *settings: float) -> nn.Module:
+        bn = settle(nn.BatchNorm2d(8), seed)
+        layer = GroupNorm.from_batch_norm(bn, int(settings[0]), eps=settings[1])  # type: ignore[arg-type]
+        return nn.Sequential(layer if kind == "group norm" else EvalBatchNorm2d.from_batch_norm(bn, settings[1])).eval()  # type: ignore[arg-type]
+
+    model, one, two = net(0, 4, 0.25), net(1, 1, 0.5), net(2, 2, 0.125)
+    set_model_state_dict(one, get_model_state_dict(model))
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    state = two.state_dict()
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    two.load_state_dict(state)
+    for other in (one, two):
+        assert torch.equal(other(images()), model(images()))

@@ -145,7 +145,7 @@ def test_hessians_of_the_weights_of_a_frozen_network_in_training_mode(policy: fb
 def test_live_layers_in_training_mode_name_the_way_out(policy: fbn.Policy) -> None:
     layer = fbn.convert(settle(nn.BatchNorm2d(3)), policy, verify=False).double().train()
     x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
-    with pytest.raises(fbn.FinetuneBNError, match=r"eval\(\) first|reverse mode twice"):
+    with pytest.raises(fbn.FinetuneBNError, match=r"eval\(\) first"):
         torch.func.hessian(energy(layer))(x)
     torch.manual_seed(0)
     assert torch.autograd.functional.hessian(energy(layer), x).isfinite().all()  # the way out

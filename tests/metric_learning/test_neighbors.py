@@ -138,3 +138,25 @@ def test_wrong_questions_are_refused() -> None:
         gallery.nearest(torch.full((1, 6), torch.nan), 1)
     with pytest.raises(FinetuneBNError, match="measure: got 'angle'; allowed: cosine, euclidean, dot, or a function"):
         Gallery(draw(4), "angle")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2**29])
+@pytest.mark.parametrize(("measure", "scale"), [("cosine", 1e6), ("euclidean", 1e6), ("euclidean", 1e-6), ("dot", 1e6)])
+def test_a_gallery_in_half_precision_finds_what_is_nearest_to_its_rounding(
+    measure: Any, scale: float, chunk_bytes: int
+) -> None:
+    """Numbers beyond what half precision can hold, and a center far from the origin, cost nothing more."""
+    rows, queries = draw(300) * scale, draw(40, seed=1) * scale
+    offset = 1000 * scale if measure == "euclidean" else 0.0
+    gallery = Gallery(rows.double() + offset, measure, chunk_bytes, half=True)
+    assert gallery._rows.dtype == torch.float16
+    found = gallery.nearest(queries.double() + offset, 5)
+    scores = torch.from_numpy(reference_scores(as_array(queries), as_array(rows), measure))
+    best = scores.sort(dim=1, descending=True).values[:, :5]
+    assert float((scores.gather(1, found) - best).abs().max() / scores.abs().max()) < 2e-3
+    assert float((found[:, 0] == scores.argmax(dim=1)).double().mean()) > 0.9
+
+
+def test_half_precision_is_refused_for_a_function() -> None:
+    with pytest.raises(FinetuneBNError, match="half: got True; allowed: False, where the measure is none of cosine"):
+        Gallery(draw(3), lambda a, b: a @ b.T, half=True)

@@ -4,11 +4,13 @@ import builtins
 import importlib.util
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor
 
 pytest.importorskip("pytorch_metric_learning")
@@ -28,6 +30,7 @@ from finetune_bn.metric_learning.retrieval import (
     retrieval,
     retrieval_report,
 )
+from finetune_bn.utilities.processes import OtherProcessFailed
 from tests.references import Array, as_array
 
 Labels = np.typing.NDArray[np.int64]
@@ -365,3 +368,48 @@ def test_rows_of_uneven_processes_come_in_the_order_of_ranks(tmp_path: Any, coun
     )
     expected = [[100 * rank + 2 * i, 100 * rank + 2 * i + 1] for rank, n in enumerate(counts) for i in range(n)]
     assert [results[rank] for rank in range(len(counts))] == [expected] * len(counts)
+
+
+# Over processes
+
+
+def _look_up(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/at", rank=rank, world_size=world)
+    labels = uneven(60, 12)
+    embeddings, domains = draw(labels), torch.arange(60) % 2
+    results = {}
+    for half in (False, True):
+        report = retrieval_report(embeddings, labels, domains, ["ink", "oil"], half=half, over_processes=True)
+        results[str(half)] = report.named()
+    few = retrieval(embeddings[:2], torch.zeros(2, dtype=torch.int64), over_processes=True)  # a rank without a query
+    results["few"] = few.scores
+
+    def measure(queries: Tensor, gallery: Tensor) -> Tensor:
+        if rank == 1:
+            raise MemoryError("no room")
+        return queries @ gallery.T
+
+    try:
+        retrieval(embeddings, labels, measure=measure, over_processes=True)
+    except (MemoryError, OtherProcessFailed) as error:
+        results["error"] = f"{type(error).__name__}: {error}"
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_queries_cut_over_processes_give_the_figures_of_one(tmp_path: Path, world: int) -> None:
+    mp.start_processes(_look_up, (world, str(tmp_path)), nprocs=world, start_method="fork")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    labels = uneven(60, 12)
+    embeddings, domains = draw(labels), torch.arange(60) % 2
+    for half in (False, True):
+        expected = retrieval_report(embeddings, labels, domains, ["ink", "oil"], half=half).named()
+        assert all(found[str(half)] == pytest.approx(expected, rel=1e-12, nan_ok=True) for found in ranks)
+        assert not half or expected["recall_at_1"] == pytest.approx(ranks[0]["False"]["recall_at_1"], abs=0.05)
+    assert all(found["few"]["recall_at_1"] == 1.0 for found in ranks)
+    # One that fails tells the others, who would wait for ever.
+    assert ranks[1]["error"] == "MemoryError: no room"
+    assert all("OtherProcessFailed: rank 1 failed" in found["error"] for found in (ranks[0], *ranks[2:]))

@@ -290,6 +290,16 @@ def test_adapters_and_new_heads_learn_as_without_a_limit(case: str, example: boo
         assert nets[0][0][3].b.weight.norm() > 0.1
 
 
+def test_where_nothing_is_bounded_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))  # live, though not for want of trying
+    limit_steps(torch.optim.SGD(net.parameters(), lr=0.1), net)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message == (
+        "StepLimit: no step is bounded: no frozen layer is behind the 1 convolutions that are trained (0)."
+    )
+
+
 def test_a_convolution_that_starts_at_zero_in_front_of_a_frozen_layer_is_not_bounded() -> None:
     net = backbone()
     nn.init.zeros_(net[3].weight)
@@ -345,6 +355,71 @@ def test_a_step_with_a_closure_is_limited_and_returns_the_loss(closure: str) -> 
     moved = (net[0].weight.detach().flatten(1) - old).norm(dim=1) / old.norm(dim=1)
     assert float(moved.max()) == pytest.approx(1e-3, rel=1e-3)
     assert float(loss) > 0
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's: an optimizer by its class, which has set up nothing of it, and passes everything on."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+def test_an_optimizer_inside_of_a_wrapper_is_limited() -> None:
+    net, x = net_and_data()
+    optimizer = Wrapper(torch.optim.AdamW(net.parameters(), lr=0.1))
+    limit_steps(optimizer, net, 1e-3)
+    old = net[0].weight.detach().clone().flatten(1)
+    step(net, optimizer.optimizer, x)
+    net[0].weight.data.copy_(old.view_as(net[0].weight))
+    optimizer.step()
+    moved = (net[0].weight.detach().flatten(1) - old).norm(dim=1) / old.norm(dim=1)
+    assert float(moved.max()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_an_optimizer_without_hooks_is_one_clear_error() -> None:
+    net, _ = net_and_data()
+    optimizer = Wrapper(torch.optim.AdamW(net.parameters(), lr=0.1))
+    groups = optimizer.param_groups
+
+    class Hookless(Wrapper):
+        param_groups = groups
+
+        def __init__(self) -> None:
+            pass
+
+    with pytest.raises(FinetuneBNError, match="optimizer: got 'Hookless'; allowed: an optimizer with step hooks"):
+        limit_steps(Hookless(), net)
+
+
+def test_a_parametrized_convolution_is_named_among_those_that_are_not_bounded() -> None:
+    net, x = net_and_data()
+    nn.utils.parametrizations.weight_norm(net[3])
+    limit = limit_steps(optimizer := torch.optim.SGD(net.parameters(), lr=0.1), net)
+    step(net, optimizer, x)
+    assert (limit.limited, limit.free) == (("0",), ("3",))
+    assert "computed from others: 3" in limit.summary
+
+
+def test_opacus_optimizer_is_limited_inside() -> None:
+    opacus = pytest.importorskip("opacus")
+    net, _ = net_and_data()
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = opacus.optimizers.DPOptimizer(inner, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4)
+    limit = limit_steps(optimizer, net, 1e-3)
+    for p in net.parameters():
+        p.grad_sample = torch.randn(4, *p.shape)
+    old = net[0].weight.detach().clone().flatten(1)
+    optimizer.step()
+    moved = (net[0].weight.detach().flatten(1) - old).norm(dim=1) / old.norm(dim=1)
+    assert float(moved.max()) == pytest.approx(1e-3, rel=1e-3)
+    assert limit.share is not None
 
 
 def test_in_lbfgs_whose_closure_runs_between_its_moves_the_whole_step_is_bounded() -> None:

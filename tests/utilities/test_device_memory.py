@@ -97,6 +97,7 @@ def test_a_containers_limit_counts_where_it_is_tighter_than_the_machine(
         "/proc/meminfo": f"MemTotal: 9999 kB\nMemAvailable: {machine} kB\n",
         "/sys/fs/cgroup/memory.max": limit,
         "/sys/fs/cgroup/memory.current": used,
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes": None,
     }
 
     def read(self: Path, encoding: str | None = None) -> str:
@@ -104,6 +105,27 @@ def test_a_containers_limit_counts_where_it_is_tighter_than_the_machine(
         if content is None:
             raise FileNotFoundError(self)
         return content
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert available_memory(torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("900000", 400_000), ("9223372036854771712", 1000 * 1024), ("none", 1000 * 1024)]
+)
+def test_the_limit_of_a_container_under_version_1_counts_too(
+    limit: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "/proc/meminfo": "MemAvailable: 1000 kB\n",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes": limit,
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes": "500000",
+    }
+
+    def read(self: Path, encoding: str | None = None) -> str:
+        if str(self) not in files:
+            raise FileNotFoundError(self)
+        return files[str(self)]
 
     monkeypatch.setattr(Path, "read_text", read)
     assert available_memory(torch.device("cpu")) == expected

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from finetune_bn.utilities.files import write_atomically
+from finetune_bn.errors import FinetuneBNError
+from finetune_bn.utilities.files import check_output, write_atomically
 
 
 def mode(path: Path) -> int:
@@ -172,3 +173,31 @@ def test_a_long_name_and_two_threads_at_once_get_in_nobodys_way(tmp_path: Path) 
         thread.join()
     assert path.read_text(encoding="utf-8") in texts
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_removed_later_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "net [1].ckpt"
+    old, new = tmp_path / ".net [1].ckpt.0123abcd.tmp", tmp_path / ".net [1].ckpt.89ab0000.tmp"
+    others = [tmp_path / ".net [1].ckpt.tmp", tmp_path / "net [1].ckpt.0123abcd.tmp"]
+    for other in (old, new, *others):
+        other.write_text("half", encoding="utf-8")
+    for other in (old, *others):
+        os.utime(other, (0, 0))
+    write_atomically(path, memoryview(b"whole"))
+    assert sorted(tmp_path.iterdir()) == sorted([path, new, *others])
+
+
+def test_what_cannot_be_written_is_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "real.txt")
+    for name in ("new.txt", "sub/new.txt"):
+        check_output("output", tmp_path / name)
+    for name in ("sub", "gone/new.txt", "link"):
+        with pytest.raises(FinetuneBNError, match=r"^report: got .*; allowed: a file in a folder that there is"):
+            check_output("report", tmp_path / name)
+    (tmp_path / "old.txt").write_text("old", encoding="utf-8")
+    for place, name in ((tmp_path / "sub", "sub/new.txt"), (tmp_path / "old.txt", "old.txt")):
+        monkeypatch.setattr(os, "access", lambda path, how, no=place: path != no)  # root may write to all
+        with pytest.raises(FinetuneBNError, match=f"a file that can be written. {place} may not be written to"):
+            check_output("output", tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["link", "old.txt", "sub"]

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from finetune_bn.errors import FinetuneBNError
-from finetune_bn.utilities.lockstep import FINISHED, DifferentPaths, caller_settings, meet, run_in_lockstep
+from finetune_bn.utilities.lockstep import (
+    FINISHED,
+    DifferentPaths,
+    TooFewThreads,
+    caller_settings,
+    inside_a_pass,
+    meet,
+    run_in_lockstep,
+    run_in_turns,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +141,44 @@ def test_passes_have_the_autocast_of_the_caller_and_no_gradients() -> None:
     assert torch.is_grad_enabled()
     run_in_lockstep([job], pool)
     assert found[-1][2] is True  # without settings: torch's own, not the caller's
+
+
+def test_in_turns_each_runs_to_its_end_whatever_path_it_takes_and_whoever_fails() -> None:
+    log: list[Any] = []
+
+    def fail() -> None:
+        meet(0, None)
+        raise ValueError("in the second pass")
+
+    errors = run_in_turns([visit([0, 1, 2], "a", log), fail, visit([5], "c", log)])
+    assert [type(error) for error in errors] == [type(None), ValueError, type(None)]
+    assert log == [("a", 0, None), ("c", 5, None), ("a", 1, None), ("a", 2, None)]
+    assert run_in_turns([]) == []
+
+
+def test_whether_the_caller_is_a_pass_is_known() -> None:
+    found: list[bool] = []
+    run_in_turns([lambda: found.append(inside_a_pass())])
+    assert found == [True]
+    assert not inside_a_pass()
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_where_a_thread_cannot_start_no_pass_has_begun_and_none_is_left(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, started = threading.Thread.start, [0]
+
+    def refuse(thread: threading.Thread) -> None:
+        started[0] += 1
+        if started[0] == number:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    log: list[Any] = []
+    for run in (lambda jobs: run_in_lockstep(jobs, lambda place, brought: None), run_in_turns):
+        started[0] = 0
+        with pytest.raises(TooFewThreads, match=rf"thread {number}: can't start new thread.*4 threads"):
+            run([lambda: log.append(1)] * 4)
+    assert log == []

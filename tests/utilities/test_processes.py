@@ -22,7 +22,7 @@ def test_alone_every_answer_is_ones_own() -> None:
     assert ranks.gather(x) == [x]
     assert ranks.agree(1, 2.5) == [[1.0, 2.5]]
     moments = Moments.of(torch.randn(4, 2))
-    assert ranks.merge(moments) is moments
+    assert moments.all_reduce(ranks.group) is moments
     ranks.fail(2)  # nobody to tell
 
 
@@ -34,7 +34,7 @@ def _two(rank: int, port: int, results: Any) -> None:
     found["gather"] = [t.tolist() for t in ranks.gather(torch.tensor([[1.0, 2.0], [3.0, 4.0]]).t()[rank])]
     torch.manual_seed(0)
     x = torch.randn(6, 2)
-    merged = ranks.merge(Moments.of(x[:2] if rank else x[2:]))
+    merged = Moments.of(x[:2] if rank else x[2:]).all_reduce(ranks.group)
     found["merge"] = [merged.count, merged.mean.tolist(), merged.m2.tolist()]
     if rank == 0:
         ranks.fail(2)

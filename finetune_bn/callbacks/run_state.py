@@ -5,15 +5,18 @@ Private names of Lightning (seen in 2.6): `fit_loop.epoch_loop._results` holds w
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from typing_extensions import override
 
 KEY = "finetune_bn_run"
 
@@ -70,7 +73,7 @@ class RunState:
                 self._sums = {key: saved for key, saved in state["sums"].items() if "value" in saved}
             else:
                 self._log_again(state["sums"])
-            trainer.callback_metrics.update({name: torch.tensor(v) for name, v in state["validation"].items()})
+            trainer.callback_metrics.update({name: torch.tensor(v) for name, v in state["last"].items()})
         _set_generators(state["generators"], self._module.device)
 
     def join_sums(self) -> None:
@@ -118,6 +121,54 @@ class RunState:
             self._made.append(key)
 
 
+class ResumeWhole(Callback):
+    """Let a resumed run end as the uninterrupted one would: the same random numbers, and the whole log of its epoch.
+
+    Lightning keeps weights, optimizers and its place in the loop, but no random generators, on which dropout depends,
+    and nothing of what was logged since the epoch began: after a resume in mid-epoch its means are those of the rest.
+    This callback keeps both in the checkpoint, for each process. The tasks of this package do so by themselves. The
+    batches are up to the loader: see ResumableDataLoader.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._state: RunState | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        keeps_its_own = any(isinstance(value, RunState) for value in vars(pl_module).values())
+        self._state = None if keeps_its_own else RunState(pl_module)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._state is not None:
+            self._state.save(checkpoint)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._state is not None:
+            self._state.load(checkpoint)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._state is not None:
+            self._state.start()
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._state is not None:
+            self._state.begin_epoch()
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if self._state is not None:
+            self._state.join_sums()
+
+
 def skip_finished_epoch(trainer: pl.Trainer) -> None:
     """Let a run go on with the beginning of an epoch where its checkpoint is from the last step of the one before.
 
@@ -128,19 +179,34 @@ def skip_finished_epoch(trainer: pl.Trainer) -> None:
     progress: Any = loop.epoch_progress.current
     if loop.restarted_mid_epoch and progress.processed >= progress.ready:
         loop.reset_restart_stage()
-        rank_zero_warn(
-            f"The checkpoint is from the last step of epoch {progress.processed - 1}, in front of its validation: "
-            "Lightning goes on with the next epoch, and what callbacks do at the end of that one is left out. "
-            "Checkpoints that are saved behind the validation, or at other steps, lose nothing."
-        )
+        where = f"the last step of epoch {progress.processed - 1}"
+        left_out = "the rest of that epoch: its validation, and what callbacks do at its end"
+    elif (
+        loop.restarted_mid_epoch
+        and loop.epoch_loop.restarted_on_train_batch_end
+        and trainer.enable_validation
+        and (loop.batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0
+    ):
+        where, left_out = f"step {loop.batch_idx + 1} of epoch {progress.ready - 1}", "the validation that is due there"
+    else:
+        return
+    rank_zero_warn(
+        f"The checkpoint is from {where}, in front of a validation, and Lightning leaves out {left_out}. Checkpoints "
+        "that are saved behind the validation, or at other steps, lose nothing."
+    )
 
 
 def _logged(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return what was logged in the epoch so far: sums by Lightning's key, and the scores of its validation."""
+    """Return what was logged in the epoch so far: sums by Lightning's key, and what has one value by its name."""
     sums: dict[str, Any] = {}
+    last: dict[str, float] = {}
     for key, result in trainer.fit_loop.epoch_loop._results.items():
         meta = result.meta
-        if not meta.on_epoch or result.has_reset:
+        if result.has_reset:
+            continue
+        if not meta.on_epoch:
+            if result.is_tensor:
+                last[meta.name] = float(result.value)
             continue
         names = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx", "metric_attribute")
         how = {name: getattr(meta, name) for name in names}
@@ -155,15 +221,14 @@ def _logged(trainer: pl.Trainer) -> dict[str, Any]:
                 values = {name: value.detach().cpu().clone() for name, value in state.items()}
                 sums[key] = {"log": how, "count": result.value._update_count, "values": values}
     validation = trainer.fit_loop.epoch_loop.val_loop
-    scores: dict[str, float] = {}
     if validation.batch_progress.total.ready:  # counted anew in each epoch
         for result in validation._results.values():
             meta = result.meta
             by_loader = meta.add_dataloader_idx and meta.dataloader_idx is not None
             name = f"{meta.name}/dataloader_idx_{meta.dataloader_idx}" if by_loader else meta.name
             if name in trainer.callback_metrics:
-                scores[name] = float(trainer.callback_metrics[name])
-    return {"sums": sums, "validation": scores}
+                last[name] = float(trainer.callback_metrics[name])
+    return {"sums": sums, "last": last}
 
 
 def _set_metric(metric: Any, saved: dict[str, Any]) -> None:

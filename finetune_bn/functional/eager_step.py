@@ -1,0 +1,153 @@
+"""BN with fixed statistics in an eager training step: the numbers of `frozen_batch_norm` with less work on the host.
+
+With small batches a GPU waits for Python and for launches. So what backward needs of constants is made once, and an
+autograd function is called without what only a compiler, a tracer or a transform of `torch.func` needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune_bn.functional.frozen import at_least_float32, frozen_batch_norm, scale_of
+
+
+class Constants:
+    """What is fixed in a layer, with what backward needs of it: made once, and anew where a tensor was written to.
+
+    Backward works with copies, so that a write to the buffers between forward and backward (DDP broadcasts them) does
+    not invalidate it. "Written to" is what autograd's version counters tell: `load_state_dict`, a recalibration, an
+    average that copies into the tensors of a state dict; also a tensor put in place of another, by `.to()` or by hand.
+
+    Attributes:
+        mean: copy of the mean, [C].
+        var: copy of the variance, [C].
+        zero: a mean of 0, [C].
+        offset: -mean / sqrt(var + eps), [C], float32 or higher; None where it is 0.
+    """
+
+    mean: Tensor
+    var: Tensor
+    zero: Tensor
+    offset: Tensor | None
+
+    def __init__(self) -> None:
+        self._statistics = _Seen()
+        self._of_scale = _Seen()
+        self._scale: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    def of(self, mean: Tensor, var: Tensor, eps: float) -> Constants:
+        """Return what is known of these statistics."""
+        if not self._statistics.unchanged(eps, mean, var):
+            with torch.no_grad():
+                self.mean, self.var, self.zero = mean.clone(), var.clone(), torch.zeros_like(mean)
+                known = not mean.is_meta and not mean.any()
+                self.offset = None if known else -at_least_float32(mean) * scale_of(None, var, eps)
+        return self
+
+    def scale(self, weight: Tensor | None, var: Tensor, eps: float, dtype: torch.dtype, dims: int) -> Tensor:
+        """Return the scale of a layer whose weight is not trained, [C, 1, ...] to multiply [N, C, ...] with."""
+        if not self._of_scale.unchanged(eps, var, weight):
+            self._scale.clear()
+        found = self._scale.get((dtype, dims))
+        if found is None:
+            with torch.no_grad():
+                found = scale_of(weight, var, eps).to(dtype).view(-1, *[1] * (dims - 2))
+            self._scale[dtype, dims] = found
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Constants:
+        return Constants()  # the copy's tensors are others
+
+    def __reduce__(self) -> tuple[type[Constants], tuple[()]]:
+        return Constants, ()
+
+
+class _Seen:
+    """Tells whether two tensors are those of the last time, and nobody has written to them."""
+
+    def __init__(self) -> None:
+        self._eps, self._tensors, self._states = -1.0, (None, None), ((-1, 0), (-1, 0))
+
+    def unchanged(self, eps: float, one: Tensor, two: Tensor | None) -> bool:
+        states = (one._version, one.data_ptr()), (-1, 0) if two is None else (two._version, two.data_ptr())
+        before = self._tensors
+        if one is before[0] and two is before[1] and states == self._states and eps == self._eps:
+            return True
+        self._eps, self._tensors, self._states = eps, (one, two), states  # type: ignore[assignment]
+        return False
+
+
+def plain_step() -> bool:
+    """Tell whether this is a step of eager reverse-mode autograd: no compiler, tracer, transform or forward mode."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return `function.apply` without what transforms of `torch.func` need; for use in a `plain_step`."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return, misc]
+
+
+def batch_norm_in_step(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    constants: Constants,
+) -> Tensor:
+    """Return `frozen_batch_norm` of the same tensors for a layer that has `constants` of its own."""
+    if not torch.is_grad_enabled() or not plain_step() or running_var.is_inference():
+        return frozen_batch_norm(x, running_mean, running_var, weight, bias, eps)
+    cudnn = torch.backends.cudnn.enabled
+    if weight is not None and weight.requires_grad:
+        # PyTorch's own backward, but for one image, whose gradient may come in strides that its CPU kernel gets wrong.
+        if len(x) < 2 and not x.is_cuda:
+            return frozen_batch_norm(x, running_mean, running_var, weight, bias, eps)
+        known = constants.of(running_mean, running_var, eps)
+        return torch.batch_norm(x, weight, bias, known.mean, known.var, False, 0.0, eps, cudnn)
+    if not x.requires_grad and (bias is None or not bias.requires_grad):
+        return torch.batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, cudnn)
+    scale = constants.scale(weight, running_var, eps, x.dtype, x.dim())
+    return _apply_constant(x, bias, scale, running_mean, running_var, weight, eps, cudnn)  # type: ignore[no-any-return]
+
+
+class _ConstantScale(torch.autograd.Function):
+    """Eval-mode BN whose scale is not trained: backward keeps the scale and no activation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        cudnn: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return torch.batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, cudnn)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_bias, *_ = ctx.needs_input_grad
+        of_bias = None
+        if need_bias:
+            wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+            of_bias = grad.sum([d for d in range(grad.dim()) if d != 1], dtype=wide).to(ctx.bias_dtype)
+        return grad * ctx.saved_tensors[0] if need_x else None, of_bias, None, None, None, None, None, None
+
+
+_apply_constant = direct_apply(_ConstantScale)

@@ -1,0 +1,114 @@
+"""Four images tell whether batches may be cut and passes may stand side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune_bn.layers.statistics import statistics_of
+from finetune_bn.recalibration.measured_layer import MeasuredLayer
+from finetune_bn.recalibration.rehearsal import Findings, Rehearsal
+from finetune_bn.utilities.batches import Chunk, Feeder
+from finetune_bn.utilities.lockstep import caller_settings
+from finetune_bn.utilities.module_state import ModuleState
+from tests.models import Plain, settle
+from tests.stateful_nets import TSM, Bag, SkipsInAttributes, SkipsInHooks, TimeFirst, images
+
+CPU = torch.device("cpu")
+
+
+def look(model: nn.Module, batches: list[Tensor], keep: bool | None = None, side_by_side: bool = True) -> Findings:
+    model.eval()
+    layers = [
+        MeasuredLayer(name, m, statistics_of(m))
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))
+    ]
+    feeder = Feeder(model, None, None, bool(keep))
+    chunks: list[Chunk] = [feeder.chunk(batch, number) for number, batch in enumerate(batches)]
+    rehearsal = Rehearsal(layers, feeder, ModuleState(model), caller_settings(CPU))
+    return rehearsal.look(chunks, keep=keep, side_by_side=side_by_side)
+
+
+class Recorder(nn.Module):
+    """Counts how many images go through it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.seen = 0
+        self.register_forward_pre_hook(self.count)
+
+    def count(self, module: nn.Module, args: Any) -> None:
+        Recorder.total += len(args[0])
+
+    total = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (4,), (2, 2), (1, 1), (3,), (2,), (16, 1)])
+def test_a_plain_network_is_cut_and_its_passes_stand_side_by_side(sizes: tuple[int, ...]) -> None:
+    assert look(settle(Plain()), list(images(sum(sizes)).split(sizes))) == Findings()
+
+
+def test_it_costs_twelve_images() -> None:
+    Recorder.total = 0
+    look(Recorder(settle(Plain())), list(images(64).split(32)))
+    assert Recorder.total == 12
+
+
+def test_what_is_kept_between_layers_is_found_and_where() -> None:
+    torch.manual_seed(0)
+    assert look(SkipsInAttributes(), list(images(16).split(8))) == Findings(
+        passes_mix=True, kept_in=("skip_image", "skip_first")
+    )
+    found = look(SkipsInHooks(), list(images(16).split(8)))
+    assert found.passes_mix
+    assert found.kept_outside
+    assert not look(SkipsInAttributes(), list(images(16).split(8)), side_by_side=False).passes_mix
+
+
+@pytest.mark.parametrize(
+    ("model", "batches"),
+    [
+        (TSM(5), list(images(20).split(10))),
+        (TSM(3), [images(6)]),
+        (Bag(), [torch.randn(9, 8)]),
+        (TimeFirst(), [torch.randn(9, 3, 4), torch.randn(7, 3, 4)]),
+    ],
+    ids=["clips", "one batch of clips", "a bag", "time first"],
+)
+def test_batches_that_cannot_be_cut_are_found_and_kept_ones_are_not_looked_at(model: Any, batches: Any) -> None:
+    assert look(model, batches) == Findings(parts_differ=True)
+    assert look(model, batches, keep=True) == Findings()
+
+
+class Rows(nn.Module):
+    """[N, time, 8] to rows in the order of time: the same values in another order are no other values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.bn = nn.Linear(8, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.lin(x.transpose(0, 1).flatten(0, 1)))
+
+
+def test_rows_in_another_order_are_no_difference() -> None:
+    assert look(Rows(), [torch.randn(8, 5, 8)]) == Findings()
+
+
+def test_a_model_that_fails_on_a_whole_batch_says_so_itself() -> None:
+    with pytest.raises(RuntimeError, match="shape"):
+        look(TSM(5), [torch.randn(8, 3, 8, 8)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_rounding_is_no_difference(dtype: torch.dtype) -> None:
+    model = settle(Plain()).to(dtype)
+    assert look(model, [images(8).to(dtype)]) == Findings()
