@@ -25,6 +25,7 @@ from finetune_bn.conversion.policies import (
     Stochastic,
     ToGroupNorm,
 )
+from finetune_bn.conversion.private import make_private
 from finetune_bn.diagnosis.leakage import Leakage, measure_leakage
 from finetune_bn.diagnosis.memory import LayerMemory, MemoryReport, memory_report
 from finetune_bn.diagnosis.status import LayerStatus, Status, status
@@ -70,6 +71,7 @@ __all__ = [
     # training
     "limit_steps",
     "train_only",
+    "make_private",
     "save_trained",
     "apply_trained",
     "remove_trained",

@@ -28,6 +28,7 @@ from finetune_bn.conversion.convert import convert, revert
 from finetune_bn.conversion.from_state import policy_in_state
 from finetune_bn.conversion.plan import Plan, may_fold, plan
 from finetune_bn.conversion.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, ToGroupNorm, check_policy
+from finetune_bn.conversion.remedies import about_kept, about_new
 from finetune_bn.diagnosis.collapse import CollapseWatch
 from finetune_bn.diagnosis.status import status
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, complaint
@@ -107,6 +108,9 @@ class BatchNormConversion(Callback):
         self._started(pl_module)
         self._check_layers(pl_module)
         policies = [row.policy for row in self.plan.rows] if self.plan is not None else []
+        if self.plan is not None:  # the weights are loaded by now
+            for line in about_new(self.target(pl_module), self.plan, self.policy):
+                rank_zero_warn(f"BatchNormConversion: {line}")
         wanted = any(isinstance(policy, ToGroupNorm) and policy.init == "sequential" for policy in policies)
         names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]
         if wanted and "GroupNormCalibration" not in names:
@@ -244,6 +248,8 @@ class BatchNormConversion(Callback):
         for row in the_plan.rows:
             if row.policy is None:
                 rank_zero_warn(f"BatchNormConversion: {' = '.join(row.names)} ({row.kind}) {row.reason}.")
+        for line in about_kept(self.target(pl_module), the_plan, self.policy):
+            rank_zero_warn(f"BatchNormConversion: {line}")
 
     def _replay(
         self, checkpoint: dict[str, Any], trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str

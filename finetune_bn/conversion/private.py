@@ -122,11 +122,11 @@ class _Rewritten:
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self._modes.append(_OutOfPlace())
-        self._modes[-1].__enter__()
+        self._modes[-1].__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._modes:
-            self._modes.pop().__exit__(None, None, None)
+            self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 def _teach_opacus() -> None:

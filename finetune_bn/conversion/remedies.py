@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -23,40 +23,53 @@ def warnings_of(model: nn.Module, the_plan: Plan, policy: Policy) -> list[str]:
         the_plan: what `plan(model, policy)` returned.
         policy: the policy.
     """
-    lines = []
+    return [*about_kept(model, the_plan, policy), *about_new(model, the_plan, policy), *about_others(model, the_plan)]
+
+
+def about_kept(model: nn.Module, the_plan: Plan, policy: Policy) -> Iterator[str]:
+    """Yield a sentence on the new layers that stay live, if there are any; see `warnings_of`."""
     sites = {site.names[0]: site for site in find_batch_norms(model)}
     rows = [row for row in the_plan.rows if row.names[0] in sites]
     kept = [row.names[0] for row in rows if row.reason.startswith(NEW_KEPT)]
     if kept:
         patterns = patterns_for(kept, list(sites))
         frozen, spared = ([*((name, what) for name in patterns), ("*", policy)] for what in (policy, Keep()))
-        lines.append(
+        yield (
             f"{len(kept)} of {len(rows)} BatchNorm layers have seen no data (mean 0, variance 1) and stay live, as "
             f"there is nothing to freeze them at: {shortened(kept)}. To say so: {as_rules(spared)}, in a config "
             f"{as_yaml(spared)}. To freeze them all the same: {as_rules(frozen[-1:])}."
         )
+
+
+def about_new(model: nn.Module, the_plan: Plan, policy: Policy) -> Iterator[str]:
+    """Yield a sentence on the layers that are frozen as they are made, if there are any; see `warnings_of`."""
+    sites = {site.names[0]: site for site in find_batch_norms(model)}
+    rows = [row for row in the_plan.rows if row.names[0] in sites]
     by_policy = {row.names[0]: row.policy for row in rows if isinstance(row.policy, Freeze)}
     new = [name for name in by_policy if is_new(sites[name].module)]
     if new and set(new) <= new_beside_pretrained(list(sites.values())):
         pairs = [(name, Keep()) for name in patterns_for(new, list(sites))]
         given = [(rule.name, rule.policy) for rule in getattr(policy, "rules", ()) if rule.name is not None]
-        lines.append(
+        yield (
             f"{len(new)} of {len(rows)} BatchNorm layers are frozen as they are made, at mean 0 and variance 1, beside "
             f"pretrained ones: {shortened(new)}. If their weights are not loaded yet, all is well; if they are new, "
             f"keep them: {as_rules([*pairs, *given])}, in a config {as_yaml([*pairs, *given])}."
         )
     elif new:
-        lines.append(
+        yield (
             f"every layer that is frozen ({len(new)}) has the statistics of a new one (mean 0, variance 1): load the "
             "pretrained weights, before or now."
         )
+
+
+def about_others(model: nn.Module, the_plan: Plan) -> Iterator[str]:
+    """Yield a sentence on each kind of layer that is no BatchNorm of torch's; see `warnings_of`."""
     alone = [(row, dict(model.named_modules()).get(row.names[0])) for row in the_plan.rows if row.policy is None]
     strange = [row for row, module in alone if module is not None and not is_batch_norm(module)]
     reasons = Counter(row.reason.removeprefix("left alone: ") for row in strange)
     for reason, number in reasons.most_common(3):
         some = [row.names[0] or "(root)" for row in strange if row.reason.endswith(reason)]
-        lines.append(f"{number} layers are left alone ({shortened(some)}): each {reason}.")
-    return lines
+        yield f"{number} layers are left alone ({shortened(some)}): each {reason}."
 
 
 def way_out(model: nn.Module, rows: Sequence[PlanRow], layers: Sequence[nn.Module], refused: Sequence[str]) -> str:
