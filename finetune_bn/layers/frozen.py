@@ -75,7 +75,6 @@ class FrozenBatchNorm(nn.Module):
 
     _version = 2  # as BatchNorm's: from version 2 on a state dict holds num_batches_tracked
     track_running_stats = True
-    fold: FoldMode = "auto"  # whether backward is shared with the convolution in front, see shared_backward.py
     __jit_unused_properties__ = ["affine", "has_source_statistics"]  # noqa: RUF012 (torch.jit looks for a list)
     if TYPE_CHECKING:  # torch.jit.script reads a class's annotations, and cannot read them as strings
         weight: Tensor
@@ -83,6 +82,9 @@ class FrozenBatchNorm(nn.Module):
         running_mean: Tensor
         running_var: Tensor
         num_batches_tracked: Tensor
+        fold: FoldMode
+    else:
+        fold = "auto"  # whether backward is shared with the convolution in front, see shared_backward.py
 
     def __init__(
         self,
