@@ -9,6 +9,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +34,28 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(face, name)
     return value
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds the modules that the README of version 0.1 taught; their names are on the face now."""
+
+    names = frozenset(f"{__name__}.{name}" for name in ("samplers", "step_limit", "leakage"))
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in self.names else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        text = f"{module.__name__} is gone since version 0.2: import its names from {__name__}"
+        warnings.warn(text, FutureWarning, stacklevel=2)
+        module.__getattr__ = __getattr__  # type: ignore[method-assign]
+
+
+sys.meta_path.append(_Moved())
 
 
 def __dir__() -> list[str]:

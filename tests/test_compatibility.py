@@ -11,6 +11,7 @@ import gzip
 import importlib
 import json
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,17 @@ def test_old_class_paths_in_a_config_are_understood(path: str, capsys: pytest.Ca
     main(["plan", "--config", "config.yaml"])
     assert capsys.readouterr().out.startswith("ImageClassification: ")
     assert BatchNormConversion.__module__.startswith("finetune_bn.callbacks")
+
+
+def test_modules_that_the_readme_of_version_0_1_taught_still_hand_out_their_names() -> None:
+    code = (
+        "from finetune_bn.step_limit import limit_steps\n"
+        "from finetune_bn.samplers import PKBatchSampler, ResumableDataLoader\n"
+        "from finetune_bn.leakage import measure_leakage\n"
+        "import finetune_bn as fbn\n"
+        "assert limit_steps is fbn.limit_steps and PKBatchSampler is fbn.PKBatchSampler\n"
+        "try:\n    from finetune_bn.samplers import nothing\nexcept ImportError:\n    print('fine')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["fine"], done.stderr
+    assert done.stderr.count("FutureWarning: finetune_bn.") == 3

@@ -183,6 +183,8 @@ def test_every_command_of_a_page_is_one_that_there_is(
                 words = ["finetune-bn", *words[words.index("finetune_bn.cli") + 1 :]]
             if words[:2] in (["finetune-bn", "configs"], ["finetune-bn", "init"]):
                 assert_runs(words[1:], tmp_path)
+            elif words[:3] == ["finetune-bn", "predict", "--model"]:
+                assert_reaches_the_model_file(words[1:])
             elif words[0] == "finetune-bn":
                 assert_parses(words[1:])
             elif words[0] == "make":
@@ -214,6 +216,14 @@ def assert_runs(arguments: list[str], folder: Path) -> None:
     finally:
         os.chdir(here)
     assert output.getvalue()
+
+
+def assert_reaches_the_model_file(arguments: list[str]) -> None:
+    """Assert that all is well with the arguments but that the file which they name is not there."""
+    from finetune_bn.cli import main
+
+    with pytest.raises(SystemExit, match=f"got '{arguments[2]}'"):
+        main(arguments)
 
 
 _parsed: set[tuple[str, ...]] = set()

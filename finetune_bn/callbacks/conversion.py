@@ -23,7 +23,7 @@ from finetune_bn.callbacks.conversion_checks import (
     unheld,
 )
 from finetune_bn.callbacks.intercept import intercept
-from finetune_bn.callbacks.lightning_names import overrides
+from finetune_bn.callbacks.lightning_names import SHARDED, is_a, overrides
 from finetune_bn.conversion.convert import convert, revert
 from finetune_bn.conversion.from_state import policy_in_state
 from finetune_bn.conversion.plan import Plan, may_fold, plan
@@ -125,7 +125,9 @@ class BatchNormConversion(Callback):
                 f"BatchNormConversion: {_some(missing)} of the plan are no longer in the network: layers were taken "
                 "out after they were converted."
             )
-        forgotten = unheld(self.target(pl_module), self.plan, trainer.optimizers)
+        # Strategies that shard hand the optimizer tensors of their own.
+        optimizers = [] if is_a(trainer.strategy, SHARDED) else trainer.optimizers
+        forgotten = unheld(self.target(pl_module), self.plan, optimizers)
         if forgotten:
             rank_zero_warn(
                 f"BatchNormConversion: {len(forgotten)} trainable tensors of converted layers are in no optimizer and "

@@ -48,8 +48,9 @@ def gone(target: nn.Module, the_plan: Plan) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    """Return a name without what `torch.compile` puts into it."""
-    return name.replace("_orig_mod.", "")
+    """Return a name without what `torch.compile`, FSDP and checkpoint wrappers put into it."""
+    wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def _is_carried_out(policy: Policy | None, layer: nn.Module) -> bool:

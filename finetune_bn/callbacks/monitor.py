@@ -18,7 +18,7 @@ from finetune_bn.callbacks.lightning_names import logged_step
 from finetune_bn.callbacks.module import check_whole_network, part_of
 from finetune_bn.diagnosis.advice import Look, advise, fisher
 from finetune_bn.diagnosis.inspector import Inspector, LayerLook, layer_inputs
-from finetune_bn.diagnosis.leakage import Leakage, _moved, measure_leakage
+from finetune_bn.diagnosis.leakage import Leakage, measure_leakage, moved
 from finetune_bn.diagnosis.network_call import NetworkCall
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.functional.moments import accumulator
@@ -367,7 +367,7 @@ def _gap(in_eval: Any, in_training: Any, images: int) -> float | None:
     """Return the largest distance between outputs with a row an image; None where there are none."""
     pairs = zip(tensors_in(in_eval), tensors_in(in_training), strict=False)
     gaps = [
-        _moved(a.flatten(1).to(accumulator(a)), b.flatten(1).to(accumulator(b)))
+        moved(a.flatten(1).to(accumulator(a)), b.flatten(1).to(accumulator(b)))
         for a, b in pairs
         if a.shape == b.shape and a.dim() and len(a) == images and a.is_floating_point()
     ]

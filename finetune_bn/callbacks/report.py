@@ -225,13 +225,13 @@ class FinetuneReport(Callback):
         layers = batch_norm(trainer, pl_module)
         facts = {
             "classes": recipe.num_classes if recipe else None,
-            "epochs": len(self.history) or None,
+            "epoch" if len(self.history) == 1 else "epochs": len(self.history) or None,
             "images a batch": getattr(datamodule, "batch_size", None),
         }
         lr = pl_module.hparams.get("lr")
         how = [
             f"BatchNorm: {layers.partition('; ')[0]}",
-            *(f"{value} {what}" for what, value in facts.items() if value is not None),
+            *(f"{n} {what}" for what, n in facts.items() if n is not None),
         ]
         relative = None if checkpoint is None else Path(os.path.relpath(checkpoint, self._folder)).as_posix()
         what = f"{recipe.name if recipe else type(pl_module).__name__} {'fine-tuned' if self.history else 'tested'}"

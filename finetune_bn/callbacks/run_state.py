@@ -5,6 +5,7 @@ Private names of Lightning (seen in 2.6): `fit_loop.epoch_loop._results` holds w
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from typing import Any
@@ -178,11 +179,21 @@ def skip_finished_epoch(trainer: pl.Trainer) -> None:
     progress: Any = loop.epoch_progress.current
     if loop.restarted_mid_epoch and progress.processed >= progress.ready:
         loop.reset_restart_stage()
-        rank_zero_warn(
-            f"The checkpoint is from the last step of epoch {progress.processed - 1}, in front of its validation: "
-            "Lightning goes on with the next epoch, and what callbacks do at the end of that one is left out. "
-            "Checkpoints that are saved behind the validation, or at other steps, lose nothing."
-        )
+        where = f"the last step of epoch {progress.processed - 1}"
+        left_out = "the rest of that epoch: its validation, and what callbacks do at its end"
+    elif (
+        loop.restarted_mid_epoch
+        and loop.epoch_loop.restarted_on_train_batch_end
+        and trainer.enable_validation
+        and (loop.batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0
+    ):
+        where, left_out = f"step {loop.batch_idx + 1} of epoch {progress.ready - 1}", "the validation that is due there"
+    else:
+        return
+    rank_zero_warn(
+        f"The checkpoint is from {where}, in front of a validation, and Lightning leaves out {left_out}. Checkpoints "
+        "that are saved behind the validation, or at other steps, lose nothing."
+    )
 
 
 def _logged(trainer: pl.Trainer) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from finetune_bn.layers.group_norm import GroupNorm, number_of_groups
 from finetune_bn.layers.sites import BatchNormSite, find_batch_norms, find_lookalikes, positions_at, timm_stages
 from finetune_bn.layers.tracking import TrackingBatchNorm
 from finetune_bn.utilities.probe import can_run, find_probes
+
+log = logging.getLogger("finetune_bn")
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,6 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
 
     Raises:
         NoBatchNormMatched: the model has no BatchNorm, or a rule applies to no layer.
-        UnsupportedLayer: `fold="always"`, and not one layer can be folded.
         FinetuneBNError: the model, the policy or the example input is none.
     """
     check_model(model)
@@ -201,7 +203,7 @@ def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: 
         for site, rule in zip(sites, choices, strict=True)
     ]
     if feeds:
-        _check_always(rows)
+        _tell_always(rows)
     for name, module in find_lookalikes(model):
         why = f"left alone: {type(module).__module__}.{type(module).__name__} is no torch BatchNorm"
         rows.append(PlanRow((name,), type(module).__name__, 0, None, why))
@@ -305,22 +307,16 @@ def may_fold(policy: Policy) -> bool:
     return "weight" in LEARNABLE[policy.affine]
 
 
-def _check_always(rows: Sequence[PlanRow]) -> None:
+def _tell_always(rows: Sequence[PlanRow]) -> None:
+    """Warn where sharing was asked for wherever it can be, and it can be nowhere."""
     asked = [
         row
         for row in rows
         if isinstance(row.policy, Freeze) and row.policy.fold == "always" and may_fold(row.policy) and not row.refused
     ]
     if asked and not any(row.folded_into for row in asked):
-        reasons = Counter(row.not_folded for row in asked).most_common(3)
-        raise UnsupportedLayer(
-            complaint(
-                "fold",
-                "always",
-                "'auto' or 'never', as none of these layers can be folded",
-                f"Reasons: {', '.join(f'{n} x {why}' for why, n in reasons)}.",
-            )
-        )
+        reasons = ", ".join(f"{n} x {why}" for why, n in Counter(row.not_folded for row in asked).most_common(3))
+        log.warning("fold='always' changes nothing: not one layer can share the backward pass (%s)", reasons)
 
 
 def _is_lonely(site: BatchNormSite, policy: Policy) -> bool:

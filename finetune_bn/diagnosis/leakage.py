@@ -103,10 +103,10 @@ def measure_leakage(
     with quietly(model), _as_in_training([site.module for site in sites]):
         two = _run(feeder, second, sites, kept)
     rows = [
-        LayerLeakage(sites[number].names, sites[number].kind, _moved(output, two.layers[number]))
+        LayerLeakage(sites[number].names, sites[number].kind, moved(output, two.layers[number]))
         for number, output in one.layers.items()
     ]
-    total = max(_moved(a, b) for a, b in zip(one.outputs, two.outputs, strict=True))
+    total = max(moved(a, b) for a, b in zip(one.outputs, two.outputs, strict=True))
     return Leakage(total, kept, len(first), tuple(rows))
 
 
@@ -170,7 +170,7 @@ def _rows(output: Tensor, kept: int) -> Tensor:
     return output[:kept].detach().flatten(1).to(accumulator(output), copy=True)
 
 
-def _moved(one: Tensor, two: Tensor) -> float:
+def moved(one: Tensor, two: Tensor) -> float:
     """Return the root mean square distance between rows, relative to that between two different rows of `one`."""
     if torch.equal(one, two):
         return 0.0

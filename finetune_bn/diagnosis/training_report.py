@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from finetune_bn.diagnosis.figures import (
-    History,
-    confusion_matrix,
-    curve_names,
-    domain_bars,
-    learning_curves,
-    to_json,
-)
+from finetune_bn.diagnosis.figures import History, to_json
 from finetune_bn.diagnosis.loading_code import use_code
 from finetune_bn.diagnosis.page import (
     html_code,
@@ -28,8 +21,9 @@ from finetune_bn.diagnosis.page import (
     html_text,
     html_verdict,
 )
-from finetune_bn.diagnosis.rendering import FONT, INK, fonts, new_figure, png, svg
+from finetune_bn.diagnosis.rendering import png
 from finetune_bn.diagnosis.status import Status
+from finetune_bn.diagnosis.training_figures import Drawn, panels, slide
 from finetune_bn.utilities.files import write_atomically
 
 CLASSES_SHOWN = 50
@@ -128,25 +122,8 @@ class TrainingReport:
 
     def figure(self) -> Any:
         """Return a `matplotlib.figure.Figure` for a slide, with those panels for which there is something to draw."""
-        with fonts():
-            return self._figure()
-
-    def _figure(self) -> Any:
-        curves, accuracies = self._curves(), self._accuracies()
-        columns = max(1, len(curves))
-        rows = ([curves] if curves else []) + ([["domains"] * columns] if accuracies else [])
-        figure, left, right = _titled_figure(self, len(rows), columns)
-        if rows:
-            axes = left.subplot_mosaic(rows, height_ratios=[3, 2] if len(rows) == 2 else None)
-            for word in curves:
-                learning_curves(axes[word], self.history, word)
-            if accuracies:
-                domain_bars(axes["domains"], accuracies, None if self.overall is None else self.overall.accuracy)
-        if self.confusion is not None:
-            confusion_matrix(right.subplots(), self.confusion, self.class_names)
-        if not rows and self.confusion is None:
-            left.text(0.5, 0.5, "No loss and no accuracy was logged.", ha="center", fontsize=FONT)
-        return figure
+        title = f"DIVERGED: {self.title}" if self.diverged else self.title
+        return slide(title, self.subtitle, self._drawn())
 
     def page(self) -> str:
         """Return the HTML page, with the figures in it."""
@@ -157,7 +134,7 @@ class TrainingReport:
                 ("", self._verdict()),
                 ("Wrong", html_list([*filter(None, [self.diverged]), *self.errors], "error")),
                 ("Test accuracy", self._results_table()),
-                ("", html_figures(self._figures())),
+                ("", html_figures(panels(self._drawn()))),
                 ("BatchNorm layers", self._layers()),
                 ("Use it", html_code(use_code(self.model_file)) + paths if self.model_file else ""),
                 ("Load it into plain timm", html_code(self.loading_code) + paths if self.loading_code else ""),
@@ -183,11 +160,10 @@ class TrainingReport:
         shown = {name: cells for name, cells in columns.items() if any(cells)}
         return list(shown), [list(cells) for cells in zip(*shown.values(), strict=True)]
 
-    def _curves(self) -> list[str]:
-        return [word for word in ("loss", "acc") if curve_names(self.history, word)]
-
-    def _accuracies(self) -> dict[str, float]:
-        return {result.domain: result.accuracy for result in self.results if result.accuracy is not None}
+    def _drawn(self) -> Drawn:
+        accuracies = {result.domain: result.accuracy for result in self.results if result.accuracy is not None}
+        overall = None if self.overall is None else self.overall.accuracy
+        return Drawn(self.history, accuracies, overall, self.confusion, self.class_names)
 
     def _verdict(self) -> str:
         overall = self.overall or (self.results[0] if len(self.results) == 1 else None)
@@ -196,33 +172,14 @@ class TrainingReport:
         if self.diverged:
             after = f"; {tested}, by a network that is of no use" if tested else ""
             return html_verdict("Diverged", f"not a result{after}", "bad")
+        kind = "bad" if self.errors else "good"
+        recall = self.test_metrics.get("test_recall_at_1")
+        if accuracy is None and recall is not None and math.isfinite(recall):
+            return html_verdict(_share(recall), "of the test images have one of their label as the nearest", kind)
         if accuracy is None or overall is None:
             return ""
         of = f"of {overall.images:,} test images right" if overall.images else "of the test images right"
-        return html_verdict(_share(accuracy), of, "bad" if self.errors else "good")
-
-    def _figures(self) -> Iterator[tuple[str, str, float, bool]]:
-        """Yield each panel as a figure of its own, which a phone shows at full width."""
-
-        def panel(name: str, draw: Callable[[Any], None], width: float = 5.6, height: float = 3.6) -> str:
-            with fonts():
-                figure = new_figure(width, height)
-                draw(figure.subplots())
-                return svg(figure, name)
-
-        for word in self._curves():
-            names = ", ".join(curve_names(self.history, word))
-            drawn = panel(word, lambda axes, word=word: learning_curves(axes, self.history, word))  # type: ignore[misc]
-            yield drawn, f"{word} over the epochs: {names}; the numbers are in the table epoch by epoch", 5.6, False
-        accuracies, overall = self._accuracies(), None if self.overall is None else self.overall.accuracy
-        if len(accuracies) > 1:
-            height = 1.4 + 0.36 * len(accuracies)
-            drawn = panel("domains", lambda axes: domain_bars(axes, accuracies, overall), 5.6, height)
-            yield drawn, "test accuracy of each domain; the numbers are in the table of test accuracy", 5.6, False
-        if self.confusion is not None:
-            counts, side = self.confusion, 4.2 + 0.28 * min(60, len(self.class_names))
-            drawn = panel("confusion", lambda axes: confusion_matrix(axes, counts, self.class_names), side + 1, side)
-            yield drawn, "confusion matrix; the worst classes are in the table of classes", side + 1, True
+        return html_verdict(_share(accuracy), of, kind)
 
     def _layers(self) -> str:
         line = html_text(self.batch_norm) if self.batch_norm else ""
@@ -274,27 +231,6 @@ class TrainingReport:
             [_text(record.get("epoch"), ".0f"), *(_metric(record, name) for name in names)] for record in self.history
         ]
         return html_table(["epoch (from 0)", *names], rows) if names else ""
-
-
-def _titled_figure(report: TrainingReport, rows: int, columns: int) -> tuple[Any, Any, Any]:
-    """Return a figure with its title, its part for small panels, and its part for the confusion matrix."""
-    head, height, width = 0.8, (2.2, 3.8, 7.3)[rows], max(7.0, 4.6 * columns)
-    matrix = 0.0
-    if report.confusion is not None:
-        # More classes get more room, which on a slide makes all letters smaller.
-        height = 7.3 * (1 + min(0.4, max(0, len(report.class_names) - 12) / 40))
-        matrix = height + 1.1
-        width = max(3.4 * columns, 4.6) * height / 7.3 if rows else 0.0
-    figure = new_figure(width + matrix, head + height)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    top, body = figure.subfigures(2, 1, height_ratios=[head, height])
-    place = {"x": 0.15 / (width + matrix), "ha": "left", "va": "top", "parse_math": False}
-    title = f"DIVERGED: {report.title}" if report.diverged else report.title
-    top.text(y=0.8, s=title, fontsize=1.5 * FONT, fontweight="bold", color=INK, **place)
-    top.text(y=0.35, s=report.subtitle, fontsize=FONT, color="#555555", **place)
-    if width and matrix:
-        return figure, *body.subfigures(1, 2, width_ratios=[width, matrix])
-    return figure, body, body
 
 
 def _share(share: float | None) -> str:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion, StepLimit
-from finetune_bn.callbacks.conversion_checks import pending
+from finetune_bn.callbacks.conversion_checks import gone, pending
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched
 from finetune_bn.layers import FrozenBatchNorm
 from finetune_bn.utilities.probe import find_probes
@@ -141,6 +142,10 @@ def test_sync_batchnorm_of_live_layers_is_no_change_of_the_plan() -> None:
     the_plan = fbn.plan(make_net(), policy, probe=False)
     net = fbn.convert(make_net(), the_plan, verify=False)
     assert pending(make_net(), the_plan, policy) == ["4"]
+    wrapped = nn.ModuleDict({name: checkpoint_wrapper(layer) for name, layer in net.named_children()})
+    assert pending(wrapped, the_plan, policy) == []
+    assert gone(wrapped, the_plan) == []
+    assert gone(nn.Sequential(net[0]), the_plan) == ["1", "4"]
     assert pending(nn.SyncBatchNorm.convert_sync_batchnorm(net), the_plan, policy) == []
 
 

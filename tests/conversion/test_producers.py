@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 import finetune_bn as fbn
 from finetune_bn.conversion.producers import Feed, find_feeds
-from finetune_bn.errors import FinetuneBNError, UnsupportedLayer
+from finetune_bn.errors import FinetuneBNError
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.utilities.probe import Probe
@@ -308,11 +309,14 @@ def test_without_a_probe_input_the_plan_says_that_it_cannot_tell() -> None:
     assert "- (no probe input reached it)" in str(plan)
 
 
-def test_always_is_an_error_only_where_not_one_layer_can_share() -> None:
+def test_always_is_warned_of_only_where_not_one_layer_can_share(caplog: pytest.LogCaptureFixture) -> None:
     model, x = PreActivation(), torch.randn(2, 3, 8, 8)
-    with untouched(model), pytest.raises(UnsupportedLayer, match=r"fold: got 'always'.*3 x no convolution"):
-        fbn.convert(model, fbn.Freeze("original", fold="always"), example_input=x)
-    fbn.plan(model, fbn.Freeze("none", fold="always"), x)  # keeps nothing, and has nothing to share
+    with caplog.at_level(logging.WARNING, "finetune_bn"):
+        fbn.plan(model, fbn.Freeze("none", fold="always"), x)  # keeps nothing, and has nothing to share
+        assert not caplog.text
+        fbn.plan(model, fbn.Freeze("original", fold="always"), x)
+    assert "fold='always' changes nothing" in caplog.text
+    assert "3 x no convolution directly in front" in caplog.text
     both = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), model)
     plan = fbn.plan(both, fbn.Freeze("merged", fold="always"), x)
     assert [r.folded_into for r in plan.rows] == ["0", "", "", ""]

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_metric_learning import distances, losses, miners
 
 import finetune_bn as fbn
-from finetune_bn.callbacks import BatchNormConversion
+from finetune_bn.callbacks import BatchNormConversion, FinetuneReport
 from finetune_bn.errors import BadData, FinetuneBNError, MissingDependency, UnsupportedLayer
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.metric_learning.losses import queues_of
@@ -169,6 +169,19 @@ def test_predictions_are_embeddings_for_pairs_and_for_images_alone(tmp_path: Pat
 
 
 # --- retrieval ------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_leaves_a_file_that_answers_with_the_embeddings_of_the_task(tmp_path: Path) -> None:
+    report, task = FinetuneReport(), make_task()
+    trainer = make_trainer(tmp_path, BatchNormConversion(fbn.Freeze("original")), report)
+    trainer.fit(task, datamodule=Things())
+    trainer.test(task, datamodule=Things(), verbose=False)
+    assert report.path is not None
+    model, images = fbn.load(report.path.with_name("model.safetensors")), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), task.eval()(images), rtol=0, atol=1e-5)
+    assert isinstance(model.predict(torch.rand(3, 40, 40)), fbn.Embedding)
+    assert "of the test images have one of their label as the nearest" in report.path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])

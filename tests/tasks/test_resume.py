@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion
@@ -88,6 +89,7 @@ class Run:
         make: Callable[[], tuple[Any, Any]],
         cuts: list[tuple[str, int]],
         more: Sequence[pl.Callback] = (),
+        **arguments: Any,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.diary = Diary()
@@ -101,7 +103,7 @@ class Run:
             callbacks = [*more, self.diary] if at is None else [*more, self.diary, Cut(at, following)]
             if hasattr(self.module, "net"):
                 callbacks.append(BatchNormConversion(fbn.Keep()))
-            self.trainer = quiet_trainer(folder, *callbacks)
+            self.trainer = quiet_trainer(folder, *callbacks, **arguments)
             fed = {"datamodule": data} if isinstance(data, pl.LightningDataModule) else {"train_dataloaders": data}
             try:
                 self.trainer.fit(self.module, **fed, ckpt_path=file)
@@ -166,10 +168,27 @@ def test_two_cuts_in_one_epoch_lose_nothing(wholes: dict[Any, Run], tmp_path: Pa
 def test_a_cut_at_the_last_step_of_an_epoch_lacks_its_validation_is_warned_of_and_trains_the_same(
     wholes: dict[Any, Run], tmp_path: Path
 ) -> None:
-    with pytest.warns(UserWarning, match=r"last step of epoch 0, in front of its validation.*lose nothing"):
+    with pytest.warns(UserWarning, match=r"last step of epoch 0, in front of a validation.*lose nothing"):
         run = Run(tmp_path, lambda: images(0), [("step", 7), ("step", 16)])
     assert_same_run(run, wholes[images])
     assert set(run.diary.scores) == {1, 2}
+
+
+@pytest.mark.parametrize("cut", [("epoch", 1), ("step", 10)])
+def test_a_cut_at_or_in_front_of_a_validation_amid_an_epoch(tmp_path: Path, cut: tuple[str, int]) -> None:
+    """Behind it nothing is lost; in front of it Lightning leaves it out, which is said."""
+
+    def run(folder: str, cuts: list[tuple[str, int]]) -> Run:
+        return Run(tmp_path / folder, lambda: images(0), cuts, val_check_interval=3)
+
+    whole = run("whole", [])
+    if cut[0] == "epoch":
+        assert_same_run(run("cut", [cut]), whole)
+        return
+    with pytest.warns(UserWarning, match=r"step 3 of epoch 1, in front of a validation.*leaves out the validation"):
+        found = run("cut", [cut])
+    assert found.diary.batches == whole.diary.batches
+    assert_same_state(found.module.state_dict(), whole.module.state_dict())
 
 
 class Foreign(pl.LightningModule):
@@ -255,6 +274,47 @@ def test_a_foreign_module_that_reads_the_number_of_steps_goes_on_with_the_next_b
     """Case: lightning fit_loop.py, `setup_data` before `on_load_checkpoint`; faults.md F2, F3."""
     whole = Run(tmp_path / "whole", lambda: (Foreign(), make(workers)), [])
     assert_same_run(Run(tmp_path / "cut", lambda: (Foreign(), make(workers)), cuts), whole)
+
+
+class Both(Foreign):
+    """Trains on two loaders at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[list[float]]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append([images[:, 0].tolist() for images, _ in batch])
+        return self.layer(torch.cat([images for images, _ in batch])).square().mean()
+
+
+def test_each_of_several_loaders_takes_its_own_state(tmp_path: Path) -> None:
+    def fit(cut: tuple[str, int] | None, file: Path | None) -> list[Any]:
+        module, callbacks = Both(), [] if cut is None else [Cut(cut, tmp_path / f"{cut[1]}.ckpt")]
+        with contextlib.suppress(PowerCut):
+            quiet_trainer(tmp_path, *callbacks).fit(module, [shuffled(0), in_labels(0)], ckpt_path=file)
+        return module.seen
+
+    whole = fit(None, None)
+    assert len(whole) == EPOCHS * 6
+    parts = fit(("step", 4), None), fit(("step", 9), tmp_path / "4.ckpt"), fit(None, tmp_path / "9.ckpt")
+    assert [step for part in parts for step in part] == whole
+
+
+def test_overfitting_on_a_few_batches_works_as_with_any_loader(tmp_path: Path) -> None:
+    """Lightning puts torch's SequentialSampler into the loader, which then keeps its place in that order."""
+    task, data = images(0)
+    diary = Diary()
+    with pytest.warns(UserWarning, match="requested to overfit"):
+        quiet_trainer(tmp_path, diary, max_epochs=2, overfit_batches=2).fit(task, data)
+    assert [batch[:2] for batch in diary.batches] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_a_shuffle_without_a_seeded_order_is_refused_with_what_to_do() -> None:
+    with pytest.raises(FinetuneBNError, match=r"shuffle: got True.*Pass sampler=SeededOrder"):
+        fbn.ResumableDataLoader(DATA, batch_size=4, shuffle=True)
+    with pytest.raises(FinetuneBNError, match="sampler: got 'RandomSampler'; allowed: a SeededOrder"):
+        fbn.ResumableDataLoader(DATA, batch_size=4, sampler=RandomSampler(DATA))
 
 
 def test_a_state_of_other_data_amid_an_epoch_is_refused_by_name(tmp_path: Path) -> None:
