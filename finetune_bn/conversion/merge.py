@@ -18,10 +18,11 @@ from finetune_bn.conversion.proofs import in_wide_copy, replace_modules, sources
 from finetune_bn.errors import ConversionMismatch, FinetuneBNError, NoBatchNormMatched, UnsupportedLayer, complaint
 from finetune_bn.functional.fold import merged_weight
 from finetune_bn.functional.frozen import TOLERANCE, scale_shift
-from finetune_bn.layers.frozen import FrozenBatchNorm, share_hooks
+from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.norm_act import has_known_forward, modules_behind
 from finetune_bn.layers.sites import find_batch_norms
+from finetune_bn.layers.stand_in import share_hooks
 from finetune_bn.layers.stochastic import EvalBatchNorm
 from finetune_bn.layers.tracking import TrackingBatchNorm
 from finetune_bn.utilities.probe import Probe, can_run, distance, find_probes

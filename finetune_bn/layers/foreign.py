@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from finetune_bn.layers.frozen import FrozenBatchNorm, share_hooks
+from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.layers.norm_act import new_norm_act
+from finetune_bn.layers.stand_in import share_hooks
 
 _MARK = "_finetune_bn_foreign"
 _FOUR = ("weight", "bias", "running_mean", "running_var")

@@ -21,6 +21,7 @@ from finetune_bn.functional.frozen import (
 )
 from finetune_bn.functional.shared_backward import FoldMode, producer_of, shared_batch_norm
 from finetune_bn.layers.leaf import as_leaf
+from finetune_bn.layers.stand_in import share_hooks, store
 
 Affine = Literal["none", "shift", "merged", "original"]
 AFFINE_KINDS: tuple[Affine, ...] = get_args(Affine)
@@ -30,20 +31,6 @@ LEARNABLE: dict[Affine, tuple[str, ...]] = {
     "merged": ("weight", "bias"),
     "original": ("weight", "bias"),
 }
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_is_full_backward_hook",
-    "_state_dict_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -191,7 +178,7 @@ class FrozenBatchNorm(nn.Module):
                 if name in LEARNABLE[self.affine_kind] and self.affine_kind != "merged":
                     setattr(bn, name, value)  # the very Parameter, also where load_state_dict(assign=True) replaced it
                 else:
-                    _store(bn, name, value)
+                    store(bn, name, value)
         bn.training = self.training
         share_hooks(self, bn)
         return bn
@@ -317,7 +304,7 @@ class FrozenBatchNorm(nn.Module):
         source = self._source[0] if self._source else self._new_batch_norm()
         with torch.no_grad():
             for name, value in vanilla.items():
-                _store(source, name, value)
+                store(source, name, value)
         self._source = (source,)
 
     def extra_repr(self) -> str:
@@ -382,13 +369,6 @@ def why_not_frozen(bn: _BatchNorm, affine: Affine) -> str | None:
     return None
 
 
-def share_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Let both modules hold the same hook tables, so that the handles users keep still remove their hooks."""
-    for name in _HOOKS:
-        if name in source.__dict__:
-            target.__dict__[name] = source.__dict__[name]
-
-
 def _bad_statistics(mean: Tensor | None, var: Tensor | None) -> str | None:
     if mean is not None and not mean.is_meta and not torch.isfinite(mean).all():
         return f"running_mean has {int((~torch.isfinite(mean)).sum())} values that are NaN or infinite"
@@ -396,18 +376,3 @@ def _bad_statistics(mean: Tensor | None, var: Tensor | None) -> str | None:
         bad = int((~(torch.isfinite(var) & (var >= 0))).sum())
         return f"running_var has {bad} values that are NaN, infinite or negative"
     return None
-
-
-def _store(bn: _BatchNorm, name: str, value: Tensor | None) -> None:
-    """Write `value` into a tensor of `bn`, in place where device and dtype allow it."""
-    tensor = getattr(bn, name)
-    if tensor is None or value is None or tensor is value:
-        return
-    if tensor.device == value.device and tensor.dtype == value.dtype:
-        tensor.copy_(value)
-    elif not isinstance(tensor, nn.Parameter):
-        setattr(bn, name, value.detach().clone())
-    elif tensor.is_meta or value.is_meta:
-        setattr(bn, name, nn.Parameter(value.detach().clone(), requires_grad=tensor.requires_grad))
-    else:
-        tensor.data = value.detach().clone()

@@ -13,8 +13,9 @@ from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.frozen import frozen_batch_norm, scale_shift
 from finetune_bn.functional.group_norm import closed_form, group_norm
 from finetune_bn.layers.extra_state import EXTRA_STATE, pack, unpack
-from finetune_bn.layers.frozen import _store, share_hooks, why_not_frozen
+from finetune_bn.layers.frozen import why_not_frozen
 from finetune_bn.layers.leaf import as_leaf
+from finetune_bn.layers.stand_in import share_hooks, store
 from finetune_bn.layers.tracking import ASIDE
 
 Init = Literal["reset", "copy", "closed_form", "sequential"]
@@ -194,7 +195,7 @@ class GroupNorm(nn.GroupNorm):
                 self._source[0].eps = aside.get("source_eps", self._source[0].eps)
             with torch.no_grad():
                 for name, value in aside["source"].items() if self._source else ():
-                    _store(self._source[0], name, value)
+                    store(self._source[0], name, value)
 
     def _check(self, given: dict[str, Tensor], aside: dict[str, Any] | None) -> None:
         """Raise unless this layer can take the weight, the bias and the facts of a state dict."""

@@ -12,9 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from finetune_bn.errors import UnsupportedLayer
 from finetune_bn.functional.batch import Normalized, batch_statistics, values_per_image
 from finetune_bn.functional.frozen import at_least_float32, frozen_batch_norm
-from finetune_bn.layers.frozen import _store, share_hooks, why_not_frozen
+from finetune_bn.layers.frozen import why_not_frozen
 from finetune_bn.layers.leaf import as_leaf
 from finetune_bn.layers.recomputed import Passes
+from finetune_bn.layers.stand_in import share_hooks, store
 
 ASIDE = "finetune_bn"  # key in a state dict's metadata, which a layer of torch or timm passes over
 _PARAMETERS, _BUFFERS = ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
@@ -204,7 +205,7 @@ class TrackingBatchNorm(_BatchNorm):
             for name in _PARAMETERS:
                 setattr(bn, name, getattr(self, name))
             for name in _BUFFERS:
-                _store(bn, name, self.get_buffer(name))
+                store(bn, name, self.get_buffer(name))
         bn.training = self.training
         share_hooks(self, bn)
         return bn
