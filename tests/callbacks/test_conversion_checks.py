@@ -78,7 +78,8 @@ def test_a_network_made_anew_later_is_an_error_that_names_its_layers(when: str, 
 
 
 def test_layers_added_in_setup_are_converted_and_in_the_plan(tmp_path: Path) -> None:
-    model, callback = Grows(), BatchNormConversion()
+    # a policy without rules would keep it live: it is new
+    model, callback = Grows(), BatchNormConversion(fbn.Rules([("*", fbn.Freeze())]))
     trainer(tmp_path, callback).fit(model, loader())
     assert isinstance(model.head[0], FrozenBatchNorm)
     assert callback.plan is not None
@@ -91,7 +92,7 @@ def test_layers_that_a_later_callback_adds_are_an_error_and_those_that_stay_live
             pl_module.head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3))
 
     with pytest.raises(FinetuneBNError, match=r"1 BatchNorm layers that are not converted: head\.0"):
-        trainer(tmp_path, BatchNormConversion(), Adds()).fit(Foreign(), loader())
+        trainer(tmp_path, BatchNormConversion(fbn.Rules([("*", fbn.Freeze())])), Adds()).fit(Foreign(), loader())
     rules = fbn.Rules([("head*", fbn.Keep()), ("backbone*", fbn.Freeze())])
     with pytest.raises(NoBatchNormMatched):  # a rule for layers that are not there yet
         trainer(tmp_path, BatchNormConversion(rules), Adds()).fit(Foreign(), loader())
