@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from torch import nn
 from typing_extensions import override
 
 from finetune_bn.callbacks import BatchNormConversion, BatchNormRecalibration
@@ -19,7 +22,7 @@ from finetune_bn.diagnosis.figures import to_json
 from finetune_bn.diagnosis.memory import MemoryReport, memory_report
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.sites import find_batch_norms
-from finetune_bn.recalibration.settings import How, Mode, Part
+from finetune_bn.recalibration.settings import RecalibrationSettings
 from finetune_bn.utilities.files import write_atomically
 
 
@@ -151,17 +154,11 @@ class Trainer(pl.Trainer):
         source_first: bool | None = None,
         module: str | None = None,
         layers: str | list[str] = "*",
-        mode: Mode = "auto",
-        how: How = "renormalize",
-        part: Part = "both",
-        prior: float = 0,
-        max_samples: int | None = None,
-        min_samples: int = 8,
-        tolerance: float | None = None,
-        batch_size: int | None = None,
-        memory: int | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        mask: Callable[[Any], Any] | None = None,
         seed: int = 0,
         weights_only: bool | None = None,
+        **settings: Any,
     ) -> None:
         """Give a checkpoint the BatchNorm statistics of the data, and write it to a new file. Trains nothing.
 
@@ -182,41 +179,29 @@ class Trainer(pl.Trainer):
             module: Attribute path of the part that takes the images and whose layers are recalibrated, such as `net`.
                 By default the whole model.
             layers: Name patterns of the layers, such as `layer4.*`, relative to module; all by default.
-            mode: exact: all images together, layer by layer, so that it does not matter how they are cut into batches.
-                one_pass: each chunk of images is normalized by itself. auto: exact where the activations fit in memory.
-            how: renormalize: gamma and beta keep their values and the function changes. preserve: the function stays,
-                and gamma and beta are solved anew.
-            part: The mean and the variance (both), or one of them.
-            prior: Weight of the statistics from before, in images.
-            max_samples: How many images are taken at most. Default: all.
-            min_samples: Fewer images are an error.
-            tolerance: Stop when the standard error of all statistics is at most this, in standard deviations.
-            batch_size: Images that one_pass normalizes together. Default: as many as fit in memory, 1,024 at most.
-            memory: Bytes for activations that wait in mode exact. Default: half of what the device has free.
+            forward: The function `(module, batch)` that passes a batch to the part, by its import path. Default: the
+                first tensor of a batch.
+            mask: The function `(batch)` that tells which values of a padded batch count, by its import path.
             seed: Decides the order of the images, and so which are taken.
             weights_only: Read tensors and plain values from the checkpoint, and no other objects. The default.
+            settings: The other arguments of a recalibration.
         """
         if ckpt_path is None:
             raise FinetuneBNError(complaint("ckpt_path", None, "the checkpoint to recalibrate"))
         if report is not None and (Path(report).is_dir() or not Path(report).absolute().parent.is_dir()):
             raise FinetuneBNError(complaint("report", report, "a file in a folder that there is"))
-        if source_first and how == "preserve":
+        checked = RecalibrationSettings(**settings)
+        if source_first and checked.how == "preserve":
             raise FinetuneBNError(complaint("source_first", True, "false with how=preserve", "It is that step."))
         recalibration = BatchNormRecalibration(
-            when="test" if how == "renormalize" else "validation",
+            when="test" if checked.how == "renormalize" else "validation",
             source_first=source_first,
             module=module,
             layers=layers,
-            mode=mode,
-            how=how,
-            part=part,
-            prior=prior,
-            max_samples=max_samples,
-            min_samples=min_samples,
-            tolerance=tolerance,
-            batch_size=batch_size,
-            memory=memory,
+            forward=forward,
+            mask=mask,
             seed=seed,
+            **dataclasses.asdict(checked),
         )
         path, record = recalibrate_checkpoint(
             self,

@@ -141,8 +141,10 @@ class ResumableDataLoader(DataLoader[Any]):
     The workers start with the first batch of a pass, not before: Lightning says which epoch it is after it has asked
     for the iterator, when the workers of a plain `DataLoader` have begun epoch 0 already.
 
-    Random numbers that a data set draws in its workers from the global generators are not restored in the middle of
-    an epoch; the data modules of this package draw none there, since each image brings a seed of its own.
+    Workers are seeded anew for each epoch, by the seed of the sampler, the epoch and the rank, where no `generator` is
+    given. What a data set draws in them from the global generators is then the same after a resume between epochs; not
+    in the middle of one, nor with persistent workers. The data modules of this package draw nothing there, since each
+    image brings a seed of its own.
 
     Args:
         dataset: the images; as many as the sampler has labels or images.
@@ -179,10 +181,9 @@ class ResumableDataLoader(DataLoader[Any]):
         self._keeper: KeepsPlace = given
         self._in_batches = batch_sampler is not None
         self._used = [0]
-        if kwargs.get("generator") is None:
-            # The seed of the workers: drawn from the global generator, it would be another number after a resume.
-            seed = int(hashlib.sha256(repr(given.plan().get("seed")).encode()).hexdigest()[:8], 16)
-            kwargs["generator"] = torch.Generator().manual_seed(seed)
+        self._seeds_workers = kwargs.get("generator") is None
+        if self._seeds_workers:
+            kwargs["generator"] = torch.Generator()
         chosen = {"batch_sampler": batch_sampler} if batch_sampler is not None else {"sampler": sampler}
         super().__init__(dataset, **chosen, **kwargs)
 
@@ -192,6 +193,10 @@ class ResumableDataLoader(DataLoader[Any]):
         if waiting is not None:
             self.load_state_dict(waiting)
         self._used = used = [self._keeper.place.start]
+        if self._seeds_workers:
+            # Drawn from the global generator, the seed of the workers would be another number after a resume.
+            parts = self._keeper.plan().get("seed"), self._keeper.epoch, getattr(self._keeper, "rank", 0)
+            self.generator.manual_seed(int(hashlib.sha256(repr(parts).encode()).hexdigest()[:8], 16))
         step = self._step
         for batch in super().__iter__():
             used[0] += step

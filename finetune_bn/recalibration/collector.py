@@ -76,6 +76,7 @@ class Collector:
     Attributes:
         order: numbers of the layers, in the order of their first calls.
         cut_up: whether images that are normalized together go through the model in pieces, in lock-step.
+        in_order: numbers of the layers at which images arrive one after the other, each with as many rows.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Collector:
         self.preserve = preserve
         self.order: list[int] = []
         self.cut_up = feeder.device.type == "cpu" and not preserve
+        self.in_order: frozenset[int] = frozenset()
         self._seen = 0
         self._settings = caller_settings(feeder.device)
         self._at = threading.local()
@@ -116,14 +118,14 @@ class Collector:
             chunks: the images; of one `shape_key`.
             as_kernel: the statistics settled on are those measured, which BatchNorm's kernel for training can use.
         """
-        if self.cut_up and len(pieces := cut(chunks, self.feeder.device)) > 1 and self._in_pieces(pieces):
+        if self.cut_up and len(pieces := cut(chunks, self.feeder.device)) > 1 and self._in_pieces(pieces, as_kernel):
             return
         chunk = join(chunks)
         way = self._preserving if self.preserve else partial(self._by_itself, as_kernel=as_kernel)
         with self._patched(way), self._settings():
             self._feed(chunk, self._looked_at(chunk))
 
-    def _in_pieces(self, pieces: Sequence[Chunk]) -> bool:
+    def _in_pieces(self, pieces: Sequence[Chunk], as_kernel: bool) -> bool:
         """Run the pieces in lock-step: the same, without the large allocations, which cost more than sums.
 
         False where the pieces cannot, as they take different paths through the model; then nothing was measured.
@@ -132,7 +134,7 @@ class Collector:
         jobs = [partial(self._feed, piece, self._looked_at(piece)) for piece in pieces]
 
         def pool(place: int, brought: list[Moments]) -> Statistics | None:
-            return None if place == FINISHED else self.settle(place, merge_all(brought))
+            return None if place == FINISHED else self._of_chunk(place, merge_all(brought), as_kernel=as_kernel)
 
         try:
             with self._patched(self._by_all):
@@ -196,16 +198,22 @@ class Collector:
             mean, var = layer.next_row
             y = normalize_by_batch(layer.module, x, layer.before, mean, var)
             if Moments(values, mean, var * (values - 1)).mean_is_in_range():
-                layer.note_row(values, self._some_images(x, mean))
+                layer.note_row(values, self._some_images(number, x, mean))
             else:
                 mean.zero_()
                 var.zero_()
                 self._measure(number, x)
             return y
         moments = self._measure(number, x)
+        return normalize(layer.module, x, self._of_chunk(number, moments, as_kernel=as_kernel))
+
+    def _of_chunk(self, number: int, moments: Moments, *, as_kernel: bool) -> Statistics:
+        """Return by what a chunk is normalized: as in training by the variance over n, unless more is settled on."""
         if moments.count < 2:  # one value alone has no variance to normalize by
-            return normalize(layer.module, x, layer.before)
-        return normalize(layer.module, x, self.settle(number, moments))
+            return self.layers[number].before
+        if as_kernel:
+            return self.layers[number].before.moved_to(moments.mean, moments.var(), preserve=False)
+        return self.settle(number, moments)
 
     def _by_all(self, number: int, x: Tensor) -> Tensor:
         moments = self._measure(number, x)
@@ -224,11 +232,13 @@ class Collector:
             moments = Moments.of(counting)
         elif has_long_rows(x):
             moments, images = measure_images(x)
-            if len(x) == len(self._at.chunk):
-                some = [images[part] for part in self._at.looked_at]
+            alike = len(x) == len(self._at.chunk)
+            some = (
+                [images[part] for part in self._at.looked_at] if alike else self._some_images(number, x, moments.mean)
+            )
         else:
             moments = Moments.of(x)
-            some = self._some_images(x, moments.mean)
+            some = self._some_images(number, x, moments.mean)
         layer.note(moments, some, () if moments.is_finite else self._not_finite(x))
         return moments
 
@@ -254,11 +264,14 @@ class Collector:
         remedy = "Return several masks, one for each length that layers see, or leave the layer out by layers=."
         raise BadData(complaint("mask", given, allowed, remedy))
 
-    def _some_images(self, x: Tensor, pivot: Tensor) -> list[ImageMoments]:
-        """Return the moments of the images that tell how images differ; none where a row is not an image."""
-        if len(x) != len(self._at.chunk):
-            return []
-        return [ImageMoments.of(x[part], pivot) for part in self._at.looked_at if part.start < len(x)]
+    def _some_images(self, number: int, x: Tensor, pivot: Tensor) -> list[ImageMoments]:
+        """Return the moments of images that tell how images differ; none where nothing says whose rows are whose."""
+        images = len(self._at.chunk)
+        if len(x) != images:
+            if number not in self.in_order or len(x) % images:
+                return []
+            x = x.reshape(images, len(x) // images, x.shape[1], -1).transpose(1, 2)
+        return [ImageMoments.of(x[part], pivot) for part in self._at.looked_at if part.start < images]
 
     def _not_finite(self, x: Tensor) -> set[int]:
         """Return the batches whose images have NaN or infinite values in `x`."""
@@ -283,7 +296,7 @@ class Collector:
         pooled = own.all_reduce(self.ranks.group)
         self.check_finite(number, pooled)
         on_layer(len(self.order))
-        settled = self.settle(number, pooled)
+        settled = self.settle(number, pooled) if pooled.count else layer.before
         return settled if place != FINISHED else True
 
     def check_finite(self, number: int, pooled: Moments) -> None:

@@ -157,6 +157,7 @@ class Measuring:
         except BaseException:
             self.ranks.fail(_WIDTH)
             raise
+        self.collector.in_order = found.in_order
         rows = self.ranks.agree(found.parts_differ, found.passes_mix, 0, 0)
         if any(row[0] for row in rows):
             stock.keep_batches()

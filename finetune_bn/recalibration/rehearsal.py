@@ -43,12 +43,14 @@ class Findings:
         passes_mix: a pass is disturbed by one beside it, or by what one before it left in closures or globals.
         kept_in: attributes, buffers and variables in which the model keeps something within a pass.
         kept_outside: whether that is not in its modules alone, which copies of it do not share.
+        in_order: numbers of the layers at which images arrive one after the other, each with as many rows.
     """
 
     parts_differ: bool = False
     passes_mix: bool = False
     kept_in: tuple[str, ...] = ()
     kept_outside: bool = False
+    in_order: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -85,6 +87,7 @@ class Rehearsal:
         self._random = RandomStates(feeder.device)
         self._outside = False
         self._traces: list[_Trace] = []
+        self._in_order: frozenset[int] = frozenset()
 
     def look(self, chunks: Sequence[Chunk], *, keep: bool | None, side_by_side: bool) -> Findings:
         """Tell what the first chunks show.
@@ -104,9 +107,9 @@ class Rehearsal:
             if not mix and side_by_side and len(parts) > 1:
                 mix = self._mix(parts, self._traces or [self._alone(part, thin=True) for part in parts])
             if not mix:
-                return Findings(parts_differ)
+                return Findings(parts_differ, in_order=self._in_order)
             self._outside = True
-            return Findings(parts_differ, True, *self._kept_in(parts[0]))
+            return Findings(parts_differ, True, *self._kept_in(parts[0]), self._in_order)
         finally:
             self._begin_anew()
 
@@ -148,10 +151,15 @@ class Rehearsal:
     def _alike(self, both: _Trace, parts: Sequence[_Trace]) -> bool:
         if any(part.numbers != both.numbers for part in parts):
             return False
-        return all(
-            _hold_the_same(x, [part.inputs[i] for part in parts], _limit(x), self._layers[number].before.eps)
-            for i, (number, x) in enumerate(zip(both.numbers, both.inputs, strict=True))
-        )
+        disordered: set[int] = set()
+        for i, (number, x) in enumerate(zip(both.numbers, both.inputs, strict=True)):
+            found, eps = [part.inputs[i] for part in parts], self._layers[number].before.eps
+            if not _come_in_order(x, found, _limit(x), eps):
+                disordered.add(number)
+                if not _hold_the_same(x, found, _limit(x), eps):
+                    return False
+        self._in_order = frozenset(both.numbers) - disordered
+        return True
 
     def _same(self, one: _Trace, other: _Trace) -> bool:
         if one.numbers != other.numbers:
@@ -279,14 +287,17 @@ def _thin(x: Tensor) -> Tensor:
     return columns[None, :, ::step].clone()
 
 
-def _hold_the_same(whole: Tensor, parts: Sequence[Tensor], limit: float, eps: float) -> bool:
-    """Whether the parts hold the values of the whole, channel by channel: in its order, or in any."""
-    if sum(part.numel() for part in parts) != whole.numel():
+def _come_in_order(whole: Tensor, parts: Sequence[Tensor], limit: float, eps: float) -> bool:
+    """Whether the parts are the whole one after the other, as many rows each."""
+    if len({part.shape for part in parts}) > 1 or any(part.shape[1:] != whole.shape[1:] for part in parts):
         return False
-    if all(part.shape[1:] == whole.shape[1:] for part in parts) and _near(torch.cat(list(parts)), whole, limit, eps):
-        return True
+    return _near(torch.cat(list(parts)), whole, limit, eps)
+
+
+def _hold_the_same(whole: Tensor, parts: Sequence[Tensor], limit: float, eps: float) -> bool:
+    """Whether the parts hold the values of the whole, channel by channel, in any order."""
     columns = [t.movedim(1, 0).flatten(1) for t in (whole, *parts)]
-    if len({len(each) for each in columns}) > 1:
+    if sum(part.numel() for part in parts) != whole.numel() or len({len(each) for each in columns}) > 1:
         return False
     ordered = [each.float().sort(1).values.T for each in (columns[0], torch.cat(columns[1:], 1))]
     return _near(ordered[1], ordered[0], limit, eps)

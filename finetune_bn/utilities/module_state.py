@@ -14,6 +14,8 @@ from finetune_bn.utilities.free_variables import free_variables, functions_of
 
 # Containers within containers are looked into so deep, and larger ones not at all (their own entries are kept).
 _DEEP, _LARGE = 4, 4096
+# Tensors with more values are taken for data, which no forward pass of an eval mode writes to.
+_VALUES = 1 << 24
 
 
 class ModuleState:
@@ -92,7 +94,7 @@ class ModuleState:
         if isinstance(value, Tensor):
             # A parameter without dimensions may be a counter; others are what the network has learned.
             kept = not isinstance(value, nn.Parameter) or not (value.dim() or value.requires_grad)
-            if self._deep and kept and not value.is_meta:
+            if self._deep and kept and not value.is_meta and value.numel() <= _VALUES:
                 self._values.setdefault(id(value), (name, value, _version(value), value.detach().clone()))
             return
         kept = _is_container(value) if self._deep else isinstance(value, dict)

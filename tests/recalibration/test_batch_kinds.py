@@ -131,6 +131,10 @@ def test_where_a_detector_proposes_nothing_nothing_is_measured() -> None:
     model = Picks()
     record = recalibrated(model, x.split(8), keep_batches=True)
     assert record.rows[1].values == 4
+    for mode in ("exact", "one_pass"):
+        record = recalibrated(Picks(), torch.randn(32, 3).clamp(-3, 3).split(8), keep_batches=True, mode=mode)
+        assert [row.names for row in record.rows] == [("bn",)]
+        assert ("bn_box", "was not reached by the data") in record.left_alone
 
 
 @dataclass

@@ -601,3 +601,30 @@ def test_a_deep_copy_of_a_recalibrated_model_shares_nothing_with_the_run() -> No
     fbn.recalibrate(model, images().split(8))
     twin = copy.deepcopy(model)
     assert all("forward" not in vars(site.module) for site in find_batch_norms(twin))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("layers", 3),
+        ("layers", [1]),
+        ("forward", 3),
+        ("mask", "lengths"),
+        ("max_samples", 2.5),
+        ("min_samples", "8"),
+        ("batch_size", 2.5),
+        ("memory", 1.5),
+        ("prior", "16"),
+        ("keep_batches", "yes"),
+        ("source", 5),
+    ],
+)
+def test_an_argument_of_a_wrong_type_is_one_error_that_names_it_and_changes_nothing(argument: str, value: Any) -> None:
+    model = net()
+    with untouched(model), pytest.raises(FinetuneBNError, match=rf"^{argument}: got .*; allowed: "):
+        fbn.recalibrate(model, images().split(8), **{argument: value})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    record = fbn.recalibrate(net(), images().split(8), max_samples=np.int64(24), min_samples=np.int32(4))
+    assert record.images == 24

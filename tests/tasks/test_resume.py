@@ -301,6 +301,25 @@ def test_each_of_several_loaders_takes_its_own_state(tmp_path: Path) -> None:
     assert [step for part in parts for step in part] == whole
 
 
+class Augmented(TensorDataset):
+    """Adds noise from the global generator of the process that reads."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        image, label = super().__getitem__(index)
+        return image + torch.rand(3), label
+
+
+def test_workers_that_draw_from_global_generators_draw_the_same_after_an_epoch(tmp_path: Path) -> None:
+    data = Augmented(*DATA.tensors)
+
+    def make() -> tuple[Foreign, Any]:
+        order = SeededOrder(data, seed=3)
+        return Foreign(), fbn.ResumableDataLoader(data, sampler=order, batch_size=4, num_workers=2)
+
+    whole = Run(tmp_path / "whole", make, [])
+    assert_same_run(Run(tmp_path / "cut", make, [("epoch", 0), ("epoch", 1)]), whole)
+
+
 def test_overfitting_on_a_few_batches_works_as_with_any_loader(tmp_path: Path) -> None:
     """Lightning puts torch's SequentialSampler into the loader, which then keeps its place in that order."""
     task, data = images(0)
