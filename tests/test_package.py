@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("lightning.pytorch")
 pytest.importorskip("jsonargparse")
@@ -97,10 +99,16 @@ def test_the_installed_command_lists_its_configs_and_trains_from_one_in_an_empty
     assert f"They are in {installed / 'finetune_bn' / 'configs'}; " in text
     assert "  batch_norm/group_norm " in text
     text = command(installed, tmp_path, "fit", "--config", "quickstart", "--config", "batch_norm/shift", *SMALL)
-    assert "test_accuracy" in text
+    assert "test_loss" in text
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    assert "test_accuracy/fluent" in metrics.read_text(encoding="utf-8")
     (config,) = tmp_path.rglob("run_config.yaml")
     assert "affine: shift" in config.read_text(encoding="utf-8")
     assert list(tmp_path.rglob("*.ckpt"))
+    (model,) = tmp_path.rglob("model.safetensors")
+    Image.new("RGB", (40, 40)).save(tmp_path / "black.png")
+    text = command(installed, tmp_path, "predict", "--model", str(model), "black.png")
+    assert re.fullmatch(r"image,class,score\nblack.png,[\w& -]+,0\.\d+\n", text)
 
 
 @pytest.mark.slow

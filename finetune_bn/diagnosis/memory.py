@@ -19,6 +19,7 @@ from finetune_bn.conversion.convert import convert
 from finetune_bn.conversion.plan import Plan, check_model
 from finetune_bn.conversion.policies import Policy
 from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.functional.shared_backward import only_counts
 from finetune_bn.utilities.probe import Probe, can_run, find_probes
 
 AUTOCAST = (torch.bfloat16, torch.float16)
@@ -215,6 +216,7 @@ class _Saved:
         if self._running:
             self._running.pop()
 
+    @only_counts
     def _pack(self, tensor: Tensor) -> _Packed:
         storage = tensor.untyped_storage()._cdata
         before = self._latest.get(storage, lambda: None)()

@@ -7,7 +7,7 @@ autograd function is called without what only a compiler, a tracer or a transfor
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +15,8 @@ from torch import Tensor
 from finetune_bn.functional.frozen import at_least_float32, frozen_batch_norm, scale_of
 
 
-class Constants:
-    """What is fixed in a layer, with what backward needs of it: made once, and anew where a tensor was written to.
-
-    Backward works with copies, so that a write to the buffers between forward and backward (DDP broadcasts them) does
-    not invalidate it. "Written to" is what autograd's version counters tell: `load_state_dict`, a recalibration, an
-    average that copies into the tensors of a state dict; also a tensor put in place of another, by `.to()` or by hand.
+class Known(NamedTuple):
+    """Copies of fixed statistics, and what follows from them.
 
     Attributes:
         mean: copy of the mean, [C].
@@ -34,29 +30,41 @@ class Constants:
     zero: Tensor
     offset: Tensor | None
 
-    def __init__(self) -> None:
-        self._statistics = _Seen()
-        self._of_scale = _Seen()
-        self._scale: dict[tuple[torch.dtype, int], Tensor] = {}
 
-    def of(self, mean: Tensor, var: Tensor, eps: float) -> Constants:
+class Constants:
+    """What is fixed in a layer, with what backward needs of it: made once, and anew where a tensor was written to.
+
+    Backward works with copies, so that a write to the buffers between forward and backward (DDP broadcasts them) does
+    not invalidate it. "Written to" is what autograd's version counters tell: `load_state_dict`, a recalibration, an
+    average that copies into the tensors of a state dict; also a tensor put in place of another, by `.to()` or by hand.
+    Several threads may ask, with tensors of their own (the replicas of `nn.DataParallel`).
+    """
+
+    def __init__(self) -> None:
+        self._statistics: tuple[_Seen, Known] | None = None
+        self._of_scale: tuple[_Seen, dict[tuple[torch.dtype, int], Tensor]] | None = None
+
+    def of(self, mean: Tensor, var: Tensor, eps: float) -> Known:
         """Return what is known of these statistics."""
-        if not self._statistics.unchanged(eps, mean, var):
+        found = self._statistics
+        if found is None or not found[0].are(eps, mean, var):
+            seen = _Seen(eps, mean, var)
             with torch.no_grad():
-                self.mean, self.var, self.zero = mean.clone(), var.clone(), torch.zeros_like(mean)
-                known = not mean.is_meta and not mean.any()
-                self.offset = None if known else -at_least_float32(mean) * scale_of(None, var, eps)
-        return self
+                centered = not mean.is_meta and not mean.any()
+                offset = None if centered else -at_least_float32(mean) * scale_of(None, var, eps)
+                found = self._statistics = seen, Known(mean.clone(), var.clone(), torch.zeros_like(mean), offset)
+        return found[1]
 
     def scale(self, weight: Tensor | None, var: Tensor, eps: float, dtype: torch.dtype, dims: int) -> Tensor:
         """Return the scale of a layer whose weight is not trained, [C, 1, ...] to multiply [N, C, ...] with."""
-        if not self._of_scale.unchanged(eps, var, weight):
-            self._scale.clear()
-        found = self._scale.get((dtype, dims))
+        known = self._of_scale
+        if known is None or not known[0].are(eps, var, weight):
+            known = self._of_scale = _Seen(eps, var, weight), {}
+        found = known[1].get((dtype, dims))
         if found is None:
             with torch.no_grad():
                 found = scale_of(weight, var, eps).to(dtype).view(-1, *[1] * (dims - 2))
-            self._scale[dtype, dims] = found
+            known[1][dtype, dims] = found
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Constants:
@@ -67,18 +75,24 @@ class Constants:
 
 
 class _Seen:
-    """Tells whether two tensors are those of the last time, and nobody has written to them."""
+    """Two tensors, as they are now."""
 
-    def __init__(self) -> None:
-        self._eps, self._tensors, self._states = -1.0, (None, None), ((-1, 0), (-1, 0))
+    def __init__(self, eps: float, one: Tensor, two: Tensor | None) -> None:
+        self._eps, self._one, self._two = eps, one, two
+        self._states = _state(one), _state(two)
 
-    def unchanged(self, eps: float, one: Tensor, two: Tensor | None) -> bool:
-        states = (one._version, one.data_ptr()), (-1, 0) if two is None else (two._version, two.data_ptr())
-        before = self._tensors
-        if one is before[0] and two is before[1] and states == self._states and eps == self._eps:
-            return True
-        self._eps, self._tensors, self._states = eps, (one, two), states  # type: ignore[assignment]
-        return False
+    def are(self, eps: float, one: Tensor, two: Tensor | None) -> bool:
+        """Tell whether these are the two, and nobody has written to them."""
+        if one is not self._one or two is not self._two or eps != self._eps:
+            return False
+        return (_state(one), _state(two)) == self._states
+
+
+def _state(tensor: Tensor | None) -> object:
+    if tensor is None:
+        return None
+    # Writes to a tensor of inference mode are not counted: its state is never that of before.
+    return object() if tensor.is_inference() else (tensor._version, tensor.data_ptr())
 
 
 def plain_step() -> bool:

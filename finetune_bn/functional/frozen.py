@@ -163,8 +163,13 @@ def eval_backward(
         eps: added to `var`.
         needed: which of the three are wanted.
     """
+    if not x.numel():  # for which PyTorch's CPU kernel divides by zero, and the process ends
+        others = [d for d in range(x.dim()) if d != 1]
+        like = var if weight is None else weight
+        found = grad * 1, (grad * x).sum(others).to(like.dtype), grad.sum(others).to(like.dtype)
+        return tuple(g if wanted else None for g, wanted in zip(found, needed, strict=True))  # type: ignore[return-value]
     if grad.stride() != x.stride():
-        grad = torch.empty_like(x).copy_(grad)
+        grad = grad.new_empty_strided(x.shape, x.stride()).copy_(grad)  # not like x: vmap may have many gradients
     # Statistics of a batch are not used in eval mode, but torch.func.vmap asks for them: any will do.
     found = torch.ops.aten.native_batch_norm_backward.default(
         grad, x, weight, mean, var, mean, var, False, eps, list(needed)

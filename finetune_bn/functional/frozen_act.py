@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune_bn.functional.frozen import at_least_float32, quickly_bound
+from finetune_bn.functional.frozen import at_least_float32, eval_backward, quickly_bound
 
 # By how much the bias may exceed what the weight makes of the input: it multiplies the rounding error of xhat. A number
 # of half precision is rounded to three digits, but each of many independently.
@@ -147,13 +147,4 @@ class _Recomputed(torch.autograd.Function):
         x, weight, bias, mean, var = ctx.saved_tensors
         z = F.batch_norm(x, mean, var, weight, bias, False, 0.0, ctx.eps)
         grad = RECOMPUTED[ctx.act][1](grad, z)
-        if grad.stride() != x.stride():
-            grad = torch.empty_like(x).copy_(grad)
-        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-        of_batch = mean, torch.rsqrt(var + ctx.eps)  # not used in eval mode, but torch.func.vmap asks for them
-        gradients = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, *of_batch, False, ctx.eps, [of_x, of_weight, of_bias]
-        )
-        return *(g if needed else None for g, needed in zip(gradients, (of_x, of_weight, of_bias), strict=True)), *[
-            None
-        ] * 4
+        return *eval_backward(grad, x, weight, mean, var, ctx.eps, ctx.needs_input_grad[:3]), *[None] * 4

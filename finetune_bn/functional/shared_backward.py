@@ -14,20 +14,22 @@ with x, which the convolution keeps anyway, and without y. What is made of W and
 forward and its backward pass: one kernel each.
 
 Both forward tensors are what they are without this. Who holds y, looks at it or asks for its gradient gets it: where y
-is still there when backward comes, backward goes through y. So nothing has to be known of the modules: the graph that
-autograd recorded tells, in each step anew, whether a convolution made y and nothing changed it.
+is still there when backward comes, backward goes through y; where y is gone and has hooks, or its node has, y is
+computed again. So nothing has to be known of the modules: the graph that autograd recorded tells, in each step anew,
+whether a convolution made y and nothing changed it.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from finetune_bn.functional.eager_step import Constants, direct_apply, plain_step
+from finetune_bn.functional.eager_step import Constants, Known, direct_apply, plain_step
 from finetune_bn.functional.frozen import at_least_float32, eval_backward
 
 FoldMode = Literal["auto", "always", "never"]
@@ -50,6 +52,20 @@ def fewest(size: float, weights: int) -> int:
     return max(1, math.ceil(max(_FEWEST, _OF_WEIGHT * weights) / max(size, 1)))
 
 
+Hooks = tuple[Mapping[int, Any], ...]
+_Pack = TypeVar("_Pack", bound=Callable[..., Any])
+_COUNTS = "_counts_what_is_kept"
+
+
+def only_counts(pack: _Pack) -> _Pack:
+    """Mark the first of two saved-tensor hooks as one that lets each tensor be read as often as wanted.
+
+    Under others (`torch.autograd.graph.saved_tensors_hooks`) no backward pass is shared.
+    """
+    setattr(pack, _COUNTS, True)
+    return pack
+
+
 class Convolution(NamedTuple):
     """A convolution as autograd recorded it.
 
@@ -60,7 +76,8 @@ class Convolution(NamedTuple):
         bias: its bias, or None.
         geometry: stride, padding, dilation, transposed, output_padding, groups.
         node: its node in the graph.
-        watched: whether what is kept for backward goes through hooks (`torch.autograd.graph.saved_tensors_hooks`).
+        hooks: those of its result and of the node; none as yet.
+        watched: whether what is kept for backward is being counted, see `only_counts`.
     """
 
     x: Tensor
@@ -69,6 +86,7 @@ class Convolution(NamedTuple):
     bias: Tensor | None
     geometry: tuple[Any, ...]
     node: Any
+    hooks: Hooks
     watched: bool
 
 
@@ -88,11 +106,14 @@ def producer_of(y: Tensor, weight: Tensor | None, mode: FoldMode) -> Convolution
     if type(node).__name__ != "ConvolutionBackward0" or y._version or y._backward_hooks or y.retains_grad:
         return None  # made by something else, written to since, or its gradient is asked for already
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None and hooks[0].__module__.startswith("torch."):
+    if hooks is not None and not getattr(hooks[0], _COUNTS, False):
         return None  # a checkpoint would compute again, and a tensor that was put away would be fetched
     if node._saved_transposed:
         return None
-    kernel = node._saved_weight
+    try:
+        x, kernel = node._saved_input, node._saved_weight
+    except RuntimeError:
+        return None  # written to since: a backward pass will say so, and there may be none
     if mode == "auto" and not pays(y.numel(), kernel.numel()):
         return None
     bias = None
@@ -104,11 +125,14 @@ def producer_of(y: Tensor, weight: Tensor | None, mode: FoldMode) -> Convolution
     if kernel.numel() > _SMALL and type(kernel.grad_fn).__name__ == "ToCopyBackward0":
         leaf = _leaf(kernel.grad_fn)  # autocast made a copy: the Parameter needs no memory of its own
         kernel = kernel if leaf is None else leaf
-    if _rows(kernel) is None:
+    if _rows(kernel) is None or weight.dtype not in (kernel.dtype, torch.float32):
+        return None  # in backward a kernel takes both, and takes them so alone
+    hooks_of_y = _hooks_of(y, node)
+    if _any(hooks_of_y):
         return None
     where = (node._saved_stride, node._saved_padding, node._saved_dilation)
     geometry = (*where, False, node._saved_output_padding, node._saved_groups)
-    return Convolution(node._saved_input, kernel, dtype, bias, geometry, node, hooks is not None)
+    return Convolution(x, kernel, dtype, bias, geometry, node, hooks_of_y, hooks is not None)
 
 
 def shared_batch_norm(
@@ -138,9 +162,37 @@ def shared_batch_norm(
     elif producer.weight.dtype != producer.dtype:
         _Recast(producer.weight, producer.dtype, producer.node)
     known = constants.of(running_mean, running_var, eps)
-    return _apply_shared(  # type: ignore[no-any-return]
-        y, producer.x, producer.weight, producer.bias, weight, bias, known, eps, producer.geometry, producer.dtype
-    )
+    return _apply_shared(y, producer.x, producer.weight, producer.bias, weight, bias, known, eps, producer)  # type: ignore[no-any-return]
+
+
+def _hooks_of(y: Tensor, node: Any) -> Hooks:
+    """Return the hooks of a tensor and of the node that made it, those too that are put there later.
+
+    Registering one is the way to them; where they are outlives the tensor.
+    """
+    handles = y.register_hook(_nothing), node.register_hook(_nothing), node.register_prehook(_nothing)  # type: ignore[no-untyped-call]
+    found = tuple(handle.hooks_dict_ref() for handle in handles)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _any(hooks: Hooks) -> bool:
+    return any(getattr(hook, "__func__", None) is not _Recast.look for some in hooks for hook in some.values())
+
+
+def _nothing(*arguments: Any) -> None:
+    pass
+
+
+_WRITTEN = "one of the variables needed for gradient computation has been modified by an inplace operation: {}"
+
+
+_LATE_HOOKS = (
+    "the output of a convolution in front of a frozen BatchNorm layer got a hook behind that layer, and backward was "
+    "called with create_graph=True: the hook would not see the second derivatives. Put it there before the layer runs, "
+    "or keep the tensor, or convert with fold='never'"
+)
 
 
 class _Recast:
@@ -150,14 +202,19 @@ class _Recast:
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, node: Any) -> None:
-        self.weight, self.dtype, self.needed = weight.detach(), dtype, True
-        node._raw_saved_weight.register_hooks(self.pack, self.unpack)
+        self.weight, self.dtype, self.needed, self.version = weight.detach(), dtype, True, weight._version
+        try:
+            node._raw_saved_weight.register_hooks(self.pack, self.unpack)
+        except RuntimeError:
+            return  # another layer on the same result did it already
         node.register_prehook(self.look)
 
     def pack(self, copy: Tensor) -> Tensor:
         return self.weight
 
     def unpack(self, weight: Tensor) -> Tensor:
+        if self.needed and weight._version != self.version:
+            raise RuntimeError(_WRITTEN.format("the weight of a convolution in front of a frozen BatchNorm layer"))
         return weight.to(self.dtype) if self.needed else weight
 
     def look(self, gradients: tuple[Tensor | None, ...]) -> None:
@@ -174,15 +231,14 @@ class _Shared(torch.autograd.Function):
         conv_bias: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-        constants: Constants,
+        constants: Known,
         eps: float,
-        geometry: tuple[Any, ...],
-        dtype: torch.dtype,
+        producer: Convolution,
     ) -> Tensor:
         ctx.save_for_backward(x, kernel, conv_bias, weight)
-        # The layer's own copies, which nobody writes to.
-        ctx.constants = constants.mean, constants.var, constants.offset, constants.zero
-        ctx.eps, ctx.geometry, ctx.dtype = eps, geometry, dtype
+        ctx.constants = constants
+        ctx.eps, ctx.geometry, ctx.dtype = eps, producer.geometry, producer.dtype
+        ctx.hooks = producer.hooks
         ctx.y, ctx.bias_dtype = weakref.ref(y), None if bias is None else bias.dtype
         cudnn = torch.backends.cudnn.enabled
         return torch.batch_norm(y, weight, bias, constants.mean, constants.var, False, 0.0, eps, cudnn)
@@ -190,17 +246,21 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, kernel, conv_bias, weight = ctx.saved_tensors
-        mean, var, offset, zero = ctx.constants
+        mean, var, zero, offset = ctx.constants
         need_y, need_x, need_kernel, need_conv_bias, need_weight, need_bias, *_ = ctx.needs_input_grad
         y = ctx.y()
         if y is not None and need_y:  # somebody holds it, and may ask for its gradient
             if y._version:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    "the output of a convolution, which is the input of a frozen BatchNorm layer"
-                )
+                what = "the output of a convolution, which is the input of a frozen BatchNorm layer"
+                raise RuntimeError(_WRITTEN.format(what))
+        elif need_y and _any(ctx.hooks):
+            if torch.is_grad_enabled():
+                raise RuntimeError(_LATE_HOOKS)
+            of_dtype = kernel.to(ctx.dtype), None if conv_bias is None else conv_bias.to(ctx.dtype)
+            y = torch.ops.aten.convolution.default(x, *of_dtype, *ctx.geometry)
+        if y is not None and need_y:
             found = eval_backward(grad, y, weight, mean, var, ctx.eps, (need_y, need_weight, need_bias))
-            return found[0], None, None, None, found[1], found[2], *[None] * 4
+            return found[0], None, None, None, found[1], found[2], *[None] * 3
         compute = _differentiable if torch.is_grad_enabled() else _by_kernels
         of_x, of_kernel, of_weight, total = compute(
             grad, x, kernel, weight, zero, var, ctx.eps, ctx.geometry, ctx.dtype, need_x
@@ -218,7 +278,7 @@ class _Shared(torch.autograd.Function):
             of_conv_bias,
             of_weight.to(weight.dtype),
             total.to(ctx.bias_dtype) if need_bias else None,
-            *[None] * 4,
+            *[None] * 3,
         )
 
 

@@ -455,3 +455,105 @@ def test_what_is_known_of_the_constants_is_renewed_when_they_change(affine: str)
         fresh = step(model, x)
         for key, value in fresh[1].items():
             assert torch.equal(known[1][key], value), (name, key)
+
+
+class Branches(nn.Module):
+    """One convolution, whose weight is large enough that autocast's copy of it is not kept, and two norm layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 96, 1), nn.Conv2d(96, 96, 3, padding=1, bias=False)
+        self.one, self.two = nn.BatchNorm2d(96), nn.BatchNorm2d(96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.stem(x))
+        return self.one(y) + 2 * self.two(y)  # type: ignore[no-any-return]
+
+
+def test_two_layers_on_one_convolution_share_under_autocast_too() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    found = []
+    for fold, dtype in (("always", torch.float32), ("never", torch.float32), ("never", torch.float64)):
+        model = frozen(Branches(), fold=fold).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            found.append(step(model, x.to(dtype))[1])
+    shared, apart, exact = found
+    for name, reference in exact.items():
+        size = reference.norm()
+        assert (shared[name] - reference).norm() / size <= 1.2 * (apart[name] - reference).norm() / size + 1e-3, name
+
+
+def test_under_autocast_a_weight_written_to_before_backward_is_an_error_and_no_wrong_gradient() -> None:
+    model = frozen(Branches())
+    held: list[Tensor] = []
+    model.conv.register_forward_hook(lambda m, a, y: held.append(y))  # type: ignore[union-attr]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(4, 3, 8, 8))
+    with torch.no_grad():
+        model.conv.weight.mul_(3)  # type: ignore[union-attr, operator]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        held[0].sum().backward()
+
+
+def test_a_norm_of_lower_precision_than_the_convolution_is_left_to_autograd() -> None:
+    model, x = frozen(Branches()), torch.randn(4, 3, 8, 8)
+    for norm in (model.one, model.two):
+        norm.bfloat16()  # type: ignore[union-attr, operator]
+    with torch.autocast("cpu", torch.bfloat16):
+        shared = sharing(model, x)
+        _, gradients = step(model, x)
+    assert shared == [False, False]
+    assert all(torch.isfinite(grad).all() for grad in gradients.values())
+
+
+def test_an_input_written_to_behind_the_convolution_is_no_error_where_no_backward_pass_comes() -> None:
+    model = frozen(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    x = torch.randn(IMAGES)
+    expected = model(x)
+    y = model[0](x)  # type: ignore[index]
+    x.add_(1)
+    z = model[1](y)  # type: ignore[index]
+    assert torch.equal(z, expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+@pytest.mark.parametrize("affine", ["none", "shift", "merged", "original"])
+def test_statistics_that_were_made_in_inference_mode_can_be_trained_on(affine: str) -> None:
+    model, x = frozen(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), affine), torch.randn(IMAGES)
+    expected = step(model, x)
+    with torch.inference_mode():
+        for name in ("running_mean", "running_var"):
+            setattr(model[1], name, getattr(model[1], name) * 1)  # type: ignore[index]
+    assert_close(step(model, x), expected)
+    with torch.inference_mode():
+        model[1].running_var.mul_(4)  # type: ignore[index, union-attr, operator]
+    assert not torch.equal(step(model, x)[0], expected[0])
+
+
+@pytest.mark.parametrize("affine", ["none", "shift", "merged", "original"])
+@pytest.mark.parametrize("fold", ["always", "never"])
+def test_an_empty_batch_has_gradients_of_zero(affine: str, fold: str) -> None:
+    """PyTorch's CPU kernel divides by zero there, and the process is gone (SIGFPE)."""
+    model = frozen(Residual(), affine, fold)
+    _, gradients = step_of_none(model)
+    assert gradients
+    assert all(not grad.any() for grad in gradients.values())
+
+
+def step_of_none(model: nn.Module) -> Outcome:
+    y = model(torch.randn(0, *IMAGES[1:], requires_grad=True))
+    y.sum().backward()
+    return y.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_vectorized_jacobian_is_that_of_batch_norm_in_eval_mode() -> None:
+    x = torch.randn(1, *IMAGES[1:]).double()
+    vanilla = settle(Residual()).double().eval()
+    for fold in ("always", "never"):
+        model = frozen(copy.deepcopy(vanilla), fold=fold)
+        found, expected = (
+            torch.autograd.functional.jacobian(lambda x, net=net: net(x).mean((0, 2, 3)), x, vectorize=vectorize)
+            for net, vectorize in ((model, True), (vanilla, False))
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

@@ -203,6 +203,80 @@ def test_a_neck_that_reads_the_feature_in_training_only_gets_it_and_its_gradient
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
+def hooked(kind: str, when: str, fold: str, twice: bool) -> list[Any]:
+    """Return what hooks on a convolution's output that nobody holds see of a step, and the gradients."""
+    seen: list[Any] = []
+
+    class Hooked(Neck):
+        def forward(self, x: Tensor) -> Tensor:
+            feature = self.conv(x)
+
+            def put() -> None:
+                keep = lambda *grads: seen.append(torch.utils._pytree.tree_leaves(grads))  # noqa: E731
+                if kind == "tensor":
+                    feature.register_hook(keep)
+                elif kind == "tensor, doubling":
+                    feature.register_hook(lambda grad: 2 * grad)
+                elif kind == "several tensors":
+                    torch.autograd.graph.register_multi_grad_hook((feature,), keep)
+                elif kind == "node":
+                    feature.grad_fn.register_hook(keep)
+                elif kind == "node, before":
+                    feature.grad_fn.register_prehook(keep)
+
+            if when == "before":
+                put()
+            z = self.bn(feature)
+            if when == "after":
+                put()
+            return z  # type: ignore[no-any-return]
+
+    model = seeded(Hooked).double()
+    fbn.convert(model, fbn.Freeze("original", fold=fold), verify=False)  # type: ignore[arg-type]
+    if kind == "module, of old":
+        model.conv.register_backward_hook(lambda m, gi, go: seen.append([*gi, *go]))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    loss = model.train()(x).square().sum()
+    gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=twice)
+    if twice:
+        gradients += torch.autograd.grad(sum(g.square().sum() for g in gradients), list(model.parameters()))
+    return [[g for saw in seen for g in saw if g is not None], gradients]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "kind", ["tensor", "tensor, doubling", "several tensors", "node", "node, before", "module, of old"]
+)
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+def test_hooks_put_on_a_result_that_nobody_holds_see_its_gradient(kind: str, when: str) -> None:
+    """The Grad-CAM of many tutorials: `h = features.register_hook(...)` in forward, before or after the norm layer."""
+    for twice in (False, True):
+        expected = hooked(kind, when, "never", twice)
+        assert expected[0] or kind == "tensor, doubling"
+        if twice and when == "after" and kind != "module, of old":
+            with pytest.raises(RuntimeError, match="before the layer runs"):
+                hooked(kind, when, "always", twice)
+        else:
+            torch.testing.assert_close(hooked(kind, when, "always", twice), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_under_foreign_saved_tensor_hooks_a_gradient_asked_for_later_is_there() -> None:
+    model = seeded(Neck).double().train()
+    fbn.convert(model, fbn.Freeze("original", fold="always"), verify=False)
+    packs: list[tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = [
+        (torch.Tensor.clone, torch.Tensor.clone),
+        (lambda t: t, lambda t: t),
+    ]
+    for pack, unpack in packs:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            z, feature = model.train()(torch.randn(2, 3, 8, 8).double())
+        feature.retain_grad()
+        z.sum().backward()
+        scale = model.bn.weight / (model.bn.running_var + model.bn.eps).sqrt()
+        assert feature.grad is not None
+        torch.testing.assert_close(feature.grad, ((z > 0) * scale.view(-1, 1, 1)).to(z))
+
+
 def test_in_place_operations_behind_a_layer_or_on_its_input_are_as_without() -> None:
     class Adds(nn.Module):
         def __init__(self, where: str) -> None:
