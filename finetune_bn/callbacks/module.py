@@ -98,11 +98,12 @@ def broadcast_statistics(model: nn.Module) -> None:
 def sources_of(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Return, by name, what `merged` layers remember of the BatchNorm they were: no state dict holds it."""
     return {
-        site.names[0]: {name: value.detach().clone() for name, value in site.module._source[0].state_dict().items()}
+        site.names[0]: {name: value.detach().clone() for name, value in site.module.source.state_dict().items()}
         for site in find_batch_norms(model)
         if isinstance(site.module, FrozenBatchNorm)
         and site.module.affine_kind == "merged"
         and site.module.has_source_statistics
+        and site.module.source is not None
     }
 
 
@@ -111,9 +112,9 @@ def load_sources(model: nn.Module, sources: dict[str, dict[str, Tensor]]) -> Non
     for name, values in sources.items():
         layer = model.get_submodule(name)
         if isinstance(layer, FrozenBatchNorm) and layer.affine_kind == "merged":
-            if not layer._source:
-                layer._source = (layer._new_batch_norm(),)
-            layer._source[0].load_state_dict(values, strict=False)
+            source = layer.source or layer.new_batch_norm()
+            layer.remember(source)
+            source.load_state_dict(values, strict=False)
 
 
 def check_whole_network(trainer: pl.Trainer) -> None:

@@ -314,7 +314,7 @@ def _layer_error(swap: _Swap) -> float | None:
     noise = torch.randn(16, mean.numel(), 64, generator=torch.Generator().manual_seed(0)).to(mean)
     x = (noise * sd[:, None] + mean[:, None]).to(swap.new.weight)
     with torch.no_grad():
-        y, reference = swap.new._normalize(x).double(), swap.new._as_batch_norm(x).double()
+        y, reference = swap.new.normalize(x).double(), swap.new.source_output(x).double()
     return float((y - reference).square().mean().sqrt() / reference.std(0).square().mean().sqrt().clamp_min(1e-30))
 
 

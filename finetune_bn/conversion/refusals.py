@@ -82,13 +82,14 @@ def refusal(bn: nn.Module, policy: Policy, shared_with: Sequence[str] = ()) -> s
             return f"{type(bn).__module__}.{type(bn).__qualname__} has a forward patched in"
         if parametrize.is_parametrized(bn):
             return "has parametrized tensors (torch.nn.utils.parametrize): remove the parametrizations first"
-        bn = bn._source[0]
+        assert bn.source is not None
+        bn = bn.source
     if isinstance(bn, FrozenBatchNorm):
-        source = bn._source[0] if bn._source else bn._new_batch_norm()
-        values = bn._values_for(source)
+        source = bn.source or bn.new_batch_norm()
+        values = bn.values_for(source)
         bn = source
     elif tracking is not None and has_known_forward(tracking):
-        bn = tracking._source[0] if tracking._source else tracking._new_batch_norm()
+        bn = tracking.source or tracking.new_batch_norm()
     if any(parametrize.is_parametrized(layer) for layer in (bn, tracking) if layer is not None):
         return "has parametrized tensors (torch.nn.utils.parametrize): remove the parametrizations first"
     if not has_known_forward(bn):  # type: ignore[arg-type]

@@ -67,6 +67,6 @@ def choose_rules(model: nn.Module, sites: Sequence[BatchNormSite], rules: Sequen
 
 def kinds_of(site: BatchNormSite) -> set[str]:
     """Return the class names by which a rule may call the layer: a frozen one also by that of the BN it was."""
-    source = site.module._source if isinstance(site.module, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm)) else ()
-    foreign = foreign_layer(site.module)
-    return {site.kind, *(type(layer).__name__ for layer in (*source, *([foreign] if foreign else [])))}
+    ours = isinstance(site.module, (FrozenBatchNorm, TrackingBatchNorm, GroupNorm))
+    before = (site.module.source if ours else None, foreign_layer(site.module))
+    return {site.kind, *(type(layer).__name__ for layer in before if layer is not None)}

@@ -63,7 +63,8 @@ class FrozenBatchNorm(nn.Module):
 
     _version = 2  # as BatchNorm's: from version 2 on a state dict holds num_batches_tracked
     track_running_stats = True
-    __jit_unused_properties__ = ["affine", "has_source_statistics"]  # noqa: RUF012 (torch.jit looks for a list)
+    _live: type[_BatchNorm] = nn.SyncBatchNorm  # takes inputs of any rank
+    __jit_unused_properties__ = ["affine", "has_source_statistics", "source"]  # noqa: RUF012 (torch.jit looks for a list)
     if TYPE_CHECKING:  # torch.jit.script reads a class's annotations, and cannot read them as strings
         weight: Tensor
         bias: Tensor
@@ -166,15 +167,28 @@ class FrozenBatchNorm(nn.Module):
         if x.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {x.dim()}D input)")
 
+    @property
+    def source(self) -> _BatchNorm | None:
+        """The BatchNorm that this layer was made from, kept outside of the module tree; None where there was none."""
+        return self._source[0] if self._source else None
+
+    def remember(self, source: _BatchNorm | None) -> None:
+        """Let `source` be the BatchNorm that this layer turns back into."""
+        self._source = () if source is None else (source,)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.setdefault("_constants", Constants())  # pickled before there were any
+
     def to_batch_norm(self) -> _BatchNorm:
         """Return the BatchNorm of the same eval-mode function: the one this was made from, with today's values.
 
         Class, hooks, momentum and `requires_grad` are those of the original. An untouched layer comes back bit for
         bit; a trained `merged` layer is solved back for the statistics it had before the conversion.
         """
-        bn = self._source[0] if self._source else self._new_batch_norm()
+        bn = self._source[0] if self._source else self.new_batch_norm()
         with torch.no_grad():
-            for name, value in self._values_for(bn).items():
+            for name, value in self.values_for(bn).items():
                 if name in LEARNABLE[self.affine_kind] and self.affine_kind != "merged":
                     setattr(bn, name, value)  # the very Parameter, also where load_state_dict(assign=True) replaced it
                 else:
@@ -183,7 +197,7 @@ class FrozenBatchNorm(nn.Module):
         share_hooks(self, bn)
         return bn
 
-    def _values_for(self, bn: _BatchNorm) -> dict[str, Tensor | None]:
+    def values_for(self, bn: _BatchNorm) -> dict[str, Tensor | None]:
         """Return the five values with which `bn` computes what this layer computes now."""
         names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         now: dict[str, Tensor | None] = {name: getattr(self, name) for name in names}
@@ -210,7 +224,7 @@ class FrozenBatchNorm(nn.Module):
         diverged = [name for name in ("weight", "bias") if not torch.isfinite(getattr(self, name)).all()]
         if diverged:
             return f"its {' and '.join(diverged)} hold values that are NaN or infinite: load weights from before that"
-        values = self._values_for(self._source[0])
+        values = self.values_for(self._source[0])
         lost = [name for name in ("weight", "bias") if not torch.isfinite(values[name]).all()]  # type: ignore[arg-type]
         if lost:
             return (
@@ -231,9 +245,10 @@ class FrozenBatchNorm(nn.Module):
         assert var is not None
         return not mean.is_meta and not is_canonical(mean, var, self.eps)
 
-    def _new_batch_norm(self) -> _BatchNorm:
+    def new_batch_norm(self) -> _BatchNorm:
+        """Return a new BatchNorm of the kind that this layer stands for."""
         like = self.running_mean
-        return nn.SyncBatchNorm(self.num_features, self.eps, self.momentum, device=like.device, dtype=like.dtype)
+        return self._live(self.num_features, self.eps, self.momentum, device=like.device, dtype=like.dtype)
 
     def _load_from_state_dict(
         self,
@@ -301,7 +316,7 @@ class FrozenBatchNorm(nn.Module):
             return
         canonical = canonicalize(*vanilla.values(), self.eps)  # type: ignore[call-arg]
         state_dict.update(zip([prefix + name for name in names], canonical, strict=True))
-        source = self._source[0] if self._source else self._new_batch_norm()
+        source = self._source[0] if self._source else self.new_batch_norm()
         with torch.no_grad():
             for name, value in vanilla.items():
                 store(source, name, value)
@@ -315,37 +330,31 @@ class FrozenBatchNorm(nn.Module):
 class FrozenBatchNorm1d(FrozenBatchNorm):
     """`FrozenBatchNorm` for [N, C] or [N, C, L]."""
 
+    _live = nn.BatchNorm1d
+
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() != 2 and x.dim() != 3:
             raise ValueError(f"expected 2D or 3D input (got {x.dim()}D input)")
-
-    def _new_batch_norm(self) -> _BatchNorm:
-        like = self.running_mean
-        return nn.BatchNorm1d(self.num_features, self.eps, self.momentum, device=like.device, dtype=like.dtype)
 
 
 class FrozenBatchNorm2d(FrozenBatchNorm):
     """`FrozenBatchNorm` for [N, C, H, W]."""
 
+    _live = nn.BatchNorm2d
+
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() != 4:
             raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-
-    def _new_batch_norm(self) -> _BatchNorm:
-        like = self.running_mean
-        return nn.BatchNorm2d(self.num_features, self.eps, self.momentum, device=like.device, dtype=like.dtype)
 
 
 class FrozenBatchNorm3d(FrozenBatchNorm):
     """`FrozenBatchNorm` for [N, C, D, H, W]."""
 
+    _live = nn.BatchNorm3d
+
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() != 5:
             raise ValueError(f"expected 5D input (got {x.dim()}D input)")
-
-    def _new_batch_norm(self) -> _BatchNorm:
-        like = self.running_mean
-        return nn.BatchNorm3d(self.num_features, self.eps, self.momentum, device=like.device, dtype=like.dtype)
 
 
 def check_affine(affine: str) -> None:

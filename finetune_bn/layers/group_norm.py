@@ -113,15 +113,16 @@ class GroupNorm(nn.GroupNorm):
         """Return `input` [N, C, ...] normalized, in its dtype and memory format."""
         if not torch.jit.is_scripting() and not isinstance(input, Tensor):
             return as_leaf(self, input)
-        return self._normalize(input)
+        return self.normalize(input)
 
-    def _normalize(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
+        """Return `x` [N, C, ...] normalized, without what a norm+act layer has behind it."""
         y = group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         if not torch.jit.is_scripting() and self.alpha:
-            y = torch.lerp(y, self._as_batch_norm(x), self.alpha)
+            y = torch.lerp(y, self.source_output(x), self.alpha)
         return y
 
-    def _as_batch_norm(self, x: Tensor) -> Tensor:
+    def source_output(self, x: Tensor) -> Tensor:
         """Return what the BatchNorm makes of `x` in eval mode."""
         return eval_batch_norm(self._source[0], x, None if self.balance is None else self.balance[1])
 

@@ -140,7 +140,8 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
                 setattr(bn, name, getattr(self, name))
         return bn
 
-    def _new_batch_norm(self) -> _BatchNorm:
+    def new_batch_norm(self) -> _BatchNorm:
+        """Return a new BatchNorm of the kind that this layer stands for."""
         return new_norm_act(type(self).__name__, self.get_buffer("running_mean"), self.eps, self.momentum)
 
 
@@ -214,7 +215,8 @@ class TrackingBatchNormAct2d(TrackingBatchNorm):
                 setattr(bn, name, getattr(self, name))
         return bn
 
-    def _new_batch_norm(self) -> _BatchNorm:
+    def new_batch_norm(self) -> _BatchNorm:
+        """Return a new BatchNorm of the kind that this layer stands for."""
         return new_norm_act(type(self).__name__, self.get_buffer("running_mean"), self.eps, self.momentum)
 
 
@@ -271,7 +273,7 @@ class GroupNormAct2d(GroupNorm):
         """Return `act(drop(y))`, y being `input` [N, C, H, W] normalized."""
         if not isinstance(input, Tensor):
             return as_leaf(self, input)
-        return self.act(self.drop(self._normalize(input)))  # type: ignore[no-any-return]
+        return self.act(self.drop(self.normalize(input)))  # type: ignore[no-any-return]
 
     def to_batch_norm(self) -> _BatchNorm:
         """Return timm's layer that this was made from, see `GroupNorm.to_batch_norm`."""

@@ -82,7 +82,7 @@ def statistics_of(layer: nn.Module) -> Statistics:
     as they are known.
     """
     if isinstance(layer, FrozenBatchNorm) and layer.has_source_statistics and layer._source:
-        values = layer._values_for(layer._source[0])
+        values = layer.values_for(layer._source[0])
     else:
         values = {name: getattr(layer, name) for name in ("running_mean", "running_var", "weight", "bias")}
     mean, var, weight, bias = (
@@ -130,7 +130,7 @@ def store(layer: nn.Module, statistics: Statistics, *, preserve: bool) -> None:
             _fill(layer, statistics, affine=preserve)
             return
         if not layer._source:
-            layer._source = (layer._new_batch_norm(),)
+            layer._source = (layer.new_batch_norm(),)
         _fill(layer._source[0], statistics, affine=True)
         if not preserve:
             assert statistics.weight is not None

@@ -198,9 +198,14 @@ class TrackingBatchNorm(_BatchNorm):
         if self.num_fallbacks.is_meta and not self.get_buffer("running_mean").is_meta:
             self._begin(self._source)  # filled by assign=True, which knows the state dict's tensors alone
 
+    @property
+    def source(self) -> _BatchNorm | None:
+        """The BatchNorm that this layer was made from, kept outside of the module tree; None where there was none."""
+        return self._source[0] if self._source else None
+
     def to_batch_norm(self) -> _BatchNorm:
         """Return the BatchNorm of the same eval-mode function: the one this was made from, with today's values."""
-        bn = self._source[0] if self._source else self._new_batch_norm()
+        bn = self._source[0] if self._source else self.new_batch_norm()
         with torch.no_grad():
             for name in _PARAMETERS:
                 setattr(bn, name, getattr(self, name))
@@ -210,7 +215,8 @@ class TrackingBatchNorm(_BatchNorm):
         share_hooks(self, bn)
         return bn
 
-    def _new_batch_norm(self) -> _BatchNorm:
+    def new_batch_norm(self) -> _BatchNorm:
+        """Return a new BatchNorm of the kind that this layer stands for."""
         like = self.get_buffer("running_mean")
         return self._plain(
             self.num_features, self.eps, self.momentum, self.affine, device=like.device, dtype=like.dtype

@@ -180,8 +180,8 @@ def _ends_here(module: nn.Module) -> bool:
 
 def _is_fresh(layer: nn.Module) -> bool:
     """Tell whether the statistics are those of a layer that has seen no image."""
-    source = getattr(layer, "_source", ())
-    of = source[0] if source and getattr(layer, "affine_kind", "") == "merged" else layer
+    source = getattr(layer, "source", None)
+    of = source if source is not None and getattr(layer, "affine_kind", "") == "merged" else layer
     mean, var = getattr(of, "running_mean", None), getattr(of, "running_var", None)
     if mean is None or var is None or mean.is_meta:
         return False

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.frozen import FrozenBatchNorm
@@ -126,17 +127,17 @@ class _Restoring(contextlib.AbstractContextManager[None]):
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._copies: list[tuple[Tensor, Tensor]] = []
-        self._sources: list[tuple[FrozenBatchNorm, tuple[nn.Module, ...]]] = []
+        self._sources: list[tuple[FrozenBatchNorm, _BatchNorm | None]] = []
 
     def __enter__(self) -> None:
         modules = _modules(self._model)
         tensors = [t for module in modules for t in (*module.parameters(False), *module.buffers(False))]
         self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        self._sources = [(m, m._source) for m in modules if isinstance(m, FrozenBatchNorm)]
+        self._sources = [(m, m.source) for m in modules if isinstance(m, FrozenBatchNorm)]
 
     def __exit__(self, *exception: object) -> None:
         for module, source in self._sources:
-            module._source = source  # type: ignore[assignment]
+            module.remember(source)
         with torch.no_grad():
             for tensor, copy in self._copies:
                 tensor.copy_(copy)
@@ -162,7 +163,9 @@ def _trouble(layers: object) -> str | None:
 def _modules(model: nn.Module) -> list[nn.Module]:
     """Return the layers whose tensors a switch can write, with the BatchNorm that a frozen one turns back into."""
     layers = [site.module for site in find_batch_norms(model)]
-    return layers + [m for layer in layers if isinstance(layer, FrozenBatchNorm) for m in layer._source]
+    return layers + [
+        layer.source for layer in layers if isinstance(layer, FrozenBatchNorm) and layer.source is not None
+    ]
 
 
 def _read(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
