@@ -108,6 +108,7 @@ def plain_step() -> bool:
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx
         or torch.autograd.forward_ad._current_level >= 0
     )
 

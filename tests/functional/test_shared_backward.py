@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import finetune_bn as fbn
@@ -569,3 +570,16 @@ def test_what_is_known_for_one_replica_stays_so_when_another_asks() -> None:
     other = constants.of(two, two, 0.0)
     assert known.mean.tolist() == [1.0] * 3
     assert other.mean.tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("fold", ["always", "never"])
+def test_make_fx_traces_a_training_step(fold: str) -> None:
+    x, y = torch.randn(IMAGES).double(), torch.randn(IMAGES).double()
+    model = frozen(Residual(), fold=fold).double()
+    parameters = list(model.parameters())
+
+    def gradients(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(model(x).square().sum(), parameters)
+
+    traced = make_fx(gradients)(x)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(tuple(traced(y)), gradients(y), rtol=1e-10, atol=1e-10)
