@@ -6,6 +6,7 @@ autograd function is called without what only a compiler, a tracer or a transfor
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,6 +38,8 @@ class Constants:
     Backward works with copies, so that a write to the buffers between forward and backward (DDP broadcasts them) does
     not invalidate it. "Written to" is what autograd's version counters tell: `load_state_dict`, a recalibration, an
     average that copies into the tensors of a state dict; also a tensor put in place of another, by `.to()` or by hand.
+    Writes that they do not count (through `tensor.data` or numpy) are seen on the CPU, where the numbers are compared;
+    on a GPU that would be to wait for it.
     Several threads may ask, with tensors of their own (the replicas of `nn.DataParallel`).
     """
 
@@ -91,8 +94,12 @@ class _Seen:
 def _state(tensor: Tensor | None) -> object:
     if tensor is None:
         return None
-    # Writes to a tensor of inference mode are not counted: its state is never that of before.
-    return object() if tensor.is_inference() else (tensor._version, tensor.data_ptr())
+    if tensor.is_inference():
+        return object()  # writes to it are not counted: its state is never that of before
+    place = tensor.data_ptr()
+    # Not by torch.equal: what is launched in a step stays what it is without.
+    numbers = ctypes.string_at(place, tensor.nbytes) if tensor.is_cpu and tensor.is_contiguous() else b""
+    return tensor._version, place, numbers
 
 
 def plain_step() -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import finetune_bn as fbn
+from finetune_bn.functional.eager_step import Constants
 from finetune_bn.functional.shared_backward import fewest, pays, producer_of
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from tests.models import Plain, settle
@@ -438,6 +439,8 @@ def test_what_is_known_of_the_constants_is_renewed_when_they_change(affine: str)
             "an average that writes to the state dict": lambda: [
                 v.mul_(1.5) for k, v in model.state_dict().items() if k.startswith("1.running")
             ],
+            "a write through .data": lambda: norm.running_var.data.mul_(2),
+            "a write through numpy": lambda: norm.running_mean.numpy().fill(0.5),
             "a copy in place": lambda: norm.running_var.copy_(norm.running_var * 2),
             "a cast": lambda: model.float(),
             "another tensor": lambda: setattr(norm, "running_mean", norm.running_mean + 1),
@@ -557,3 +560,12 @@ def test_a_vectorized_jacobian_is_that_of_batch_norm_in_eval_mode() -> None:
             for net, vectorize in ((model, True), (vanilla, False))
         )
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_known_for_one_replica_stays_so_when_another_asks() -> None:
+    constants = Constants()
+    one, two = (torch.full((3,), value) for value in (1.0, 2.0))
+    known = constants.of(one, one, 0.0)
+    other = constants.of(two, two, 0.0)
+    assert known.mean.tolist() == [1.0] * 3
+    assert other.mean.tolist() == [2.0] * 3
