@@ -12,6 +12,7 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import ipaddress
+import logging
 import random
 import socket
 from collections.abc import Iterator
@@ -102,6 +103,15 @@ def seeded() -> None:
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def as_loud_as_before() -> Iterator[None]:
+    """Give Lightning's logger back the level that it had: a test that wants silence keeps it to itself."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
