@@ -6,6 +6,7 @@ import sys
 from typing import Any, Self, TypeVar
 
 import torch
+import torch.nn.modules.module as every_module
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -109,7 +110,7 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
             return None
         act = type(self.act)
         known = act is nn.ReLU or act in (nn.SiLU, nn.Hardswish)
-        if not known or type(self.drop) is not nn.Identity or self.act._forward_hooks or self.act._forward_pre_hooks:
+        if not known or type(self.drop) is not nn.Identity or not (_unobserved(self.drop) and _unobserved(self.act)):
             return None
         if producer_of(x, self.weight, self.fold) is not None:
             return None  # shared with the convolution in front, backward needs no tensor for the norm at all
@@ -143,6 +144,18 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
     def new_batch_norm(self) -> _BatchNorm:
         """Return a new BatchNorm of the kind that this layer stands for."""
         return new_norm_act(type(self).__name__, self.get_buffer("running_mean"), self.eps, self.momentum)
+
+
+def _unobserved(module: nn.Module) -> bool:
+    """Tell whether nobody can notice that a module is not called: no hooks of its own or of all, no forward put on."""
+    own = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    everywhere = (
+        every_module._global_forward_pre_hooks,
+        every_module._global_forward_hooks,
+        every_module._global_backward_pre_hooks,
+        every_module._global_backward_hooks,
+    )
+    return "forward" not in vars(module) and not any(everywhere) and not any(getattr(module, name) for name in own)
 
 
 def is_conv_same(kind: type[nn.Module]) -> bool:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+)
 
 pytest.importorskip("timm")
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
@@ -363,3 +369,47 @@ def test_the_noisy_layer_is_frozen_with_noise_and_an_activation() -> None:
     assert not issubclass(NoisyFrozenBatchNorm2d, FrozenBatchNormAct2d)
     with pytest.raises(FinetuneBNError, match="noise: got 1"):
         NoisyFrozenBatchNormAct2d(4, noise=1)
+
+
+def _double(module: nn.Module) -> None:
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
+
+
+OBSERVED: dict[str, Callable[[nn.Module, Callable[..., None]], Any]] = {
+    "full backward hook": lambda act, saw: act.register_full_backward_hook(saw),
+    "full backward pre-hook": lambda act, saw: act.register_full_backward_pre_hook(saw),
+    "backward hook of old": lambda act, saw: act.register_backward_hook(saw),
+    "forward hook": lambda act, saw: act.register_forward_hook(saw),
+    "hook on all modules": lambda act, saw: register_module_forward_hook(saw),
+    "pre-hook on all modules": lambda act, saw: register_module_forward_pre_hook(saw),
+    "backward hook on all modules": lambda act, saw: register_module_full_backward_hook(saw),
+    "a forward put on it": lambda act, saw: _double(act),
+}
+
+
+@pytest.mark.parametrize("way", OBSERVED)
+@pytest.mark.parametrize("where", ["act", "drop"])
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
+def test_whoever_observes_the_activation_or_what_is_in_front_of_it_sees_it_run(
+    way: str, where: str, act: type[nn.Module]
+) -> None:
+    found = []
+    x = images().double()
+    for freeze in (True, False):
+        layer: nn.Module = norm_act(act_layer=act, drop_layer=None, inplace=False).double()
+        if freeze:
+            layer = FrozenBatchNormAct2d.from_batch_norm(layer, "original")  # type: ignore[arg-type]
+        seen: list[str] = []
+        observed = getattr(layer, where)
+        handle = OBSERVED[way](observed, lambda module, *rest, seen=seen: seen.append(type(module).__name__))
+        try:
+            y = layer(x.clone().requires_grad_())
+            y.sum().backward()
+        finally:
+            if handle is not None:
+                handle.remove()
+        found.append((y.detach(), [name for name in seen if name in (act.__name__, "Identity")]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert found[0][1] or way == "a forward put on it"
