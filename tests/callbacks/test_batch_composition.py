@@ -166,10 +166,15 @@ def test_where_lightning_cannot_rebuild_the_sampler_it_stops_and_does_not_stride
 
 def interrupt(folder: Path, make: Callable[[], Any], world_size: int, **arguments: Any) -> list[list[Entry]]:
     """Fit for three epochs with a checkpoint after every step and every epoch, and return what was written down."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     steps = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     epochs = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
-    written = train(folder, make, steps, epochs, world_size=world_size, epochs=3, **arguments)
+    try:
+        written = train(folder, make, steps, epochs, world_size=world_size, epochs=3, **arguments)
+    finally:
+        logger.setLevel(level)  # this runs in a fixture of the module, and other modules listen
     assert written == planned(world_size, epochs=3)
     return written
 
