@@ -151,7 +151,10 @@ def timm_stages(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
     if not owners:
         raise FinetuneBNError(
             complaint(
-                "rule.stage", type(model).__name__, "a model that holds a timm model", "Use a name pattern instead."
+                "rule.stage",
+                type(model).__name__,
+                "a model that holds a whole timm model, which tells its stages (features_only=True leaves that out)",
+                "Use a name pattern instead, such as 'layer4.*'.",
             )
         )
     from timm.models import group_modules

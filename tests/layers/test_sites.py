@@ -96,7 +96,7 @@ def test_stages_are_those_of_timms_coarse_group_matcher_however_deep_the_model_l
 
 
 def test_stages_without_a_timm_model_are_an_error() -> None:
-    with pytest.raises(FinetuneBNError, match=r"rule.stage: got 'Plain'; allowed: a model that holds a timm model"):
+    with pytest.raises(FinetuneBNError, match=r"rule.stage: got .Plain.; allowed: a model that holds a whole timm"):
         timm_stages(Plain(), ["bn1"])
 
 
@@ -128,3 +128,9 @@ def test_layers_within_a_script_module_are_named_and_left_alone(way: str, caplog
     model.bn = nn.Identity()
     with pytest.raises(FinetuneBNError, match=r"part\.1 is a BatchNorm2d within a ScriptModule"):
         fbn.convert(model, fbn.Freeze())
+
+
+def test_a_timm_net_that_gives_features_only_tells_no_stages_and_the_message_says_so() -> None:
+    model = pytest.importorskip("timm").create_model("resnet18", features_only=True)
+    with pytest.raises(FinetuneBNError, match=r"FeatureListNet.*features_only=True leaves that out.*name pattern"):
+        fbn.plan(model, fbn.Rules([fbn.Rule(fbn.Freeze(), stage=0)]))
