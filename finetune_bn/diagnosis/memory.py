@@ -20,6 +20,7 @@ from finetune_bn.conversion.plan import Plan, check_model
 from finetune_bn.conversion.policies import Policy
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.shared_backward import only_counts
+from finetune_bn.layers.norm_act import FrozenBatchNormAct2d, modules_behind
 from finetune_bn.utilities.probe import Probe, can_run, find_probes
 
 AUTOCAST = (torch.bfloat16, torch.float16)
@@ -175,7 +176,11 @@ def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
 def saved_by_layer(model: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
     """Return the same by the name of the module in whose forward it was saved first; only those that saved anything."""
     saved = _Saved(model)
-    plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    # A frozen layer with an activation keeps one tensor for both, but not where somebody observes the activation.
+    acting = [layer for layer in model.modules() if isinstance(layer, FrozenBatchNormAct2d)]
+    inside = {id(part) for layer in acting for part in modules_behind(layer)}
+    outside = (module for module in model.modules() if id(module) not in inside)
+    plain = [module for module in outside if not isinstance(module, torch.jit.ScriptModule)]
     handles = [module.register_forward_pre_hook(saved.enter) for module in plain]
     handles += [module.register_forward_hook(saved.leave, always_call=True) for module in plain]
     try:

@@ -201,3 +201,15 @@ def test_hooks_are_gone_after_an_error_in_what_is_run() -> None:
             with pytest.raises(ZeroDivisionError):
                 count(model, fail)
     assert sum(saved_by_layer(model, lambda: model(x)).values()) == saved_bytes(model, lambda: model(x))
+
+
+@pytest.mark.parametrize("affine", ["merged", "original"])
+def test_the_report_of_a_net_with_activations_in_its_norm_layers_is_what_a_step_without_hooks_keeps(
+    affine: str,
+) -> None:
+    model = pytest.importorskip("timm").create_model("test_efficientnet", num_classes=5)
+    policy, x = fbn.Freeze(affine, fold="never"), torch.randn(4, 3, 32, 32)  # type: ignore[arg-type]
+    report = fbn.memory_report(model, x, policy)
+    fbn.convert(model, policy, verify=False).train()
+    assert report.after == saved_bytes(model, lambda: model(x))
+    assert report.after < 0.9 * report.before
