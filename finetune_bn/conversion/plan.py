@@ -40,6 +40,7 @@ from finetune_bn.layers.sites import (
     why_left_alone,
 )
 from finetune_bn.utilities.probe import Probe, can_run, find_probes
+from finetune_bn.utilities.tables import text_table
 
 BESIDE = (
     "its tensors are used beside the layer (torch.nn.functional.batch_norm, as in a graph traced through it), where no "
@@ -165,14 +166,12 @@ class Plan:
             for row in self.rows
         ]
         shown = [i for i in range(len(header)) if i in (0, 4) or any(line[i] for line in body)]
-        widths = [max(len(line[i]) for line in [header, *body]) for i in shown]
-        lines = ["  ".join(line[i].ljust(w) for i, w in zip(shown, widths, strict=True)).rstrip() for line in body]
-        top = "  ".join(header[i].ljust(w) for i, w in zip(shown, widths, strict=True)).rstrip()
+        table = text_table([header[i] for i in shown], [[line[i] for i in shown] for line in body])
         counts = Counter(_action(row) for row in self.rows)
         total = ", ".join(f"{n} x {action}" for action, n in counts.most_common())
         sharing = sum(bool(row.folded_into) for row in self.rows)
         total += f"; {sharing} can share the backward pass of the convolution in front" if sharing else ""
-        return "\n".join([f"{self.model}: {total}", top, "-" * len(top), *lines])
+        return "\n".join([f"{self.model}: {total}", *table])
 
 
 def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: bool = True) -> Plan:

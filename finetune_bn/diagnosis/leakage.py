@@ -15,6 +15,7 @@ from finetune_bn.functional.moments import accumulator
 from finetune_bn.layers.sites import BatchNormSite, find_batch_norms
 from finetune_bn.utilities.batches import Chunk, Feeder, Forward, join
 from finetune_bn.utilities.probe import can_run, quietly, tensors_in
+from finetune_bn.utilities.tables import text_table
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,14 @@ class Leakage:
         return {"total": self.total, "images": self.images, "batch_size": self.batch_size, "rows": rows}
 
     def __str__(self) -> str:
-        width = max([len(" = ".join(r.names)) for r in self.rows] + [len("layer")])
-        lines = [f"{' = '.join(row.names).ljust(width)}  {row.leakage:.4f}" for row in self.rows]
+        lines = [(" = ".join(row.names), f"{row.leakage:.4f}") for row in self.rows]
         said = (
             "nothing leaks: an image's output does not depend on its batch"
             if self.total == 0
             else f"the output of an image moves by {100 * self.total:.1f} % of the distance between two images when "
             f"{self.batch_size - self.images} images of its batch are exchanged"
         )
-        return "\n".join([said, f"{'layer'.ljust(width)}  leakage", *lines])
+        return "\n".join([said, *text_table(("layer", "leakage"), lines, line=False)])
 
 
 def measure_leakage(

@@ -22,6 +22,7 @@ from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.shared_backward import only_counts
 from finetune_bn.layers.norm_act import FrozenBatchNormAct2d, modules_behind
 from finetune_bn.utilities.probe import Probe, can_run, find_probes
+from finetune_bn.utilities.tables import text_table
 
 AUTOCAST = (torch.bfloat16, torch.float16)
 
@@ -99,14 +100,7 @@ class MemoryReport:
             (row.name or "(root)", row.kind, _mib(row.before), *(() if row.after is None else (_mib(row.after),)))
             for row in self.layers
         ]
-        widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-
-        def line(cells: tuple[str, ...]) -> str:
-            aligned = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-            return "  ".join(aligned).rstrip()
-
-        top = line(header)
-        return "\n".join([title, top, "-" * len(top), *map(line, body)])
+        return "\n".join([title, *text_table(header, body, right=(2, 3))])
 
 
 def memory_report(

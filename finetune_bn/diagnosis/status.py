@@ -17,6 +17,7 @@ from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.hold_affine import is_held
 from finetune_bn.layers.sites import find_batch_norms, find_lookalikes
+from finetune_bn.utilities.tables import text_table
 
 State = Literal["live", "frozen", "held", "GroupNorm", "foreign"]
 NAMES_SHOWN = 3
@@ -96,10 +97,7 @@ class Status:
         total = ", ".join(f"{n} {state}" for state, n in states.items()) or "no BatchNorm layer"
         wrong = sum(len(names) for names in self.irregular.values())
         header, rows = self.rows()
-        widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in rows]
-        top = "  ".join(cell.ljust(w) for cell, w in zip(header, widths, strict=True)).rstrip()
-        table = [top, "-" * max(map(len, [top, *lines])), *lines] if rows else []
+        table = text_table(header, rows) if rows else []
         numbers = (
             f"trained: {self.trained_norm:,} numbers of normalization layers, {self.trained_other:,} others; "
             f"constant: {self.constant:,}"

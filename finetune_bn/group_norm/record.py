@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_bn.utilities.tables import text_table
+
 
 @dataclass(frozen=True)
 class LayerFit:
@@ -67,8 +69,6 @@ class Calibration:
             )
             for row in self.rows
         ]
-        widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [header, *body]]
         last = f"; behind the last, {self.rows[-1].error:.3f}" if self.rows else ""
         title = (
             f"{len(self.rows)} GroupNorm layers fitted to {self.images} images: errors in standard deviations of the "
@@ -80,4 +80,4 @@ class Calibration:
                 reasons.setdefault(row.not_balanced, []).append(row.names[0] or "(root)")
         unbalanced = [f"not balanced: {', '.join(names)}: {why}" for why, names in reasons.items()]
         alone = [f"left alone: {name or '(root)'} was not reached by the images" for name in self.left_alone]
-        return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:], *unbalanced, *alone])
+        return "\n".join([title, *text_table(header, body), *unbalanced, *alone])

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from finetune_bn.utilities.tables import text_table
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -113,9 +115,6 @@ class Recalibration:
             )
             for row in self.rows
         ]
-        widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-        table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in body]
-        top = "  ".join(cell.ljust(w) for cell, w in zip(header, widths, strict=True)).rstrip()
         title = (
             f"{len(self.rows)} BatchNorm layers recalibrated on {self.images} images "
             f"(mode {self.mode}, {self.how}): means moved by {self.shift:.3f} sd, "
@@ -123,7 +122,7 @@ class Recalibration:
         )
         alone = [f"left alone: {name or '(root)'} {reason}" for name, reason in self.left_alone]
         noted = [f"note: {warning}" for warning in self.warnings]
-        return "\n".join([title, top, "-" * len(top), *table, *alone, *noted])
+        return "\n".join([title, *text_table(header, body), *alone, *noted])
 
 
 def _known(value: float) -> float | None:
