@@ -27,12 +27,12 @@ from finetune_bn.conversion.proofs import (
 from finetune_bn.errors import (
     UnsupportedLayer,
 )
+from finetune_bn.layers.families import EVAL, GHOST, GROUP, NOISY, RENORM, STOCHASTIC, Family, class_for, frozen_class
 from finetune_bn.layers.foreign import foreign_layer, is_foreign_frozen, laid_to_rest, revived
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.hold_affine import hold_affine, is_held, release_affine, train_again
 from finetune_bn.layers.noise import NoisyFrozenBatchNorm
-from finetune_bn.layers.norm_act import EVAL, GHOST, GROUP, NOISY, RENORM, STOCHASTIC, Family, class_for, frozen_class
 
 
 def undo(layer: nn.Module) -> tuple[nn.Module, Callable[[], None] | None]:

@@ -22,9 +22,10 @@ from torch.overrides import TorchFunctionMode
 from finetune_bn.conversion.new_layers import patterns_for
 from finetune_bn.conversion.plan import check_model
 from finetune_bn.errors import MissingDependency, UnsupportedLayer
+from finetune_bn.layers.families import FROZEN
 from finetune_bn.layers.frozen import FrozenBatchNorm
 from finetune_bn.layers.noise import NoisyFrozenBatchNorm
-from finetune_bn.layers.norm_act import FROZEN, behind_norm, modules_behind
+from finetune_bn.layers.norm_act import behind_norm, modules_behind
 
 _OUT_OF_PLACE: dict[Any, Any] = {
     Tensor.add_: torch.add,

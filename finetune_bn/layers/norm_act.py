@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 import torch.nn.modules.module as every_module
@@ -16,40 +16,47 @@ from finetune_bn.functional.frozen_act import frozen_batch_norm_act, frozen_batc
 from finetune_bn.functional.shared_backward import producer_of
 from finetune_bn.layers.frozen import (
     Affine,
-    FrozenBatchNorm,
-    FrozenBatchNorm1d,
     FrozenBatchNorm2d,
-    FrozenBatchNorm3d,
     check_affine,
 )
-from finetune_bn.layers.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from finetune_bn.layers.ghost import GhostBatchNorm2d
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.leaf import as_leaf
 from finetune_bn.layers.noise import (
     NoisyFrozenBatchNorm,
-    NoisyFrozenBatchNorm1d,
-    NoisyFrozenBatchNorm2d,
-    NoisyFrozenBatchNorm3d,
 )
-from finetune_bn.layers.renorm import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from finetune_bn.layers.renorm import BatchRenorm2d
 from finetune_bn.layers.stochastic import (
-    EvalBatchNorm,
-    EvalBatchNorm1d,
     EvalBatchNorm2d,
-    EvalBatchNorm3d,
-    StochasticBatchNorm,
-    StochasticBatchNorm1d,
     StochasticBatchNorm2d,
-    StochasticBatchNorm3d,
 )
 from finetune_bn.layers.tracking import TrackingBatchNorm
 
-Kind = TypeVar("Kind", bound=nn.Module)
-# Of one kind the classes for any input, for 1d, 2d and 3d, and for a 2d layer with an activation behind it.
-Family = tuple[type[Kind], type[Kind], type[Kind], type[Kind], type[Kind]]
+
+class ActsBehind(nn.Module):
+    """What a norm layer does besides, where it stands for timm's norm+act layer: `drop`, then `act`.
+
+    Both are the modules of the source layer, with their own state and their own train and eval behavior.
+    """
+
+    def _put_behind(self, drop: nn.Module | None, act: nn.Module | None) -> None:
+        self.drop = nn.Identity() if drop is None else drop
+        self.act = nn.Identity() if act is None else act
+
+    def _take_behind(self, bn: _BatchNorm) -> None:
+        # timm's SyncBatchNormAct may carry neither of the two.
+        self._put_behind(getattr(bn, "drop", None), getattr(bn, "act", None))
+
+    def to_batch_norm(self) -> _BatchNorm:
+        """Return timm's layer that this one stands for, with today's values and modules."""
+        bn: _BatchNorm = super().to_batch_norm()  # type: ignore[misc]
+        for name in ("drop", "act"):
+            if hasattr(bn, name):
+                setattr(bn, name, getattr(self, name))
+        return bn
 
 
-class FrozenBatchNormAct2d(FrozenBatchNorm2d):
+class FrozenBatchNormAct2d(ActsBehind, FrozenBatchNorm2d):
     """`FrozenBatchNorm2d`, then `drop`, then `act`: the frozen form of timm's `BatchNormAct2d`.
 
     `drop` and `act` are the modules of the source layer, with their own state and their own train and eval behavior.
@@ -77,17 +84,14 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, device, dtype)
-        self.drop = nn.Identity() if drop is None else drop
-        self.act = nn.Identity() if act is None else act
+        self._put_behind(drop, act)
 
     @classmethod
     def from_batch_norm(cls, bn: _BatchNorm, affine: Affine = "none") -> FrozenBatchNormAct2d:
         """Return the frozen layer of the same eval-mode function, see `FrozenBatchNorm.from_batch_norm`."""
         check_affine(affine)
         frozen = super().from_batch_norm(bn, affine)
-        # timm's SyncBatchNormAct may carry neither of the two.
-        frozen.drop = getattr(bn, "drop", None) or nn.Identity()
-        frozen.act = getattr(bn, "act", None) or nn.Identity()
+        frozen._take_behind(bn)
         return frozen
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,14 +137,6 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         except RuntimeError:  # tensors without values: on the meta device, or of torch.func
             return False
 
-    def to_batch_norm(self) -> _BatchNorm:
-        """Return timm's layer of the same eval-mode function, see `FrozenBatchNorm.to_batch_norm`."""
-        bn = super().to_batch_norm()
-        for name in ("drop", "act"):
-            if hasattr(bn, name):
-                setattr(bn, name, getattr(self, name))
-        return bn
-
     def new_batch_norm(self) -> _BatchNorm:
         """Return a new BatchNorm of the kind that this layer stands for."""
         return new_norm_act(type(self).__name__, self.get_buffer("running_mean"), self.eps, self.momentum)
@@ -178,8 +174,7 @@ class NoisyFrozenBatchNormAct2d(NoisyFrozenBatchNorm, FrozenBatchNormAct2d):
         self, num_features: int, *, drop: nn.Module | None = None, act: nn.Module | None = None, **arguments: Any
     ) -> None:
         super().__init__(num_features, **arguments)
-        self.drop = nn.Identity() if drop is None else drop
-        self.act = nn.Identity() if act is None else act
+        self._put_behind(drop, act)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `act(drop(y))`, y being `x` [N, C, H, W] normalized, in training by noisy statistics."""
@@ -189,7 +184,7 @@ class NoisyFrozenBatchNormAct2d(NoisyFrozenBatchNorm, FrozenBatchNormAct2d):
         return self.act(self.drop(self._normalize(x)))  # type: ignore[no-any-return]
 
 
-class TrackingBatchNormAct2d(TrackingBatchNorm):
+class TrackingBatchNormAct2d(ActsBehind, TrackingBatchNorm):
     """A `TrackingBatchNorm`, then `drop`, then `act`: the modules of timm's `BatchNormAct2d` that it stands for.
 
     Args:
@@ -203,15 +198,12 @@ class TrackingBatchNormAct2d(TrackingBatchNorm):
         self, num_features: int, *, drop: nn.Module | None = None, act: nn.Module | None = None, **arguments: Any
     ) -> None:
         super().__init__(num_features, **arguments)
-        self.drop = nn.Identity() if drop is None else drop
-        self.act = nn.Identity() if act is None else act
+        self._put_behind(drop, act)
 
     @classmethod
     def _standing_for(cls, bn: _BatchNorm) -> Self:
         layer = super()._standing_for(bn)
-        # timm's SyncBatchNormAct may carry neither of the two.
-        layer.drop = getattr(bn, "drop", None) or nn.Identity()
-        layer.act = getattr(bn, "act", None) or nn.Identity()
+        layer._take_behind(bn)
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
@@ -219,14 +211,6 @@ class TrackingBatchNormAct2d(TrackingBatchNorm):
         if not isinstance(input, Tensor):
             return as_leaf(self, input)
         return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return]
-
-    def to_batch_norm(self) -> _BatchNorm:
-        """Return timm's layer of the same eval-mode function, see `TrackingBatchNorm.to_batch_norm`."""
-        bn = super().to_batch_norm()
-        for name in ("drop", "act"):
-            if hasattr(bn, name):
-                setattr(bn, name, getattr(self, name))
-        return bn
 
     def new_batch_norm(self) -> _BatchNorm:
         """Return a new BatchNorm of the kind that this layer stands for."""
@@ -249,7 +233,7 @@ class EvalBatchNormAct2d(TrackingBatchNormAct2d, EvalBatchNorm2d):
     """`EvalBatchNorm2d`, then `drop`, then `act`; see `TrackingBatchNormAct2d`."""
 
 
-class GroupNormAct2d(GroupNorm):
+class GroupNormAct2d(ActsBehind, GroupNorm):
     """`GroupNorm`, then `drop`, then `act`: the modules of timm's `BatchNormAct2d` that it stands for.
 
     Args:
@@ -270,16 +254,13 @@ class GroupNormAct2d(GroupNorm):
         **arguments: Any,
     ) -> None:
         super().__init__(num_groups, num_channels, **arguments)
-        self.drop = nn.Identity() if drop is None else drop
-        self.act = nn.Identity() if act is None else act
+        self._put_behind(drop, act)
 
     @classmethod
     def from_batch_norm(cls, bn: _BatchNorm, *arguments: Any, **settings: Any) -> Self:
         """Return the GroupNorm that stands for `bn`, see `GroupNorm.from_batch_norm`."""
         layer = super().from_batch_norm(bn, *arguments, **settings)
-        # timm's SyncBatchNormAct may carry neither of the two.
-        layer.drop = getattr(bn, "drop", None) or nn.Identity()
-        layer.act = getattr(bn, "act", None) or nn.Identity()
+        layer._take_behind(bn)
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
@@ -287,54 +268,6 @@ class GroupNormAct2d(GroupNorm):
         if not isinstance(input, Tensor):
             return as_leaf(self, input)
         return self.act(self.drop(self.normalize(input)))  # type: ignore[no-any-return]
-
-    def to_batch_norm(self) -> _BatchNorm:
-        """Return timm's layer that this was made from, see `GroupNorm.to_batch_norm`."""
-        bn = super().to_batch_norm()
-        for name in ("drop", "act"):
-            if hasattr(bn, name):
-                setattr(bn, name, getattr(self, name))
-        return bn
-
-
-FROZEN: Family[FrozenBatchNorm] = (
-    FrozenBatchNorm,
-    FrozenBatchNorm1d,
-    FrozenBatchNorm2d,
-    FrozenBatchNorm3d,
-    FrozenBatchNormAct2d,
-)
-NOISY: Family[NoisyFrozenBatchNorm] = (
-    NoisyFrozenBatchNorm,
-    NoisyFrozenBatchNorm1d,
-    NoisyFrozenBatchNorm2d,
-    NoisyFrozenBatchNorm3d,
-    NoisyFrozenBatchNormAct2d,
-)
-GHOST: Family[GhostBatchNorm] = (
-    GhostBatchNorm,
-    GhostBatchNorm1d,
-    GhostBatchNorm2d,
-    GhostBatchNorm3d,
-    GhostBatchNormAct2d,
-)
-RENORM: Family[BatchRenorm] = (BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, BatchRenormAct2d)
-STOCHASTIC: Family[StochasticBatchNorm] = (
-    StochasticBatchNorm,
-    StochasticBatchNorm1d,
-    StochasticBatchNorm2d,
-    StochasticBatchNorm3d,
-    StochasticBatchNormAct2d,
-)
-EVAL: Family[EvalBatchNorm] = (
-    EvalBatchNorm,
-    EvalBatchNorm1d,
-    EvalBatchNorm2d,
-    EvalBatchNorm3d,
-    EvalBatchNormAct2d,
-)
-# GroupNorm takes inputs of any rank.
-GROUP: Family[GroupNorm] = (GroupNorm, GroupNorm, GroupNorm, GroupNorm, GroupNormAct2d)
 
 
 def is_norm_act(module: nn.Module) -> bool:
@@ -357,21 +290,6 @@ def has_known_forward(bn: _BatchNorm) -> bool:
         return True
     timm = sys.modules.get("timm.layers.norm_act")
     return timm is not None and forward in (timm.BatchNormAct2d.forward, timm.SyncBatchNormAct.forward)
-
-
-def frozen_class(bn: _BatchNorm) -> type[FrozenBatchNorm]:
-    """Return the frozen class for a BatchNorm layer."""
-    return class_for(bn, FROZEN)
-
-
-def class_for(bn: _BatchNorm, family: Family[Kind]) -> type[Kind]:
-    """Return which class of a family stands for a BatchNorm layer."""
-    if is_norm_act(bn):
-        return family[4]
-    for live, kind in zip((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), family[1:], strict=False):
-        if isinstance(bn, live):
-            return kind
-    return family[0]  # SyncBatchNorm and the `_BatchNormXd` that reverting it leaves take any input rank
 
 
 def modules_behind(layer: nn.Module) -> list[nn.Module]:

@@ -32,21 +32,9 @@ from finetune_bn.layers import (
     NoisyFrozenBatchNorm2d,
     NoisyFrozenBatchNormAct2d,
 )
+from finetune_bn.layers.families import EVAL, FROZEN, GHOST, NOISY, RENORM, STOCHASTIC, Family, class_for, frozen_class
 from finetune_bn.layers.frozen import AFFINE_KINDS, Affine
-from finetune_bn.layers.norm_act import (
-    EVAL,
-    FROZEN,
-    GHOST,
-    NOISY,
-    RENORM,
-    STOCHASTIC,
-    Family,
-    behind_norm,
-    class_for,
-    frozen_class,
-    has_known_forward,
-    is_norm_act,
-)
+from finetune_bn.layers.norm_act import behind_norm, has_known_forward, is_norm_act
 from tests.models import Named, OwnForward, settle
 from tests.tools import assert_same_state, without_extra_state
 

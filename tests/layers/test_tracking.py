@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 import finetune_bn as fbn
 from finetune_bn.errors import UnsupportedLayer
 from finetune_bn.layers import TrackingBatchNorm
-from finetune_bn.layers.norm_act import EVAL, GHOST, RENORM, STOCHASTIC, Family
+from finetune_bn.layers.families import EVAL, GHOST, RENORM, STOCHASTIC, Family
 from finetune_bn.layers.tracking import why_not_tracking
 from tests import batch_references as reference
 from tests.models import Plain, settle
