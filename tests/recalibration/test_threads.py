@@ -125,13 +125,12 @@ def test_two_threads_leave_the_random_states_as_they_were_and_have_the_right_sta
     def work(model: nn.Module) -> Any:
         return lambda: [fbn.recalibrate(model, batches()) for _ in range(3)]
 
+    planned, few = Plain(), images(2)  # to make these draws too, and nobody undoes that
     states = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert (
-            run([*map(work, models), lambda: fbn.plan(Plain(), fbn.Freeze("none"), example_input=images(2))])
-            == [None] * 4
-        )
+        looks = [*map(work, models), lambda: fbn.plan(planned, fbn.Freeze("none"), example_input=few)]
+        assert run(looks) == [None] * 4
     assert random.getstate() == states[0]
     assert numpy.random.get_state()[1].tolist() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
