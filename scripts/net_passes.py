@@ -170,8 +170,8 @@ def sharing_layers(net: nn.Module) -> Iterator[set[str]]:
     names = {id(module): name for name, module in net.named_modules()}
     normalized = FrozenBatchNorm._normalized
 
-    def watched(self: FrozenBatchNorm, x: Tensor) -> Tensor:
-        y = normalized(self, x)
+    def watched(self: FrozenBatchNorm, *arguments: Any) -> Tensor:
+        y = normalized(self, *arguments)
         if "_Shared" in type(y.grad_fn).__name__:
             found.add(names[id(self)])
         return y

@@ -25,7 +25,7 @@ from finetune_bn.functional.shared_backward import fewest
 from finetune_bn.layers.norm_act import is_conv_same
 from finetune_bn.layers.sites import BatchNormSite, is_leaf
 from finetune_bn.utilities.batch_size import count_in_call
-from finetune_bn.utilities.probe import Probe, quietly, tensors_in
+from finetune_bn.utilities.probe import Probe, quietly, storage_of, tensors_in
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if not func.is_view:  # what is read through a view is read when an operation takes the view
             for tensor in tree_leaves((args, kwargs)):
-                result = self.results.get(_place(tensor)) if torch.is_tensor(tensor) else None
+                result = self.results.get(storage_of(tensor)) if torch.is_tensor(tensor) else None
                 if result is not None:
                     result.readers.add(self.running or f"{func.overloadpacket.__name__} between modules")
         return func(*args, **kwargs)
@@ -151,7 +151,7 @@ class _Watch(TorchDispatchMode):
                 # The tensor is held as long as its id is, and its version tells in-place changes.
                 self.made[id(output)] = (output, output._version, f"{_role(module)} {name}")
                 if is_producer(module):
-                    self.results[_place(output)] = _Result(output, name, set())
+                    self.results[storage_of(output)] = _Result(output, name, set())
 
         return hook
 
@@ -161,7 +161,7 @@ class _Watch(TorchDispatchMode):
         tensor, version, maker = self.made.get(id(x), (None, 0, ""))
         fresh = tensor is not None and tensor._version == version
         here = f"behind {maker}" if fresh else "behind an operation between modules"
-        result = self.results.get(_place(x)) if torch.is_tensor(x) else None
+        result = self.results.get(storage_of(x)) if torch.is_tensor(x) else None
         same, size = False, 0.0
         if torch.is_tensor(x):
             size = x.numel() / self.images
@@ -174,7 +174,7 @@ class _Watch(TorchDispatchMode):
 
     def returned(self, output: Any) -> None:
         for tensor in tensors_in(output):
-            result = self.results.get(_place(tensor))
+            result = self.results.get(storage_of(tensor))
             if result is not None:
                 result.readers.add("the model returns it")
         self.made.clear()
@@ -245,13 +245,6 @@ def _same_channels(y: Tensor, x: Tensor, of_conv: bool) -> bool:
         return False
     read = lies.as_strided(x.shape, x.stride())
     return torch.equal(read, torch.arange(x.shape[1]).view(1, -1, *[1] * (x.dim() - 2)).expand(x.shape))
-
-
-def _place(tensor: Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # a tensor without a storage
-        return -1
 
 
 def _role(module: nn.Module) -> str:

@@ -19,7 +19,7 @@ from finetune_bn.functional.frozen import (
     scale_shift,
     solve_affine,
 )
-from finetune_bn.functional.shared_backward import FoldMode, producer_of, shared_batch_norm
+from finetune_bn.functional.shared_backward import Convolution, FoldMode, producer_of, shared_batch_norm
 from finetune_bn.layers.leaf import as_leaf
 from finetune_bn.layers.stand_in import share_hooks, store
 
@@ -152,13 +152,12 @@ class FrozenBatchNorm(nn.Module):
             if not isinstance(x, Tensor):
                 return as_leaf(self, x)
             self._check_input_dim(x)
-            return self._normalized(x)
+            return self._normalized(x, producer_of(x, self.weight, self.fold))
         self._check_input_dim(x)
         return frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
 
-    def _normalized(self, x: Tensor) -> Tensor:
+    def _normalized(self, x: Tensor, producer: Convolution | None) -> Tensor:
         tensors = (self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-        producer = producer_of(x, self.weight, self.fold)
         if producer is None:
             return batch_norm_in_step(x, *tensors, self._constants)
         return shared_batch_norm(x, producer, *tensors, self._constants)

@@ -100,8 +100,10 @@ class FrozenBatchNormAct2d(ActsBehind, FrozenBatchNorm2d):
             if not isinstance(x, Tensor):
                 return as_leaf(self, x)
             self._check_input_dim(x)
-            y = self._in_one_step(x)
-            return self.act(self.drop(self._normalized(x))) if y is None else y
+            producer = producer_of(x, self.weight, self.fold)
+            # Shared with the convolution in front, backward needs no tensor for the norm at all.
+            y = None if producer is not None else self._in_one_step(x)
+            return self.act(self.drop(self._normalized(x, producer))) if y is None else y
         self._check_input_dim(x)  # spelled out: torch.jit.script knows no super().forward
         x = frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         return self.act(self.drop(x))  # type: ignore[no-any-return]
@@ -116,8 +118,6 @@ class FrozenBatchNormAct2d(ActsBehind, FrozenBatchNorm2d):
         known = act is nn.ReLU or act in (nn.SiLU, nn.Hardswish)
         if not known or type(self.drop) is not nn.Identity or not (_unobserved(self.drop) and _unobserved(self.act)):
             return None
-        if producer_of(x, self.weight, self.fold) is not None:
-            return None  # shared with the convolution in front, backward needs no tensor for the norm at all
         arguments = (self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         if act is not nn.ReLU:
             return frozen_batch_norm_act(x, *arguments, act.__name__)
@@ -128,9 +128,9 @@ class FrozenBatchNormAct2d(ActsBehind, FrozenBatchNorm2d):
             return False  # a compiler weighs for itself what to keep; and to read values is to wait for a GPU
         size = None
         if self.affine_kind == "merged":
-            if not self.has_source_statistics:
+            if self.source is None or not self.has_source_statistics:
                 return False  # how large the input is was lost with the statistics
-            mean, var = self._source[0].get_buffer("running_mean"), self._source[0].get_buffer("running_var")
+            mean, var = self.source.get_buffer("running_mean"), self.source.get_buffer("running_var")
             size = (mean.square() + var).sqrt().to(self.weight)
         try:
             return relu_tells_input(self.weight, self.bias, size, x.dtype)

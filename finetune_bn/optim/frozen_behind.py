@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune_bn.layers.frozen import FrozenBatchNorm
-from finetune_bn.utilities.probe import can_run, find_probes, quietly
+from finetune_bn.utilities.probe import can_run, find_probes, quietly, storage_of
 
 log = logging.getLogger("finetune_bn")
 
@@ -109,7 +109,7 @@ class _Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        read = [_place(leaf) for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+        read = [storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
         out = func(*args, **kwargs)
         if func.is_view:
             return out
@@ -120,27 +120,27 @@ class _Trace(TorchDispatchMode):
                 sources -= summands & self.trained
         for leaf in tree_leaves(out):
             if torch.is_tensor(leaf):
-                self._direct.pop(_place(leaf), None)
-                self._sources[_place(leaf)] = sources
+                self._direct.pop(storage_of(leaf), None)
+                self._sources[storage_of(leaf)] = sources
         return out
 
     def made_by(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if torch.is_tensor(output):
-                self._sources[_place(output)] = frozenset({name})
-                self._direct[_place(output)] = name
+                self._sources[storage_of(output)] = frozenset({name})
+                self._direct[storage_of(output)] = name
 
         return hook
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         for leaf in tree_leaves(output):
             if torch.is_tensor(leaf):
-                self._sources.pop(_place(leaf), None)
+                self._sources.pop(storage_of(leaf), None)
 
     def arrive(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.reached.add(id(module))
         if args and torch.is_tensor(args[0]):
-            self.found |= self._sources.get(_place(args[0]), frozenset())
+            self.found |= self._sources.get(storage_of(args[0]), frozenset())
 
 
 def _by_definition(net: nn.Module, layers: set[str]) -> set[str]:
@@ -186,10 +186,3 @@ def _is_fresh(layer: nn.Module) -> bool:
     if mean is None or var is None or mean.is_meta:
         return False
     return not bool(mean.any()) and bool((var == 1).all())
-
-
-def _place(tensor: Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # a tensor without a storage
-        return -1

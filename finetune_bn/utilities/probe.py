@@ -252,3 +252,11 @@ def distance(outputs: list[Tensor], reference: list[Tensor]) -> float:
         scale = b.to(wide).nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(torch.finfo(torch.float32).tiny)
         worst = max(worst, float((difference.max() / scale).cpu()))
     return worst
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return a number for where the tensor's values lie, the same for all its views; -1 where it has no storage."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return -1
