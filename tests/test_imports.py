@@ -45,6 +45,7 @@ KNOWS = {
     "timm": {"layers.norm_act", "layers.sites"},
     "rich": {"utilities.progress"},
     "PIL": {"utilities.images"},
+    "matplotlib": {"utilities.rendering"},
     "numpy": {"utilities.images"},
     "onnxruntime": {"conversion.export"},
     "opacus": {"conversion.private"},

@@ -1,8 +1,9 @@
-"""Tables as plain text: for `print`, logs and files."""
+"""Tables as plain text for `print`, logs and files, and as HTML for pages and notebooks."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import html
+from collections.abc import Container, Iterable, Sequence
 
 
 def text_table(
@@ -24,3 +25,23 @@ def text_table(
 
     top = aligned(header)
     return [top, *(["-" * len(top)] if line else []), *map(aligned, rows)]
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: Container[int] = (0,)) -> str:
+    """Return the same as an HTML `<table>` of plain texts and numbers, each of them escaped; "" without rows.
+
+    Args:
+        header: names of the columns.
+        rows: their cells.
+        texts: numbers of the columns that hold texts, whose cells have the class `text`.
+    """
+    marks = [' class="text"' if i in texts else "" for i in range(len(header))]
+    lines = [
+        "".join(f"<td{mark}>{html.escape(str(cell))}</td>" for mark, cell in zip(marks, row, strict=True))
+        for row in rows
+    ]
+    if not lines:
+        return ""
+    top = "".join(f'<th scope="col"{mark}>{html.escape(c)}</th>' for mark, c in zip(marks, header, strict=True))
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"

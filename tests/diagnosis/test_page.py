@@ -21,7 +21,7 @@ from finetune_bn.diagnosis.page import (
     html_text,
     html_verdict,
 )
-from finetune_bn.diagnosis.rendering import new_figure, svg
+from finetune_bn.utilities.rendering import new_figure, svg
 
 NASTY = """<script>alert('&"')</script>"""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
