@@ -51,7 +51,7 @@ def html_verdict(figure: str, text: str, kind: str = "good") -> str:
     Args:
         figure: plain text, set large.
         text: plain text behind it.
-        kind: `good` or `bad`.
+        kind: `good`, `note` or `bad`.
     """
     return f'<p class="verdict {kind}"><strong>{html.escape(figure)}</strong> {html.escape(text)}</p>'
 
@@ -111,6 +111,20 @@ def html_list(items: Iterable[str], kind: str = "note") -> str:
     """Return plain texts as a list, framed by its `kind`: `note`, `good` or `error`. "" without items."""
     lines = "\n".join(f"<li>{html.escape(item)}</li>" for item in items)
     return f'<ul class="{kind}">\n{lines}\n</ul>' if lines else ""
+
+
+def html_findings(findings: Iterable[tuple[str, str, str, str]]) -> str:
+    """Return findings as a list. "" without any.
+
+    Args:
+        findings: of each its kind (`good`, `note` or `bad`), the word for that, what was looked at, and what was found.
+    """
+    items = "\n".join(
+        f'<li><span class="level {kind}">{html.escape(word)}</span> '
+        f"<b>{html.escape(name)}</b>: {html.escape(said)}</li>"
+        for kind, word, name, said in findings
+    )
+    return f'<ul class="findings">\n{items}\n</ul>' if items else ""
 
 
 def html_text(text: str) -> str:
