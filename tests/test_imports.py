@@ -32,6 +32,7 @@ FLOORS: dict[str, int] = {
     "group_norm": 7,
     "diagnosis": 7,
     "backbones": 8,
+    "comparison": 8,
     "": 9,
     "callbacks": 10,
     "tasks": 11,

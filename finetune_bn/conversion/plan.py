@@ -182,7 +182,7 @@ class Plan(Result):
             action: [row.num_features if _action(row) == action else None for row in self.rows] for action in actions
         }
         names = [row.names[0] for row in self.rows]
-        return layer_figure(f"{self.model}: what happens to each layer", "channels", names, values, stacked=True)
+        return layer_figure(f"{self.model}: what happens to each layer", names, {"channels": values}, stacked=True)
 
 
 def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: bool = True) -> Plan:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_bn.conversion.policies import Policy
-from finetune_bn.diagnosis.figures import to_json
 from finetune_bn.diagnosis.rule import Arm, Reason
+from finetune_bn.utilities.results import Result, Shown
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(Result):
     """What to do; `print` it, or write `overlay` to a file and pass that as a second `--config`.
 
     Attributes:
@@ -59,17 +59,8 @@ class Advice:
             "sure": self.sure,
         }
 
-    def to_json(self) -> str:
-        """Return it as a JSON text."""
-        return to_json(self.to_dict())
-
-    def __str__(self) -> str:
-        why = "\n".join(f"  - {reason}" for reason in self.reasons)
-        return f"Advice: {self.title}\n{why}\nSecond: {self.second[0]}. {self.second[1]}\n{self.sure}\n\n{self.overlay}"
-
-    def _repr_html_(self) -> str:
-        from finetune_bn.diagnosis.page import html_code, html_list, html_text, html_verdict
-
-        second = html_text(f"Second: {self.second[0]}. {self.second[1]} {self.sure}")
-        reasons = html_list(map(str, self.reasons))
-        return "\n".join([html_verdict(self.title, ""), reasons, second, html_code(self.overlay)])
+    def shown(self) -> Shown:
+        """Return what is advised, why, what comes second, how sure it is, and the overlay."""
+        second = f"Second: {self.second[0]}. {self.second[1]}"
+        reasons, notes = [str(reason) for reason in self.reasons], [second, self.sure]
+        return Shown(f"Advice: {self.title}", lead=reasons, notes=notes, code=self.overlay)

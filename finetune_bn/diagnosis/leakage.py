@@ -71,7 +71,7 @@ class Leakage(Result):
         """Return a matplotlib figure: the leakage of each layer, in the order in which the data reach them."""
         names = [row.names[0] for row in self.rows]
         leakage = {"leakage": [row.leakage for row in self.rows]}
-        return layer_figure("What leaks from the other images of a batch", "leakage", names, leakage)
+        return layer_figure("What leaks from the other images of a batch", names, {"leakage": leakage})
 
 
 def measure_leakage(

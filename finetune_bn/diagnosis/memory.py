@@ -104,7 +104,7 @@ class MemoryReport(Result):
         kept = {"as it is": [row.before / 2**20 for row in self.layers]}
         if self.policy is not None:
             kept[self.policy] = [(row.after or 0) / 2**20 for row in self.layers]
-        return layer_figure(f"{self.model}: kept for backward", "MiB", [row.name for row in self.layers], kept)
+        return layer_figure(f"{self.model}: kept for backward", [row.name for row in self.layers], {"MiB": kept})
 
 
 def memory_report(

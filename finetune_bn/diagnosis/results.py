@@ -8,8 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
-from finetune_bn.diagnosis.figures import to_json
-from finetune_bn.utilities.tables import text_table
+from finetune_bn.diagnosis.diagnosis_page import diagnosis_page
+from finetune_bn.utilities.files import write_atomically
+from finetune_bn.utilities.layer_figure import layer_figure
+from finetune_bn.utilities.results import Result, Shown
 
 Level = Literal["ok", "note", "warning", "problem"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -188,7 +190,7 @@ class PolicyMemory:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Result):
     """What `diagnose` found; `print` it, look at it in a notebook, or store it.
 
     Attributes:
@@ -261,10 +263,6 @@ class Diagnosis:
             "seconds": self.seconds,
         }
 
-    def to_json(self) -> str:
-        """Return it as a JSON text: floats to six digits, null for what cannot be told."""
-        return to_json(self.to_dict())
-
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Return header and cells of the table of layers."""
         header = ["layer", "type", "shift (sd)", "log var", "DEFF", "n_eff", "bias of var", "leakage", "values"]
@@ -295,46 +293,42 @@ class Diagnosis:
             cells.append([row.policy, f"{row.bytes_per_image / 2**20:.2f}", launches, *largest])
         return ["policy", "MiB an image", "launches", *(f"batch in {gib:g} GiB" for gib in sizes)], cells
 
-    def __str__(self) -> str:
+    def shown(self) -> Shown:
+        """Return what was found, the layers, and what the policies take."""
         header, cells = self.rows()
-        lines = [f"{self.family} on {self.images} images: {_counted(self.findings)}", *map(str, self.findings)]
-        if cells:
-            lines += ["", *text_table(header, cells, right=range(2, len(header)))]
+        more = []
         if self.memory:
             names, rows = self.memory_rows()
-            lines += ["", *text_table(names, rows, right=range(1, len(names)))]
-        lines += [f"left out: {reason}" for reason in self.left_out]
-        return "\n".join([*lines, f"took {self.seconds:.1f} s"])
-
-    def _repr_html_(self) -> str:
-        from finetune_bn.diagnosis.page import html_list, html_table, html_text
-
-        found = html_list((str(finding) for finding in self.findings), kind="note")
-        tables = [html_table(*self.rows(), texts=(0, 1))]
-        tables += [html_table(*self.memory_rows())] if self.memory else []
-        return "\n".join([html_text(f"{self.family} on {self.images} images"), found, *tables])
+            more.append(Shown("What a training step takes:", names, rows, right=range(1, len(names))))
+        more += [Shown(f"left out: {reason}") for reason in self.left_out]
+        return Shown(
+            f"{self.family} on {self.images} images, in {self.seconds:.1f} s: {_counted(self.findings)}",
+            header if cells else (),
+            cells,
+            right=range(2, len(header)),
+            lead=[str(finding) for finding in self.findings],
+            more=more,
+        )
 
     def plot(self) -> Any:
         """Return a matplotlib figure: shift and worth of a batch, layer by layer."""
-        from finetune_bn.diagnosis.plots import layer_bars
-
         panels = {
-            "shift of the mean (source sd)": [layer.shift_mean for layer in self.layers],
-            "independent images of a batch": [layer.n_eff for layer in self.layers],
+            "shift of the mean (source sd)": {"shift": [layer.shift_mean for layer in self.layers]},
+            "independent images of a batch": {"n_eff": [layer.n_eff for layer in self.layers]},
         }
-        return layer_bars([layer.name for layer in self.layers], panels)
+        title = f"{self.family} on {self.images} images"
+        return layer_figure(title, [layer.name for layer in self.layers], panels)
 
     def save_html(self, path: str | Path) -> None:
-        """Write one page that opens from disk and asks for nothing else: findings, layers, batches, memory."""
-        from finetune_bn.diagnosis.page import html_list, html_page, html_table
-        from finetune_bn.utilities.files import write_atomically
+        """Write one page that opens from disk and asks for nothing else: findings, layers, batches, memory.
 
-        sections = [
-            ("Findings", html_list(map(str, self.findings))),
-            ("Layers", html_table(*self.rows(), texts=(0, 1))),
-            ("Memory", html_table(*self.memory_rows()) if self.memory else ""),
-        ]
-        write_atomically(path, html_page(f"Diagnosis of {self.family}", sections, f"{self.images} images"))
+        Args:
+            path: the file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_atomically(path, diagnosis_page(self.to_dict()))
 
 
 def _median(values: Any) -> float | None:

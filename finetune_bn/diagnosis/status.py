@@ -115,7 +115,7 @@ class Status(Result):
         }
         names = [layer.names[0] for layer in self.layers]
         return layer_figure(
-            f"{self.model}: what is trained of each layer", "numbers trained", names, values, stacked=True
+            f"{self.model}: what is trained of each layer", names, {"numbers trained": values}, stacked=True
         )
 
 

@@ -89,4 +89,4 @@ class Calibration(Result):
         names = [row.names[0] for row in self.rows]
         errors = {"before": [row.error_before for row in self.rows], "now": [row.error for row in self.rows]}
         title = f"GroupNorm layers fitted to {self.images} images"
-        return layer_figure(title, "error (sd of the BatchNorm's output)", names, errors)
+        return layer_figure(title, names, {"error (sd of the BatchNorm's output)": errors})

@@ -132,7 +132,7 @@ class Recalibration(Result):
         shifts = {"mean moved by": [row.shift for row in self.rows]}
         errors = [row.standard_error for row in self.rows]
         title = f"Recalibrated on {self.images} images"
-        return layer_figure(title, "mean moved by (sd of before)", names, shifts, errors=errors)
+        return layer_figure(title, names, {"mean moved by (sd of before)": shifts}, errors=errors)
 
 
 def _known(value: float) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 
 def text_table(
@@ -27,19 +27,28 @@ def text_table(
     return [top, *(["-" * len(top)] if line else []), *map(aligned, rows)]
 
 
-def html_table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: Container[int] = (0,)) -> str:
+def html_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    texts: Container[int] = (0,),
+    attributes: Mapping[tuple[int, int], str] | None = None,
+) -> str:
     """Return the same as an HTML `<table>` of plain texts and numbers, each of them escaped; "" without rows.
 
     Args:
         header: names of the columns.
         rows: their cells.
         texts: numbers of the columns that hold texts, whose cells have the class `text`.
+        attributes: by row and column, HTML attributes of a cell that holds no text.
     """
     marks = [' class="text"' if i in texts else "" for i in range(len(header))]
-    lines = [
-        "".join(f"<td{mark}>{html.escape(str(cell))}</td>" for mark, cell in zip(marks, row, strict=True))
-        for row in rows
-    ]
+    special = attributes or {}
+    lines = []
+    for i, row in enumerate(rows):
+        cells = enumerate(zip(marks, row, strict=True))
+        lines.append(
+            "".join(f"<td{mark or special.get((i, j), '')}>{html.escape(str(c))}</td>" for j, (mark, c) in cells)
+        )
     if not lines:
         return ""
     top = "".join(f'<th scope="col"{mark}>{html.escape(c)}</th>' for mark, c in zip(marks, header, strict=True))
