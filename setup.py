@@ -13,6 +13,7 @@ setup(
             "py.typed",
             "data/emoji64.zip",
             "data/emoji64_NOTICE.md",
+            "diagnosis/measured.json",
             "diagnosis/page.css",
             "diagnosis/page.js",
         ],
