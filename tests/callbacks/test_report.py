@@ -187,8 +187,9 @@ def test_the_code_on_the_page_loads_the_checkpoint_without_this_package(
 
 def test_the_page_needs_no_other_file_and_no_host(main_job: Any) -> None:
     page = main_job[0].path.read_text(encoding="utf-8")
-    assert page.count("<svg") == 4
-    assert re.findall(r"https?://|<script|<link", page) == []
+    assert page.count('<svg class="plot curves"') == 2  # loss and accuracy
+    assert re.findall(r"https?://|<link|src=(?!.data:image)", page) == []
+    assert page.count("<script") == 1
     assert "$d_1$" in page
 
 
@@ -279,7 +280,8 @@ def test_a_foreign_module_gets_what_can_be_drawn_and_is_told_what_was_left_out(t
     assert data["batch_norm"] == "1 x BatchNorm2d"
     assert [result["domain"] for result in data["results"]] == ["0", "1"]
     assert all(0 <= result["accuracy"] <= 1 and result["reloaded"] is None for result in data["results"])
-    reload, confusion, model = data["notes"]
+    worst, reload, confusion, model = data["notes"]
+    assert worst == "The worst images: Foreign is no classifier that says how many classes there are, as `num_classes`."
     assert "plain timm: Foreign does not have what it takes: a timm network as `net`" in reload
     assert "confusion matrix: Foreign has no `test_confusion`" in confusion
     assert model == "The model file: Foreign has no timm network as `net`."
