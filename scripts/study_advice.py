@@ -50,7 +50,7 @@ POLICIES = {
     "original": fbn.Freeze("original"),
     "limited": fbn.Freeze("none"),  # with the steps of the optimizer limited
     "scheduled": fbn.Keep(),  # until SCHEDULED of the steps; then recalibrated and frozen
-    "group_norm": fbn.ToGroupNorm(groups=1),  # calibrated on training images
+    "group_norm": fbn.ToGroupNorm(groups=1, eps="normalize"),  # calibrated on training images
     "affine": fbn.Freeze("original"),  # gamma, beta and the head are trained, and nothing else
 }
 ARMS = (*POLICIES, "recalibrated")  # the last is `live`, its statistics recalibrated after training
@@ -120,7 +120,7 @@ SETTINGS = tuple(
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 
-@cache
+@lru_cache(maxsize=2)
 def pictures(name: str, seed: int) -> Pictures:
     """Return the images of a setting, normalized as its weights ask."""
     setting = BY_NAME[name]
@@ -128,7 +128,7 @@ def pictures(name: str, seed: int) -> Pictures:
     return load(setting.pictures, setting.images, seed, pairs=setting.sampler == "pk", mean=mean, std=std)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def untrained(name: str, seed: int, group_norm: bool) -> nn.Module:
     """Return the network before training, with its head; calibrated where it is converted to GroupNorm."""
     setting, data = BY_NAME[name], pictures(name, seed)
