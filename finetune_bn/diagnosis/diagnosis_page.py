@@ -88,7 +88,8 @@ def _verdict(findings: Sequence[Data]) -> str:
     first = next((f["sentence"] for f in findings if f["level"] == worst), "nothing was looked at")
     number = levels.count(worst)
     word = f"{number} {worst}s" if number > 1 and worst != "ok" else _WORDS[worst]
-    return html_verdict(word, first if worst != "ok" else f"{len(levels)} things were looked at.", _KINDS[worst])
+    all_well = f"{number} thing{' was' if number == 1 else 's were'} looked at."
+    return html_verdict(word, first if worst != "ok" else all_well, _KINDS[worst])
 
 
 def _layers(layers: Sequence[Data]) -> str:
