@@ -54,7 +54,9 @@ def advice_sections(advice: Data) -> Sections:
     """
     reasons = [f"{reason['sentence']} [{reason['source']}]" for reason in advice["reasons"]]
     second = f"Second choice: {advice['second']['arm']}. {advice['second']['what_would_change']}"
-    overlay = html_code(advice["overlay"]) + html_text("Write this to a file, and pass it as one more --config.")
+    overlay = (
+        html_code(advice["overlay"]) + "<p>Write this to a file, and pass it as one more <code>--config</code>.</p>"
+    )
     return [
         ("", html_verdict(advice["title"], advice["sure"])),
         ("Why", html_list(reasons) + html_text(second)),
