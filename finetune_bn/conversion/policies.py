@@ -227,13 +227,13 @@ class ToGroupNorm(Policy):
             before. `sequential`: the same, to be fitted to images, layer by layer, by `calibrate_group_norm` or the
             callback GroupNormCalibration. `copy`: gamma and beta of the BatchNorm, which leaves hardly anything of the
             pretrained function. `reset`: 1 and 0, which leaves nothing.
-        eps: what is added to an image's variance v. Of an image's contrast the share `eps / (v + eps)` passes; the rest
-            is normalized away, and with it the network's indifference to the size of weights and images comes.
-            `own`: the BatchNorm's, in effect 0: all is normalized. `normalize`: from that up to v, whichever fits
-            best by `calibrate_group_norm`, so that at most half of the contrast passes; the BatchNorm's until then.
-            `center`: 10,000 v. Nothing is normalized: an image's mean over the channels of a group is subtracted, and
-            the rest is a frozen BatchNorm; nearest to the pretrained function, and scales with weights and images as
-            a convolution does. `auto`: `normalize`.
+        eps: what is added to an image's variance v. The share `eps / (v + eps)` of an image's contrast passes, the rest
+            is normalized away. `own`: the BatchNorm's, so that next to nothing passes; such a network does not notice
+            the size of its weights and images, and is the farthest from the pretrained one. `normalize`: from that up
+            to v, so that at most half passes, whichever fits best by `calibrate_group_norm`; until then `own`.
+            `center`: 10,000 v. Nothing is normalized any more, an image's mean over the channels of a group is
+            subtracted and the rest is a frozen BatchNorm, which `Freeze("none")` has without any loss; nearest to the
+            pretrained function, and follows the size of weights and images as that does. `auto`: `normalize`.
     """
 
     groups: int | Literal["auto"] = "auto"
