@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from finetune_bn.callbacks.batches import ModuleBatches, training_batches
-from finetune_bn.callbacks.conversion import replay
 from finetune_bn.callbacks.lightning_names import attach_data
 from finetune_bn.callbacks.module import load_sources, sources_of
 from finetune_bn.callbacks.recalibration import CHECKPOINT_KEY, BatchNormRecalibration
+from finetune_bn.callbacks.saved_plan import replay
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.recalibration.record import Recalibration

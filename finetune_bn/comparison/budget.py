@@ -98,7 +98,7 @@ def steps_within(seconds: float, speed: Speed, pairs: int, seeds: int, most: int
             f"at least {math.ceil(needed(least))}, for {pairs} trainings of {least} steps, {speed.step:.2f} s each"
         )
         rest = f" and {speed.rest:.1f} s beside" if speed.rest >= 0.05 else ""
-        remedy = "Or fewer arms, rates or validation images, or another device."
+        remedy = "Or a larger budget, fewer arms, rates or validation images, or another device."
         raise FinetuneBNError(complaint("seconds", seconds, allowed + rest, remedy))
     return fitting[-1]
 
