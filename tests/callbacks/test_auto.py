@@ -1,4 +1,4 @@
-"""policy auto: compared once, then trained, saved, resumed and loaded as decided; refused by name where it cannot be."""
+"""policy auto: compared once, then trained, saved, resumed and loaded as decided; or refused by name."""
 
 from __future__ import annotations
 
@@ -208,9 +208,9 @@ def test_a_validation_before_any_training_leaves_the_layers_and_says_so(tmp_path
     [
         ("beside", r"callbacks: got \['StepLimit'\]; .* Take them out, or name a policy"),
         ("no monitor", "policy auto: got 'no ModelCheckpoint or EarlyStopping with a monitor'"),
-        ("wrong monitor", "What failed: .*monitor: got 'val_f1'; allowed: what validation_step logs: val_accuracy"),
+        ("wrong monitor", "Failed: .*monitor: got 'val_f1'; allowed: what validation_step logs: val_accuracy"),
         ("by hand", r"policy auto: got 'Foreign'; allowed: a module whose optimizer Lightning steps"),
-        ("no layers", "policy"),
+        ("no layers", "model: got .Foreign.; allowed: a model with BatchNorm layers"),
         ("checkpoint", "policy: got 'auto'; allowed: a policy, as the checkpoint that is resumed holds no decision"),
         ("no validation", "policy auto: got 'no validation loader'"),
     ],

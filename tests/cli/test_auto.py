@@ -1,4 +1,4 @@
-"""policy auto on the command line: what it decides is in the config that the run leaves, and `compare` writes it too."""
+"""policy auto on the command line: what it decides is in the config of the run, and `compare` writes it too."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_compare_writes_the_best_as_a_config_that_fit_takes(
     assert best["batch_norm"]["policy"]["class_path"] == f"finetune_bn.{type(ARMS[data['best']].policy).__name__}"
     main(["plan", *RUN[:-4], "--config", "found/policy.yaml"])
     assert "ImageClassification: " in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="batch_norm.policy: got 'auto'; allowed: a policy, to plan for it"):
+    with pytest.raises(SystemExit, match=r"batch_norm\.policy: got 'auto'; allowed: a policy, to plan for it"):
         main(["plan", *RUN[:-4], "--batch_norm.policy", "auto"])
     with pytest.raises(SystemExit, match="budget"):
         main(["compare", *given, "--budget", "quick"])
