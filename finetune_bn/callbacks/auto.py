@@ -25,11 +25,11 @@ from finetune_bn.callbacks.short_runs import (
     whole_steps,
 )
 from finetune_bn.comparison.arms import ARMS, applicable, check_layers
-from finetune_bn.comparison.budget import BUDGETS
+from finetune_bn.comparison.budget import BUDGETS, OverBudget, Speed
 from finetune_bn.comparison.feed import Feed, count
 from finetune_bn.comparison.result import Comparison
 from finetune_bn.comparison.running import MOST_STEPS, run_comparison
-from finetune_bn.comparison.store import fingerprint, fingerprint_of
+from finetune_bn.comparison.store import FILE, fingerprint, fingerprint_of
 from finetune_bn.comparison.training import Workbench
 from finetune_bn.diagnosis.rule import Setting, recommend
 from finetune_bn.errors import FinetuneBNError, complaint
@@ -109,23 +109,37 @@ def decide(
         settings = [*settings_of(trainer, pl_module), budget]
         place = _place(trainer, pl_module, folder, [data, *settings, *names])
         dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        comparison = run_comparison(
-            bench,
-            {name: ARMS[name] for name in names},
-            dict.fromkeys(names, rates),
-            range(plan.seeds),
-            steps=1 if dry else None,
-            seconds=None if dry else 60 * plan.minutes,
-            metric=monitor if larger else f"-{monitor}",
-            sizes=(images, _validation_images(trainer)),
-            data=data,
-            functions=settings,
-            most_steps=min(MOST_STEPS, whole or MOST_STEPS),
-            extend=rate is not None and not dry,
-            folder=place,
-            progress=progress,
-            say=say,
-        )
+        # On a machine that is too slow for the budget, fewer are compared rather than none.
+        sizes = ((names, rates, place), (names, [base], _in(place, "one_rate")), (names[:2], [base], _in(place, "two")))
+        # One that was begun goes on, whatever the machine is like today.
+        tries = [each for each in sizes if each[2] is not None and (each[2] / FILE).exists()][-1:] or sizes
+        speed: Speed | None = None
+        for i, (arms, grid, used) in enumerate(tries):
+            try:
+                comparison = run_comparison(
+                    bench,
+                    {name: ARMS[name] for name in arms},
+                    dict.fromkeys(arms, grid),
+                    range(plan.seeds),
+                    steps=1 if dry else None,
+                    seconds=None if dry else 60 * plan.minutes,
+                    metric=monitor if larger else f"-{monitor}",
+                    sizes=(images, _validation_images(trainer)),
+                    data=data,
+                    functions=settings,
+                    most_steps=min(MOST_STEPS, whole or MOST_STEPS),
+                    extend=rate is not None and not dry,
+                    folder=used,
+                    progress=progress,
+                    say=say,
+                    speed=speed,
+                )
+                break
+            except OverBudget as error:
+                speed = error.speed
+                if i + 1 == len(tries):
+                    raise
+                say(f"policy auto: {error} Fewer are compared.")
     best = comparison.best
     if best is None:
         reasons = "; ".join(f"{row.arm}: {row.failed}" for row in comparison.table)
@@ -137,7 +151,7 @@ def decide(
     for note in comparison.notes:
         said += f"; {note}"
     decision = Decision.of(ARMS[best.arm], best.lr if rate is not None else None, budget, said)
-    return Chosen(decision, comparison, place)
+    return Chosen(decision, comparison, used)
 
 
 def _check(trainer: pl.Trainer, pl_module: pl.LightningModule, module: str | None) -> None:
@@ -213,6 +227,10 @@ def _place(
     if "://" in root:
         return None
     return Path(root) / FOLDER / fingerprint([fingerprint_of(pl_module), *parts])
+
+
+def _in(folder: Path | None, name: str) -> Path | None:
+    return None if folder is None else folder / name
 
 
 def _validation_images(trainer: pl.Trainer) -> int:

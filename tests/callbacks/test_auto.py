@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,23 @@ def test_a_foreign_module_is_compared_then_trained_with_the_winner(tmp_path: Pat
     assert not conversion.undecided
 
 
+def test_a_machine_that_is_too_slow_for_the_budget_compares_less_and_a_run_that_goes_on_compares_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    monkeypatch.setitem(BUDGETS, "fast", dataclasses.replace(BUDGETS["fast"], minutes=1, most=3, factors=(1.0, 3.0)))
+    # 1.25 times 6 trainings of 3 steps are 90 seconds, of 3 trainings 45.
+    monkeypatch.setattr(running, "measure_speed", lambda *_: Speed(4.0, 0.0))
+    first, second = BatchNormConversion("auto"), BatchNormConversion("auto")
+    fit(tmp_path, Foreign(), first)
+    (path,) = (tmp_path / "policy_auto").rglob("comparison.json")
+    assert path.parent.name == "one_rate"
+    assert len({run["arm"] for run in json.loads(path.read_text())["runs"]}) == 3
+    monkeypatch.setattr(running, "measure_speed", lambda *_: Speed(0.01, 0.0))
+    monkeypatch.setattr(running, "fine_tune", lambda *_: pytest.fail("it was known"))
+    fit(tmp_path, Foreign(), second)
+    assert second.decision == first.decision
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_each_decision_brings_the_callbacks_that_belong_to_it(tmp_path: Path, arm: str, decided: Any) -> None:
     decided(arm)
@@ -254,6 +272,13 @@ def test_words_that_are_no_budget_or_policy_are_refused() -> None:
         BatchNormConversion("automatic")  # type: ignore[arg-type]
     with pytest.raises(FinetuneBNError, match="decision: got"):
         Decision.from_dict({"arm": "nothing", "policy": fbn.Keep().to_dict(), "lr": None, "budget": "fast", "said": ""})
+
+
+def test_the_help_says_how_long_each_budget_takes() -> None:
+    words = " ".join((BatchNormConversion.__doc__ or "").split())
+    first, *others = BUDGETS.items()
+    assert f"{first[0]} takes about {first[1].minutes:g} minutes" in words
+    assert all(f"{name} about {budget.minutes:g}" in words for name, budget in others)
 
 
 def test_a_schedule_is_run_through_whole_in_a_short_training() -> None:
