@@ -127,7 +127,11 @@ class FinetuneBNCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Let what writes one file run on one device of those that the config asks for."""
+        """Refuse empty sections, and let what writes one file run on one device of those that the config asks for."""
+        for section in ("batch_norm", "trainer"):  # all lines below it commented out, as a rule
+            if self.config[self.subcommand].get(section) is None:
+                remedy = "Take the line out, for the defaults, or put settings below it."
+                raise FinetuneBNError(complaint(section, None, "its settings", remedy))
         if self.subcommand in ONE_DEVICE:
             options = self.config[self.subcommand].trainer
             options.devices, options.num_nodes, options.strategy = 1, 1, "auto"
