@@ -32,8 +32,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hypothesis
 import torch
@@ -43,6 +42,7 @@ from store import Store
 from finetune_bn.utilities.files import write_atomically
 from finetune_bn.utilities.tables import text_table
 
+ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 100
 KINDS = ("networks", "images", "configs", "models")
 
@@ -193,7 +193,9 @@ def main() -> None:
             store.drop({"kind": kind, "seed": seed})
             store.add(row)
             failed = [f"{f['error'][:160]} ({f['where']})" for f in row["failures"]]
-            lines = text_table(["kind", "seed", "seconds", "failed"], [[kind, str(seed), str(row["seconds"]), str(len(failed))]])
+            lines = text_table(
+                ["kind", "seed", "seconds", "failed"], [[kind, str(seed), str(row["seconds"]), str(len(failed))]]
+            )
             print(lines[-1], *failed, sep="\n  ", flush=True)
     store.finish(summary(store.rows))
     write_atomically(Path(args.output).with_suffix(".md"), table(store.rows))

@@ -51,7 +51,10 @@ TESTS = {
     ],
     "recalibration/settings.py": ["tests/recalibration/test_settings.py", "tests/recalibration/test_recalibrate.py"],
     "recalibration/measured_layer.py": ["tests/recalibration/test_recalibrate.py"],
-    "recalibration/measurement.py": ["tests/recalibration/test_measurement.py", "tests/recalibration/test_recalibrate.py"],
+    "recalibration/measurement.py": [
+        "tests/recalibration/test_measurement.py",
+        "tests/recalibration/test_recalibrate.py",
+    ],
     "recalibration/collector.py": ["tests/recalibration/test_collector.py", "tests/recalibration/test_recalibrate.py"],
     "recalibration/rehearsal.py": ["tests/recalibration/test_rehearsal.py", "tests/recalibration/test_batch_kinds.py"],
 }
@@ -185,7 +188,17 @@ def verdict(mutant: Mutant, copy_of: Path) -> str:
     path = copy_of / "finetune_bn" / mutant.file
     original = path.read_text(encoding="utf-8")
     path.write_text(mutated(original, mutant.number)[0], encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests_of(mutant.file)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        *tests_of(mutant.file),
+    ]
     environment = os.environ | {"PYTHONPATH": str(copy_of), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         code = subprocess.run(
@@ -205,8 +218,8 @@ def table(rows: list[dict[str, object]]) -> str:
     lines = [
         "# Do the tests notice a change of the code?",
         "",
-        f"From `python scripts/mutate.py`: {killed} of {count} mutants killed ({killed / count:.0%}). Drawn with seed {SEED}",
-        f"from all changes of {', '.join(PARTS)}: {', '.join(f'{n} x {kind}' for kind, n in kinds.most_common())}.",
+        f"From `python scripts/mutate.py`: {killed} of {count} mutants killed ({killed / count:.0%}). Drawn with",
+        f"seed {SEED} from all changes of {', '.join(PARTS)}: {', '.join(f'{n} x {kind}' for kind, n in kinds.most_common())}.",
         "",
         "| survivor | change | what it is |",
         "|---|---|---|",

@@ -64,7 +64,11 @@ def changes() -> st.SearchStrategy[Change]:
         st.tuples(st.just("add"), place, st.sampled_from(KEYS), value),
         st.tuples(st.just("swap"), place, place),
         st.tuples(st.just("cut"), place),
-        st.tuples(st.just("letter"), place, st.sampled_from(["\t", "{", "}", ":", "- ", "\x00", "&", "*", "!", "'", "\n", "é"])),
+        st.tuples(
+            st.just("letter"),
+            place,
+            st.sampled_from(["\t", "{", "}", ":", "- ", "\x00", "&", "*", "!", "'", "\n", "é"]),
+        ),
         st.tuples(st.just("lose"), place, st.integers(1, 12)),
         st.tuples(st.just("bytes"), place, st.binary(min_size=1, max_size=6)),
         st.just(("none",)),

@@ -60,7 +60,9 @@ def damages() -> st.SearchStrategy[Damage]:
         st.tuples(st.just("noise"), place, st.binary(min_size=1, max_size=40)),
         st.tuples(st.just("twice"), place),
         st.tuples(st.just("header"), st.sampled_from(SIZES)),
-        st.tuples(st.just("other"), st.sampled_from(["", "text", "svg", "html", "zip", "random"]), st.binary(max_size=200)),
+        st.tuples(
+            st.just("other"), st.sampled_from(["", "text", "svg", "html", "zip", "random"]), st.binary(max_size=200)
+        ),
         st.just(("none",)),
     )
 

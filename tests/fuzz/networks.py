@@ -33,7 +33,7 @@ class Spec:
     Attributes:
         dimensions: of a map: 1, 2 or 3.
         steps: what is done to the input, one after the other; see `steps`.
-        head: what comes behind the mean over positions: `none`, `linear`, `neck` (BatchNorm1d) or `dict` (a dict output).
+        head: behind the mean over positions: `none`, `linear`, `neck` (BatchNorm1d) or `dict` (a dict output).
         dtype: name of a key of `DTYPES`.
         channels_last: memory format of weights and input; maps of two dimensions only.
         settled: whether the statistics are those of a trained network.
@@ -228,9 +228,7 @@ class _Maker:
             self.channels = out
             return self.convolutions[key]
         groups = 2 if extra == "groups" and self.channels % 2 == 0 else 1
-        layer = CONVOLUTIONS[self.dimensions](
-            self.channels, out, kernel, padding=kernel // 2, bias=bias, groups=groups
-        )
+        layer = CONVOLUTIONS[self.dimensions](self.channels, out, kernel, padding=kernel // 2, bias=bias, groups=groups)
         self.convolutions[key] = layer
         self.channels = out
         return parametrizations.weight_norm(layer) if extra == "weight_norm" else layer
@@ -283,7 +281,11 @@ class _Maker:
 
     def _act(self, name: str) -> nn.Module:
         # Two in place, one behind the other, are more than torch's own backward pass bears.
-        return {"relu": nn.ReLU(inplace=self.before in ("conv", "norm")), "gelu": nn.GELU(), "dropout": nn.Dropout(0.3)}[name]
+        return {
+            "relu": nn.ReLU(inplace=self.before in ("conv", "norm")),
+            "gelu": nn.GELU(),
+            "dropout": nn.Dropout(0.3),
+        }[name]
 
     def _pool(self) -> nn.Module:
         return Pool()

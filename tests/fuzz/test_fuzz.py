@@ -13,10 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-hypothesis = pytest.importorskip("hypothesis")
-for module in ("lightning.pytorch", "jsonargparse", "timm", "safetensors", "torchvision", "yaml"):
-    pytest.importorskip(module)
+pytest.importorskip("hypothesis")
+pytest.importorskip("lightning.pytorch")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("timm")
+pytest.importorskip("safetensors")
+pytest.importorskip("torchvision")
 
+import hypothesis
 from hypothesis import strategies as st
 
 import finetune_bn as fbn
@@ -26,7 +30,9 @@ from tests.fuzz.networks import Spec, specs
 from tests.fuzz.policies import policies
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-SPEC = Spec(2, (("conv", 4, 3, False, ""), ("norm", "batch", (), ""), ("conv", 6, 1, True, ""), ("norm", "act", (), "")))
+SPEC = Spec(
+    2, (("conv", 4, 3, False, ""), ("norm", "batch", (), ""), ("conv", 6, 1, True, ""), ("norm", "act", (), ""))
+)
 
 
 def examples(count: int, *strategies: Any) -> Callable[[Callable[..., None]], Callable[[], None]]:
@@ -44,12 +50,12 @@ def examples(count: int, *strategies: Any) -> Callable[[Callable[..., None]], Ca
 def test_a_network_keeps_its_promises_from_plan_to_export() -> None:
     happened: Counter[str] = Counter()
 
-    @examples(20, specs(), policies(), policies(), st.integers(0, 99))
+    @examples(12, specs(), policies(), policies(), st.integers(0, 99))
     def run(spec: Spec, policy: Any, second: Any, choice: int) -> None:
         happened.update(life.live(spec, policy, second, choice))
 
     run()
-    assert happened["lived to its end"] >= 3, happened
+    assert happened["lived to its end"] >= 2, happened
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +104,13 @@ def test_a_changed_config_is_carried_out_or_refused_in_one_line(
             (tmp_path / "images" / name / f"{i}.png").write_bytes(images.encoded("PNG", "RGB"))
     monkeypatch.chdir(tmp_path)
 
-    @examples(4, configs.runs())
+    @examples(3, configs.runs())
     def run(drawn: Any) -> None:
         names, changes, _ = drawn
         happened.update(configs.run(names, changes, 50, tmp_path))
 
     run()
-    assert sum(happened.values()) >= 4
+    assert sum(happened.values()) >= 3
 
 
 # What it has to find
