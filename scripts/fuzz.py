@@ -8,7 +8,7 @@ what must hold at each step. Damaged image files go to every reader, changed con
     python scripts/fuzz.py                      # 2,000 of each; goes on where it was stopped
     python scripts/fuzz.py --only configs --examples 200
 
-An example that fails is stored with its error, and the script goes on; a row is a hundred examples of one seed. Table:
+An example that fails is stored with its error, and the script goes on; a row is fifty examples of one seed. Table:
 results/fuzz.md.
 """
 
@@ -43,7 +43,7 @@ from finetune_bn.utilities.files import write_atomically
 from finetune_bn.utilities.tables import text_table
 
 ROOT = Path(__file__).resolve().parents[1]
-CHUNK = 100
+CHUNK = 50
 KINDS = ("networks", "images", "configs", "models")
 
 
@@ -173,7 +173,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Run what is missing of the examples asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=2000, help="of each kind, in hundreds")
+    parser.add_argument("--examples", type=int, default=2000, help="of each kind")
     parser.add_argument("--only", choices=KINDS, nargs="*", default=KINDS)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="run chunks with failures once more")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import multiprocessing
 import os
 import random
 import subprocess
@@ -27,6 +28,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy  # noqa: F401  (once for all forks, as the next two)
+import pytest
+import timm  # noqa: F401
 from store import Store
 
 from finetune_bn.utilities.files import write_atomically
@@ -188,38 +194,43 @@ def verdict(mutant: Mutant, copy_of: Path) -> str:
     path = copy_of / "finetune_bn" / mutant.file
     original = path.read_text(encoding="utf-8")
     path.write_text(mutated(original, mutant.number)[0], encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-        *tests_of(mutant.file),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(copy_of), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    child = multiprocessing.get_context("fork").Process(target=_test, args=(copy_of, tests_of(mutant.file)))
     try:
-        code = subprocess.run(
-            command, cwd=copy_of, env=environment, capture_output=True, timeout=TIMEOUT, check=False
-        ).returncode
-    except subprocess.TimeoutExpired:
-        return "timeout"
+        child.start()
+        child.join(TIMEOUT)
+        if child.is_alive():
+            child.kill()
+            child.join()
+            return "timeout"
     finally:
         path.write_text(original, encoding="utf-8")
-    return "survived" if code == 0 else "killed"
+    return "survived" if child.exitcode == 0 else "killed"
+
+
+def _test(copy_of: Path, tests: list[str]) -> None:
+    """Run tests in this process, a fork that has torch and no module of this package, and end it with their verdict."""
+    os.chdir(copy_of)
+    elsewhere = [path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "scripts")]
+    sys.path[:] = [str(copy_of), *elsewhere]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("finetune_bn", "tests", "store")]:
+        del sys.modules[name]
+    sys.dont_write_bytecode = True
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    os._exit(int(pytest.main(["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])))
 
 
 def table(rows: list[dict[str, object]]) -> str:
     """Return the figures and the survivors as markdown."""
     count, killed = len(rows), sum(row["verdict"] != "survived" for row in rows)
     kinds = Counter(str(row["change"]).partition(":")[0] for row in rows)
+    of = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common())
     lines = [
         "# Do the tests notice a change of the code?",
         "",
         f"From `python scripts/mutate.py`: {killed} of {count} mutants killed ({killed / count:.0%}). Drawn with",
-        f"seed {SEED} from all changes of {', '.join(PARTS)}: {', '.join(f'{n} x {kind}' for kind, n in kinds.most_common())}.",
+        f"seed {SEED} from all changes of {', '.join(PARTS)}: {of}.",
         "",
         "| survivor | change | what it is |",
         "|---|---|---|",

@@ -368,7 +368,8 @@ def steps() -> st.SearchStrategy[tuple[Step, ...]]:
             lambda parts: tuple(step for part in parts for step in part)
         )
 
-    return st.recursive(flat, within, max_leaves=5)
+    once = within(flat)
+    return st.one_of(flat, once, within(once))
 
 
 @st.composite

@@ -42,6 +42,7 @@ def examples(count: int, *strategies: Any) -> Callable[[Callable[..., None]], Ca
         database=None,
         deadline=None,
         derandomize=True,
+        phases=[hypothesis.Phase.generate],  # no search for a smaller one: `make fuzz` is the place for that
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     return lambda test: settings(hypothesis.given(*strategies)(test))
@@ -152,7 +153,11 @@ def test_a_mismatch_without_a_cause_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_frozen_statistics_that_move_in_a_step_are_found() -> None:
     model = fbn.convert(SPEC.build(), fbn.Freeze("shift"), example_input=SPEC.images())
-    model.body[1].register_forward_hook(lambda module, _args, _output: module.running_mean.add_(0.1) and None)
+
+    def move(module: nn.Module, _args: Any, _output: Any) -> None:
+        module.running_mean.add_(0.1)
+
+    model.body[1].register_forward_hook(move)
     with pytest.raises(AssertionError, match=r"body.1.running_mean is frozen, and moved"):
         life.check_step(model, SPEC.images(), Counter())
 
