@@ -203,7 +203,7 @@ def test_a_config_that_is_not_utf8_is_named_with_its_line() -> None:
 @pytest.mark.parametrize(("section", "value"), [("batch_norm", None), ("trainer", None), ("trainer", 7)])
 def test_a_section_without_settings_is_named(section: str, value: int | None) -> None:
     # Found by `make fuzz`: all lines of a section commented out ended in a traceback of jsonargparse.
-    Path("empty.yaml").write_text(f"{section}: {value or ''}\n", encoding="utf-8")
+    Path("empty.yaml").write_text(f"seed_everything: 0\n{section}: {value or ''}\n", encoding="utf-8")
     error = error_of("plan", "--config", "quickstart", "--config", "empty.yaml")
     assert error.startswith(f"finetune-bn: error: {section}: got {value}; allowed: its settings. Take the line out")
 
