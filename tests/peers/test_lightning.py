@@ -27,7 +27,6 @@ from tests.callbacks.test_conversion import Foreign, frozen, loader, make_net, s
 from tests.models import Tied, settle
 from tests.tools import assert_same_state
 
-
 AFFINES: tuple[Affine, ...] = ("none", "original")
 
 
