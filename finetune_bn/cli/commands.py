@@ -132,8 +132,9 @@ class FinetuneBNCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         """Refuse empty sections, and let what writes one file run on one device of those that the config asks for."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
         for section in ("batch_norm", "trainer"):  # all lines below it commented out, as a rule
-            given = self.config[self.subcommand].get(section)
+            given = config.get(section)
             if not isinstance(given, Namespace):
                 remedy = "Take the line out, for the defaults, or put settings below it."
                 raise FinetuneBNError(complaint(section, given, "its settings", remedy))
