@@ -10,7 +10,11 @@ from typing import Any
 import lightning.pytorch as pl
 
 SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"})
+# They take `sync_batchnorm=True`, and no layer is synchronized.
+UNSYNCHRONIZED = frozenset({"ModelParallelStrategy", "DeepSpeedStrategy"})
 AVERAGING = frozenset({"WeightAveraging", "StochasticWeightAveraging"})
+# They set free, epoch by epoch, what is trained.
+FINETUNING = frozenset({"BaseFinetuning"})
 # It writes down the names of the parameters in its own `setup`.
 SCHEDULING = frozenset({"FinetuningScheduler", "FTSBase"})
 
@@ -34,6 +38,12 @@ def ddp_options(trainer: pl.Trainer) -> dict[str, Any] | None:
     return options
 
 
+def ignores_sync_batchnorm(trainer: pl.Trainer) -> bool:
+    """Tell whether `sync_batchnorm=True` was asked for under a strategy that does nothing about it."""
+    asked = getattr(trainer.strategy, "_layer_sync", None) is not None
+    return asked and is_a(trainer.strategy, UNSYNCHRONIZED)
+
+
 def logged_step(trainer: pl.Trainer) -> int:
     """Return the step under which Lightning logs what a training step logs; `global_step` is another."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -47,3 +57,15 @@ def before_transfer(pl_module: pl.LightningModule, batch: Any) -> Any:
 def attach_data(trainer: pl.Trainer, pl_module: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
     """Let hooks and data find their Trainer, outside of its loops."""
     trainer._data_connector.attach_data(pl_module, datamodule=datamodule)
+
+
+def own_loader(trainer: pl.Trainer, split: str) -> Any:
+    """Return what the data module, the arguments of `fit` or the module give as training or validation loaders, anew.
+
+    Args:
+        trainer: with its data attached.
+        split: train or val.
+    """
+    loop: Any = trainer.fit_loop
+    source = loop._data_source if split == "train" else loop.epoch_loop.val_loop._data_source
+    return source.dataloader() if source.is_defined() else None
