@@ -2,7 +2,7 @@
 
 A detector takes lists of images of any size and trains on a few at a time, so its backbone is the classic case for
 frozen layers. Of the backbone's gamma' x + beta' only beta' is trained. A box an image; prints how well the best box
-fits on unseen images, and whether an image's boxes depend on the image beside it. No network needed.
+fits on unseen images, and how far an image's features depend on the image beside it. No network needed.
 """
 
 import argparse
@@ -75,12 +75,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
     torch.manual_seed(0)
-
     net, (images, targets) = detector(args.detector), scenes(2 * args.steps, seed=0)
     net = fbn.convert(net, fbn.Rules([("backbone.body.*", fbn.Freeze("shift"))]), example_input=[images[0]])
     print(fbn.status(net))
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=5e-4)
-    before = fit_of_best_box(net)
+    optimizer = torch.optim.AdamW((p for p in net.parameters() if p.requires_grad), lr=5e-4)
+    before, losses = fit_of_best_box(net), []
     net.train()
     for step in range(args.steps):
         now = slice(2 * step, 2 * step + 2)
@@ -88,11 +87,12 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    after = fit_of_best_box(net)
-    with torch.no_grad():
-        alone, beside = net(images[:1])[0], net(images[:1] + [1 - images[0]])[0]  # the other one its negative
-    print(f"boxes of an image move by {float((alone['boxes'] - beside['boxes']).abs().max()):.4f} pixels beside another")
-    print(f"{args.detector}: IoU of the best box {before:.2f} before, {after:.2f} after")
+        losses.append(loss.item())
+    with torch.no_grad():  # in training mode, beside its negative
+        moved = net.backbone(torch.stack([images[0], 1 - images[0]]))["0"][:1] - net.backbone(images[0][None])["0"]
+    print(f"features of an image move by {moved.abs().max():.4f} when another is beside it")
+    print(f"{args.detector}: loss {losses[0]:.2f}, at the end {losses[-1]:.2f}")
+    print(f"IoU of the best box on unseen images: {before:.2f} before, {fit_of_best_box(net):.2f} after")
 
 
 if __name__ == "__main__":
