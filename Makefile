@@ -17,8 +17,9 @@ help:  ## print this list
 run: $(VENV)/.demo  ## the main job: fine-tune EfficientNet-Lite0 with frozen BatchNorm on the emoji, on this machine
 	$(RUN) $(ARGS)
 
-test: $(VENV)/.dev  ## the tests
-	$(PY) -m pytest -q $(ARGS)
+# A file of tests stays in one process: what its tests share (weights, data, fixtures) is made once.
+test: $(VENV)/.dev  ## the tests, a process for each core
+	$(PY) -m pytest -q -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 slow: $(VENV)/.dev  ## the tests that take minutes
 	$(PY) -m pytest -q -m slow $(ARGS)

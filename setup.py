@@ -9,7 +9,14 @@ setup(
     ],
     package_dir={"finetune_bn.configs": "configs"},
     package_data={
-        "finetune_bn": ["py.typed", "data/emoji64.zip", "data/emoji64_NOTICE.md"],
+        "finetune_bn": [
+            "py.typed",
+            "data/emoji64.zip",
+            "data/emoji64_NOTICE.md",
+            "diagnosis/measured.json",
+            "diagnosis/page.css",
+            "diagnosis/page.js",
+        ],
         "": ["*.yaml"],
     },
 )

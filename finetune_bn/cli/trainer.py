@@ -18,12 +18,11 @@ from finetune_bn.cli.predictions import check_output, write_predictions
 from finetune_bn.conversion.export import export
 from finetune_bn.conversion.merge import fold
 from finetune_bn.conversion.plan import plan
-from finetune_bn.diagnosis.figures import to_json
 from finetune_bn.diagnosis.memory import MemoryReport, memory_report
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.recalibration.settings import RecalibrationSettings
-from finetune_bn.utilities.files import write_atomically
+from finetune_bn.utilities.files import to_json, write_atomically
 
 
 class Trainer(pl.Trainer):

@@ -39,8 +39,9 @@ from finetune_bn.layers.sites import (
     positions_at,
     why_left_alone,
 )
+from finetune_bn.utilities.layer_figure import layer_figure
 from finetune_bn.utilities.probe import Probe, can_run, find_probes
-from finetune_bn.utilities.tables import text_table
+from finetune_bn.utilities.results import Result, Shown
 
 BESIDE = (
     "its tensors are used beside the layer (torch.nn.functional.batch_norm, as in a graph traced through it), where no "
@@ -97,7 +98,7 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Result):
     """What happens to each BatchNorm layer of a model; `print` it, store it, or hand it to `convert`.
 
     Attributes:
@@ -126,7 +127,7 @@ class Plan:
         return {"model": self.model, "rows": [row.to_dict() for row in self.rows]}
 
     def to_json(self) -> str:
-        """Return the plan as a JSON text."""
+        """Return the plan as a JSON text, from which `from_dict` makes the same plan: no digit is left out."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
@@ -151,7 +152,8 @@ class Plan:
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise FinetuneBNError(complaint("plan", data, "what Plan.to_dict returned")) from error
 
-    def __str__(self) -> str:
+    def shown(self) -> Shown:
+        """Return what happens in total, and a row a layer."""
         header = ("layer", "type", "C", "position", "what happens", "shares backward with", "why")
         body = [
             (
@@ -166,12 +168,21 @@ class Plan:
             for row in self.rows
         ]
         shown = [i for i in range(len(header)) if i in (0, 4) or any(line[i] for line in body)]
-        table = text_table([header[i] for i in shown], [[line[i] for i in shown] for line in body])
         counts = Counter(_action(row) for row in self.rows)
         total = ", ".join(f"{n} x {action}" for action, n in counts.most_common())
         sharing = sum(bool(row.folded_into) for row in self.rows)
         total += f"; {sharing} can share the backward pass of the convolution in front" if sharing else ""
-        return "\n".join([f"{self.model}: {total}", *table])
+        rows = [[line[i] for i in shown] for line in body]
+        return Shown(f"{self.model}: {total}", [header[i] for i in shown], rows)
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure: the channels of each layer, in the color of what happens to it."""
+        actions = list(dict.fromkeys(map(_action, self.rows)))
+        values = {
+            action: [row.num_features if _action(row) == action else None for row in self.rows] for action in actions
+        }
+        names = [row.names[0] for row in self.rows]
+        return layer_figure(f"{self.model}: what happens to each layer", names, {"channels": values}, stacked=True)
 
 
 def plan(model: nn.Module, policy: Policy, example_input: Any = None, *, probe: bool = True) -> Plan:

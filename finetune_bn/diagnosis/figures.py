@@ -1,28 +1,24 @@
 """Figures about experiments: panels that draw on given axes.
 
 No panel touches `pyplot`, a display or the style the user has set: figures are made by `new_figure` and rendered by
-`png` or `svg` of `finetune_bn.diagnosis.rendering`.
+`png` or `svg` of `finetune_bn.utilities.rendering`.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from finetune_bn.diagnosis.rendering import FAINT, FONT, INK
 from finetune_bn.errors import FinetuneBNError, complaint
+from finetune_bn.utilities.rendering import BLUE, FAINT, FONT, GREEN, INK, ORANGE, PURPLE, VERMILION
 
 History = Sequence[Mapping[str, float | None]]
 """One mapping of metric names to values per epoch, the epoch itself under `epoch`, from 0; None where not finite."""
 
-# Okabe and Ito (2008): told apart with any kind of color vision, and by their lightness in print.
-BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
 _ON_LIGHT = "#222221"  # ink on a cell, which is light on a dark page too
 NUMBERS_UP_TO = 30  # classes; the cells of a larger confusion matrix have no room for a number
 LABELS_UP_TO = 45  # names that fit along one side of a confusion matrix
@@ -168,12 +164,6 @@ def shortened(name: str, length: int = 22) -> str:
     return name if len(name) <= length else name[: length - 1].rstrip() + "…"
 
 
-def to_json(data: Any) -> str:
-    """Return plain data as JSON: floats to six digits, null for NaN and infinity, lists of numbers on one line."""
-    text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False)
-    return re.sub(r"\[\s+(-?\d[-+\d.e,\s]*?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text) + "\n"
-
-
 def _curve(history: History, name: str) -> list[tuple[float, float]]:
     """Return (epochs trained, value); NaN, a gap in the line, where the value was not finite."""
     points = [(record.get("epoch"), record[name]) for record in history if name in record]
@@ -204,15 +194,3 @@ def _tidy(axes: Any, title: str, xlabel: str, ylabel: str, lines_below: int = 0)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set(visible=side in ("left", "bottom"), color=FAINT)
-
-
-def _plain(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {str(key): _plain(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_plain(value) for value in data]
-    if isinstance(data, Tensor):
-        return _plain(data.tolist())
-    if isinstance(data, float):
-        return float(f"{data:.6g}") if math.isfinite(data) else None
-    return data

@@ -14,8 +14,9 @@ from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.functional.moments import accumulator
 from finetune_bn.layers.sites import BatchNormSite, find_batch_norms
 from finetune_bn.utilities.batches import Chunk, Feeder, Forward, join
+from finetune_bn.utilities.layer_figure import layer_figure
 from finetune_bn.utilities.probe import can_run, quietly, tensors_in
-from finetune_bn.utilities.tables import text_table
+from finetune_bn.utilities.results import Result, Shown
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class LayerLeakage:
 
 
 @dataclass(frozen=True)
-class Leakage:
+class Leakage(Result):
     """What `measure_leakage` found; `print` it for a table.
 
     Attributes:
@@ -55,7 +56,8 @@ class Leakage:
         rows = [{"names": list(r.names), "kind": r.kind, "leakage": r.leakage} for r in self.rows]
         return {"total": self.total, "images": self.images, "batch_size": self.batch_size, "rows": rows}
 
-    def __str__(self) -> str:
+    def shown(self) -> Shown:
+        """Return how far the output of an image moves, and a row a layer."""
         lines = [(" = ".join(row.names), f"{row.leakage:.4f}") for row in self.rows]
         said = (
             "nothing leaks: an image's output does not depend on its batch"
@@ -63,7 +65,13 @@ class Leakage:
             else f"the output of an image moves by {100 * self.total:.1f} % of the distance between two images when "
             f"{self.batch_size - self.images} images of its batch are exchanged"
         )
-        return "\n".join([said, *text_table(("layer", "leakage"), lines, line=False)])
+        return Shown(said, ("layer", "leakage"), lines, line=False)
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure: the leakage of each layer, in the order in which the data reach them."""
+        names = [row.names[0] for row in self.rows]
+        leakage = {"leakage": [row.leakage for row in self.rows]}
+        return layer_figure("What leaks from the other images of a batch", names, {"leakage": leakage})
 
 
 def measure_leakage(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -21,8 +20,9 @@ from finetune_bn.conversion.policies import Policy
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.shared_backward import only_counts
 from finetune_bn.layers.norm_act import FrozenBatchNormAct2d, modules_behind
+from finetune_bn.utilities.layer_figure import layer_figure
 from finetune_bn.utilities.probe import Probe, can_run, find_probes
-from finetune_bn.utilities.tables import text_table
+from finetune_bn.utilities.results import Result, Shown
 
 AUTOCAST = (torch.bfloat16, torch.float16)
 
@@ -45,7 +45,7 @@ class LayerMemory:
 
 
 @dataclass(frozen=True)
-class MemoryReport:
+class MemoryReport(Result):
     """What autograd keeps for a backward pass, in bytes; `print` it, or store it.
 
     Attributes:
@@ -84,11 +84,8 @@ class MemoryReport:
             "layers": [vars(layer) for layer in self.layers],
         }
 
-    def to_json(self) -> str:
-        """Return the report as a JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def __str__(self) -> str:
+    def shown(self) -> Shown:
+        """Return the sum, and a row for each layer that keeps anything."""
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.inputs)
         title = f"{self.model} on {shapes}{f', autocast {self.autocast}' if self.autocast else ''}: "
         title += f"{_mib(self.before)} MiB kept for backward"
@@ -100,7 +97,14 @@ class MemoryReport:
             (row.name or "(root)", row.kind, _mib(row.before), *(() if row.after is None else (_mib(row.after),)))
             for row in self.layers
         ]
-        return "\n".join([title, *text_table(header, body, right=(2, 3))])
+        return Shown(title, header, body, right=(2, 3))
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure: what each layer keeps, before and after the policy, the largest first."""
+        kept = {"as it is": [row.before / 2**20 for row in self.layers]}
+        if self.policy is not None:
+            kept[self.policy] = [(row.after or 0) / 2**20 for row in self.layers]
+        return layer_figure(f"{self.model}: kept for backward", [row.name for row in self.layers], {"MiB": kept})
 
 
 def memory_report(

@@ -1,12 +1,23 @@
-"""Parts of a self-contained HTML page about an experiment: no script, no file or host beside it, all texts escaped.
+"""Parts of a self-contained HTML page about an experiment: no file or host beside it, all texts escaped.
 
-It is readable at 390 pixels and at 1,280, in light and in dark, by keyboard and by screen reader.
+It is readable at 390 pixels and at 1,280, in light and in dark, by keyboard and by screen reader, and without its
+script, which sorts tables and says what is under the pointer in a plot. Its policy lets a browser run that script
+alone, and fetch nothing.
 """
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+from finetune_bn.utilities.tables import html_table as bare_table
+
+TALL = 16  # rows; a longer table scrolls in a frame of its own
 
 
 def html_page(title: str, sections: Iterable[tuple[str, str]], subtitle: str = "") -> str:
@@ -25,11 +36,12 @@ def html_page(title: str, sections: Iterable[tuple[str, str]], subtitle: str = "
         body += [f"<section>\n{top}{content}\n</section>"] if content else []
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy()}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{html.escape(title)}</title>\n<style>\n{_asset('page.css')}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
-        + "\n</main>\n</body>\n</html>\n"
+        + f"\n</main>\n<script>{_asset('page.js')}</script>\n</body>\n</html>\n"
     )
 
 
@@ -39,32 +51,38 @@ def html_verdict(figure: str, text: str, kind: str = "good") -> str:
     Args:
         figure: plain text, set large.
         text: plain text behind it.
-        kind: `good` or `bad`.
+        kind: `good`, `note` or `bad`.
     """
     return f'<p class="verdict {kind}"><strong>{html.escape(figure)}</strong> {html.escape(text)}</p>'
 
 
-def html_table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: Iterable[int] = (0,)) -> str:
-    """Return a table of plain texts and numbers, which scrolls where the page is narrower. "" without rows.
+def html_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    texts: Iterable[int] = (0,),
+    bars: Mapping[int, Sequence[float | None]] | None = None,
+) -> str:
+    """Return a table of plain texts and numbers, which sorts, and scrolls where the page is narrower. "" without rows.
 
     Args:
         header: names of the columns.
         rows: their cells.
-        texts: numbers of the columns that hold texts, which are set flush left.
+        texts: numbers of the columns that hold texts, which are set flush left and sorted by the alphabet.
+        bars: for a column number, the shares, 0 to 1, that its cells are filled to; None leaves one empty.
     """
-    left = set(texts)
-    marks = [' class="text"' if i in left else "" for i in range(len(header))]
-    lines = [
-        "".join(f"<td{mark}>{html.escape(str(cell))}</td>" for mark, cell in zip(marks, row, strict=True))
-        for row in rows
-    ]
+    lines = list(rows)
     if not lines:
         return ""
-    top = "".join(f'<th scope="col"{mark}>{html.escape(c)}</th>' for mark, c in zip(marks, header, strict=True))
-    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    cells = {
+        (row, column): "" if share is None else f' class="bar" style="--share: {100 * min(1.0, max(0.0, share)):.1f}%"'
+        for column, shares in (bars or {}).items()
+        for row, share in enumerate(shares)
+    }
+    table = bare_table(header, lines, set(texts), cells)
     # Who has no pointer scrolls by the keys, and so needs to get there.
-    frame = f'<div class="wide" tabindex="0" role="region" aria-label="table: {html.escape(", ".join(header))}">'
-    return f"{frame}<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
+    tall = " tall" if len(lines) > TALL else ""
+    label = html.escape(", ".join(header))
+    return f'<div class="wide{tall}" tabindex="0" role="region" aria-label="table: {label}">{table}</div>'
 
 
 def html_code(text: str) -> str:
@@ -90,9 +108,23 @@ def html_figures(figures: Iterable[tuple[str, str, float, bool]]) -> str:
 
 
 def html_list(items: Iterable[str], kind: str = "note") -> str:
-    """Return plain texts as a list, framed by its `kind`: `note` or `error`. "" without items."""
+    """Return plain texts as a list, framed by its `kind`: `note`, `good` or `error`. "" without items."""
     lines = "\n".join(f"<li>{html.escape(item)}</li>" for item in items)
     return f'<ul class="{kind}">\n{lines}\n</ul>' if lines else ""
+
+
+def html_findings(findings: Iterable[tuple[str, str, str, str]]) -> str:
+    """Return findings as a list. "" without any.
+
+    Args:
+        findings: of each its kind (`good`, `note` or `bad`), the word for that, what was looked at, and what was found.
+    """
+    items = "\n".join(
+        f'<li><span class="level {kind}">{html.escape(word)}</span> '
+        f"<b>{html.escape(name)}</b>: {html.escape(said)}</li>"
+        for kind, word, name, said in findings
+    )
+    return f'<ul class="findings">\n{items}\n</ul>' if items else ""
 
 
 def html_text(text: str) -> str:
@@ -100,49 +132,43 @@ def html_text(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2126; --soft: #5a626c; --page: #fff; --panel: #f3f5f7; --line: #d5dae0;
-  --good: #006a4e; --bad: #a83200; --note: #0072b2; --badpanel: #fdf0e8; --shadow: #0003; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7eb; --soft: #a2abb5; --page: #14171a; --panel: #1f2429; --line: #3b434b;
-    --good: #4fc79c; --bad: #ff9b6b; --note: #6cb6ea; --badpanel: #33211a; --shadow: #fff4; }
-}
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0; }
-main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; overflow-wrap: break-word; }
-h1 { font-size: clamp(1.3rem, 4.5vw, 1.8rem); line-height: 1.25; margin: 0; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
-.subtitle { color: var(--soft); margin: .3rem 0 1rem; }
-.verdict { border-left: 5px solid var(--good); padding: .1rem 0 .1rem .9rem; margin: 1rem 0; }
-.verdict strong { font-size: 1.9rem; line-height: 1.2; margin-right: .4rem; color: var(--good); }
-.verdict.bad { border-color: var(--bad); }
-.verdict.bad strong { color: var(--bad); }
-figure { margin: 0; }
-figure svg { display: block; width: 100%; height: auto; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem;
-  margin: 1rem 0; align-items: start; }
-.whole { grid-column: 1 / -1; }
-/* A shadow at the side where there is more to scroll to. */
-.wide { overflow-x: auto; max-width: 100%; background: linear-gradient(to right, var(--page) 30%, transparent),
-  linear-gradient(to left, var(--page) 30%, transparent) 100% 0, linear-gradient(to right, var(--shadow), transparent),
-  linear-gradient(to left, var(--shadow), transparent) 100% 0; background-repeat: no-repeat;
-  background-size: 3rem 100%, 3rem 100%, .7rem 100%, .7rem 100%; background-attachment: local, local, scroll, scroll; }
-.wide:focus-visible { outline: 2px solid var(--note); outline-offset: 2px; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .94rem; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { border-bottom: 2px solid var(--soft); }
-.text { text-align: left; white-space: normal; overflow-wrap: break-word; }
-td.text:first-child, th.text:first-child { position: sticky; left: 0; background: var(--page); }
-td:first-child, th:first-child { padding-left: 0; }
-pre { background: var(--panel); padding: .8rem .9rem; line-height: 1.4; font-size: .85rem; margin: .5rem 0;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-ul { padding: .6rem 1rem .6rem 1.8rem; margin: 0; }
-ul.note { background: var(--panel); border-left: 4px solid var(--note); }
-ul.error { background: var(--badpanel); border-left: 4px solid var(--bad); }
-@media (max-width: 32rem) {
-  table { font-size: .82rem; }
-  th, td { padding: .25rem .3rem; }
-  th { white-space: normal; vertical-align: bottom; }
-}
-@media print { main { max-width: none; } .wide { overflow: visible; } }
-"""
+@dataclass(frozen=True)
+class Picture:
+    """An image on a page.
+
+    Attributes:
+        data: a PNG or JPEG file.
+        title: what is set below it, plain text.
+        details: plain text below the title.
+        alt: what it shows, for those who do not see it.
+    """
+
+    data: bytes
+    title: str
+    details: str
+    alt: str
+
+
+def html_images(pictures: Iterable[Picture]) -> str:
+    """Return images side by side, held by the page itself. "" without images."""
+    parts = []
+    for picture in pictures:
+        kind = "png" if picture.data.startswith(b"\x89PNG") else "jpeg"
+        source = f"data:image/{kind};base64,{base64.b64encode(picture.data).decode('ascii')}"
+        caption = f"{html.escape(picture.title)}<br><small>{html.escape(picture.details)}</small>"
+        image = f'<img src="{source}" alt="{html.escape(picture.alt)}">'
+        parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    return f'<div class="images">{"".join(parts)}</div>' if parts else ""
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    return resources.files("finetune_bn.diagnosis").joinpath(name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _policy() -> str:
+    """Return what a browser may do with the page: show it, run the one script, and fetch nothing."""
+    script = base64.b64encode(hashlib.sha256(_asset("page.js").encode()).digest()).decode("ascii")
+    allowed = f"script-src 'sha256-{script}'; style-src 'unsafe-inline'; img-src data:"
+    return f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"

@@ -17,7 +17,8 @@ from finetune_bn.layers.frozen import LEARNABLE, FrozenBatchNorm
 from finetune_bn.layers.group_norm import GroupNorm
 from finetune_bn.layers.hold_affine import is_held
 from finetune_bn.layers.sites import find_batch_norms, find_lookalikes
-from finetune_bn.utilities.tables import text_table
+from finetune_bn.utilities.layer_figure import layer_figure
+from finetune_bn.utilities.results import Result, Shown
 
 State = Literal["live", "frozen", "held", "GroupNorm", "foreign"]
 NAMES_SHOWN = 3
@@ -47,7 +48,7 @@ class LayerStatus:
 
 
 @dataclass(frozen=True)
-class Status:
+class Status(Result):
     """The normalization layers of a model, and its numbers; `print` it.
 
     Attributes:
@@ -92,18 +93,30 @@ class Status:
         ]
         return ["layers", "state", "under", "type", "trained", "names"], cells
 
-    def __str__(self) -> str:
+    def shown(self) -> Shown:
+        """Return the states in total, and a row for layers of one kind in one state."""
         states = {layer.state: self.count(layer.state) for layer in self.layers}
         total = ", ".join(f"{n} {state}" for state, n in states.items()) or "no BatchNorm layer"
         wrong = sum(len(names) for names in self.irregular.values())
         header, rows = self.rows()
-        table = text_table(header, rows) if rows else []
         numbers = (
             f"trained: {self.trained_norm:,} numbers of normalization layers, {self.trained_other:,} others; "
             f"constant: {self.constant:,}"
         )
         irregular = [f"irregular: {_listed(names)}: {problem}" for problem, names in self.irregular.items()]
-        return "\n".join([f"{self.model}: {total}; {wrong or 'nothing'} irregular", *table, numbers, *irregular])
+        title = f"{self.model}: {total}; {wrong or 'nothing'} irregular"
+        return Shown(title, header if rows else (), rows, [numbers, *irregular])
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure: how many numbers of each layer are trained, in the color of its state."""
+        states = list(dict.fromkeys(layer.state for layer in self.layers))
+        values: dict[str, list[int | None]] = {
+            state: [layer.trained if layer.state == state else None for layer in self.layers] for state in states
+        }
+        names = [layer.names[0] for layer in self.layers]
+        return layer_figure(
+            f"{self.model}: what is trained of each layer", names, {"numbers trained": values}, stacked=True
+        )
 
 
 def status(model: nn.Module) -> Status:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from finetune_bn.diagnosis.figures import History, confusion_matrix, curve_names, domain_bars, learning_curves
-from finetune_bn.diagnosis.rendering import FONT, INK, fonts, new_figure, svg
+from finetune_bn.utilities.rendering import FONT, INK, fonts, new_figure, svg
 
 
 @dataclass(frozen=True)

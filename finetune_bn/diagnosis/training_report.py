@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune_bn.diagnosis.figures import History, to_json
+from finetune_bn.diagnosis.figures import History
 from finetune_bn.diagnosis.loading_code import use_code
 from finetune_bn.diagnosis.page import (
     html_code,
@@ -21,10 +21,10 @@ from finetune_bn.diagnosis.page import (
     html_text,
     html_verdict,
 )
-from finetune_bn.diagnosis.rendering import png
 from finetune_bn.diagnosis.status import Status
 from finetune_bn.diagnosis.training_figures import Drawn, panels, slide
-from finetune_bn.utilities.files import write_atomically
+from finetune_bn.utilities.files import to_json, write_atomically
+from finetune_bn.utilities.rendering import png
 
 CLASSES_SHOWN = 50
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,13 +21,14 @@ from finetune_bn.utilities.hooks import hooked
 from finetune_bn.utilities.probe import tensors_in, undisturbed, unwrapped
 from finetune_bn.utilities.processes import Ranks
 from finetune_bn.utilities.progress import progress_bar
+from finetune_bn.utilities.results import Result, Shown
 
 # Share of the steps in which the learning rate rises, and images on which the distance is measured before and after.
 _RISE, _MEASURED = 0.05, 64
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(Result):
     """What `distil` did.
 
     Attributes:
@@ -42,8 +43,13 @@ class Distillation:
     loss_before: float
     loss_after: float
 
-    def __str__(self) -> str:
-        return (
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain data."""
+        return asdict(self)
+
+    def shown(self) -> Shown:
+        """Return one sentence."""
+        return Shown(
             f"{self.steps} steps on {self.images} images: distance to the BatchNorm network "
             f"{self.loss_before:.3f} before, {self.loss_after:.3f} now"
         )

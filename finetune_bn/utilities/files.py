@@ -1,15 +1,20 @@
-"""Write files so that a run which is cut off leaves nothing half written."""
+"""Write files so that a run which is cut off leaves nothing half written, and plain data as JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import glob
+import json
+import math
 import os
+import re
 import secrets
 import stat
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from finetune_bn.errors import FinetuneBNError, complaint
 
@@ -54,6 +59,12 @@ def write_atomically(path: str | Path, content: str | bytes | memoryview) -> Non
         _sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def to_json(data: Any) -> str:
+    """Return plain data as JSON: floats to six digits, null for NaN and infinity, lists of numbers on one line."""
+    text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False)
+    return re.sub(r"\[\s+(-?\d[-+\d.e,\s]*?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text) + "\n"
 
 
 def check_output(argument: str, path: str | Path) -> None:
@@ -101,3 +112,15 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    if hasattr(data, "tolist"):  # tensors, and the arrays and numbers of numpy
+        return _plain(data.tolist())
+    if isinstance(data, float):
+        return float(f"{data:.6g}") if math.isfinite(data) else None
+    return data

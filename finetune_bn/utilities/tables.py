@@ -1,8 +1,9 @@
-"""Tables as plain text: for `print`, logs and files."""
+"""Tables as plain text for `print`, logs and files, and as HTML for pages and notebooks."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import html
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 
 def text_table(
@@ -24,3 +25,32 @@ def text_table(
 
     top = aligned(header)
     return [top, *(["-" * len(top)] if line else []), *map(aligned, rows)]
+
+
+def html_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    texts: Container[int] = (0,),
+    attributes: Mapping[tuple[int, int], str] | None = None,
+) -> str:
+    """Return the same as an HTML `<table>` of plain texts and numbers, each of them escaped; "" without rows.
+
+    Args:
+        header: names of the columns.
+        rows: their cells.
+        texts: numbers of the columns that hold texts, whose cells have the class `text`.
+        attributes: by row and column, HTML attributes of a cell that holds no text.
+    """
+    marks = [' class="text"' if i in texts else "" for i in range(len(header))]
+    special = attributes or {}
+    lines = []
+    for i, row in enumerate(rows):
+        cells = enumerate(zip(marks, row, strict=True))
+        lines.append(
+            "".join(f"<td{mark or special.get((i, j), '')}>{html.escape(str(c))}</td>" for j, (mark, c) in cells)
+        )
+    if not lines:
+        return ""
+    top = "".join(f'<th scope="col"{mark}>{html.escape(c)}</th>' for mark, c in zip(marks, header, strict=True))
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"

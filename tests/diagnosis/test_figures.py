@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from typing import Any
 
@@ -23,10 +22,9 @@ from finetune_bn.diagnosis.figures import (
     domain_bars,
     learning_curves,
     shortened,
-    to_json,
 )
-from finetune_bn.diagnosis.rendering import new_figure
 from finetune_bn.errors import FinetuneBNError
+from finetune_bn.utilities.rendering import new_figure
 
 HISTORY = [
     {"epoch": 0, "train_loss": 2.0, "val_loss": 1.5, "val_accuracy": 0.5, "val_accuracy/noto": 0.4},
@@ -192,15 +190,3 @@ def test_colors_of_curves_differ_in_print_and_stand_out_from_white() -> None:
 def test_a_long_name_is_cut_with_an_ellipsis_and_a_short_one_is_not() -> None:
     assert shortened("a" * 22) == "a" * 22
     assert shortened("a" * 23) == "a" * 21 + "…"
-
-
-def test_json_keeps_six_digits_and_writes_what_is_not_finite_as_null() -> None:
-    data = {"a": 0.1 + 0.2, "b": [math.nan, math.inf], "c": torch.tensor([[1, 2], [3, 4]]), "d": ("x", None, True)}
-    assert json.loads(to_json(data)) == {"a": 0.3, "b": [None, None], "c": [[1, 2], [3, 4]], "d": ["x", None, True]}
-
-
-def test_json_puts_a_row_of_numbers_on_one_line_and_leaves_texts_alone() -> None:
-    text = to_json({"rows": [[1, 2.5], [-3, 1e-9]], "text": "[\n  1,\n  2\n]", "texts": ["[", "1", "]"]})
-    assert "[1, 2.5]" in text
-    assert "[-3, 1e-09]" in text
-    assert json.loads(text) == {"rows": [[1, 2.5], [-3, 1e-9]], "text": "[\n  1,\n  2\n]", "texts": ["[", "1", "]"]}

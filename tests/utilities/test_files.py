@@ -1,7 +1,9 @@
-"""Files are there as a whole or not at all, and are what they were: links, modes, devices."""
+"""Files are there as a whole or not at all, and are what they were: links, modes, devices; JSON is plain."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import stat
 import threading
@@ -9,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finetune_bn.errors import FinetuneBNError
-from finetune_bn.utilities.files import check_output, write_atomically
+from finetune_bn.utilities.files import check_output, to_json, write_atomically
 
 
 def mode(path: Path) -> int:
@@ -201,3 +204,15 @@ def test_what_cannot_be_written_is_known_beforehand(tmp_path: Path, monkeypatch:
         with pytest.raises(FinetuneBNError, match=f"a file that can be written. {place} may not be written to"):
             check_output("output", tmp_path / name)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["link", "old.txt", "sub"]
+
+
+def test_json_keeps_six_digits_and_writes_what_is_not_finite_as_null() -> None:
+    data = {"a": 0.1 + 0.2, "b": [math.nan, math.inf], "c": torch.tensor([[1, 2], [3, 4]]), "d": ("x", None, True)}
+    assert json.loads(to_json(data)) == {"a": 0.3, "b": [None, None], "c": [[1, 2], [3, 4]], "d": ["x", None, True]}
+
+
+def test_json_puts_a_row_of_numbers_on_one_line_and_leaves_texts_alone() -> None:
+    text = to_json({"rows": [[1, 2.5], [-3, 1e-9]], "text": "[\n  1,\n  2\n]", "texts": ["[", "1", "]"]})
+    assert "[1, 2.5]" in text
+    assert "[-3, 1e-09]" in text
+    assert json.loads(text) == {"rows": [[1, 2.5], [-3, 1e-9]], "text": "[\n  1,\n  2\n]", "texts": ["[", "1", "]"]}

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune_bn.diagnosis import rendering
 from finetune_bn.diagnosis.figures import confusion_matrix, learning_curves
-from finetune_bn.diagnosis.rendering import drawable, fonts, new_figure, png, svg
 from finetune_bn.errors import MissingDependency
+from finetune_bn.utilities import rendering
+from finetune_bn.utilities.rendering import drawable, fonts, new_figure, png, svg
 
 STRANGE = ["plain", "\u732b", "\U0001f355 pizza", "<b>&"]
 
@@ -32,7 +32,7 @@ def matrix() -> Any:
 
 def test_a_figure_is_made_without_pyplot_and_without_a_display(tmp_path: Path) -> None:
     code = (
-        "import sys; from finetune_bn.diagnosis.rendering import *; from finetune_bn.diagnosis.figures import *;"
+        "import sys; from finetune_bn.utilities.rendering import *; from finetune_bn.diagnosis.figures import *;"
         "f = new_figure(2, 2);"
         "domain_bars(f.subplots(), {'a': 0.5});"
         f"open({str(tmp_path / 'a.png')!r}, 'wb').write(png(f));"

@@ -13,6 +13,8 @@ from typing import Any
 from finetune_bn.errors import MissingDependency, complaint
 
 INK, FAINT = "#222222", "#d9d9d9"
+# Okabe and Ito (2008): told apart with any kind of color vision, and by their lightness in print.
+BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
 FONT = 11.0  # points
 # The first is a part of matplotlib; the others have the writing systems that it has not.
 _FONTS = (

@@ -1,0 +1,1 @@
+"""Short fine-tunes under several treatments of BatchNorm, from the same weights, seeds and order of images."""
