@@ -23,22 +23,15 @@ COMMANDS = {
     "segmentation": [""],
     "detection": ["", "--detector retinanet"],
     "self_supervised": [""],
-    "video": ["", "--net r3d_18 --steps 20"],
+    "video": ["", "--net r3d_18 --steps 6"],
     "lora": [""],
-    "robot_learning": ["", "--norm group_norm", "--norm live"],
+    "robot_learning": ["", "--norm group_norm"],
     "private": [""],
     "stream": [""],
 }
 MISSING = "This recipe needs "
 # What other packages say of themselves while a recipe runs.
 OTHERS = ("LeafSpec", "`Trainer.fit` stopped", "Trainer already configured", "💡", "bottleneck", "fewer than")
-    "LeafSpec",
-    "`Trainer.fit` stopped",
-    "Trainer already configured",
-    "💡",
-    "bottleneck",
-    "fewer than the logging",
-)
 
 
 def line_of(name: str, arguments: str) -> str:

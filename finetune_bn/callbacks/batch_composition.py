@@ -12,10 +12,10 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 from typing_extensions import override
 
+from finetune_bn.callbacks.processes import warn_of_processes
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.metric_learning.pk_sampler import Order, PKBatchSampler
 from finetune_bn.metric_learning.resumable_loader import ResumableDataLoader
@@ -24,7 +24,6 @@ from finetune_bn.utilities.checks import choice, number
 T = TypeVar("T")
 OnMismatch = Literal["error", "warn"]
 ON_MISMATCH: tuple[OnMismatch, ...] = get_args(OnMismatch)
-ENOUGH_IMAGES = 16  # of a process, for live BatchNorm: with fewer its statistics are noise
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -92,7 +91,7 @@ class BatchCompositionGuard(Callback):
         if sampler is not None:
             _check_ranks(trainer, sampler)
             _check_resumed(trainer, loader)
-        warn_of_small_batches(trainer, pl_module)
+        warn_of_processes(trainer, pl_module)
 
     @override
     def on_train_batch_start(
@@ -129,32 +128,6 @@ class BatchCompositionGuard(Callback):
             raise BadData(text)
         if self.mismatches == 1:
             rank_zero_warn(f"BatchCompositionGuard: {text}")
-
-
-def warn_of_small_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Warn where several processes each normalize by a few images of their own.
-
-    Args:
-        trainer: the Trainer, whose training loader tells how many images a batch has.
-        pl_module: the module; BatchNorm layers that are frozen or synchronized are no matter of warning.
-    """
-    live = [
-        name
-        for name, module in pl_module.named_modules()
-        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm) and module.training
-    ]
-    if trainer.world_size == 1 or not live:
-        return
-    loaders = CombinedLoader(trainer.train_dataloader or []).flattened
-    found = [getattr(getattr(loader, "batch_sampler", None), "batch_size", None) for loader in loaders]
-    sizes = [size for size in found if isinstance(size, int)]
-    if sizes and min(sizes) < ENOUGH_IMAGES:
-        rank_zero_warn(
-            f"{len(live)} live BatchNorm layers ({live[0]}, ...) normalize by the {min(sizes)} images of their own "
-            f"process, not by the {min(sizes) * trainer.world_size} of all {trainer.world_size}, and the running "
-            "statistics that are saved are those of process 0 alone. Freeze them (policy Freeze), set "
-            f"trainer.sync_batchnorm: true, or give each process {ENOUGH_IMAGES} images or more."
-        )
 
 
 def pk_violation(

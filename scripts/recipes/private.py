@@ -35,8 +35,8 @@ def accuracy(net: torch.nn.Module, data: TensorDataset) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=256, help="private images, and as many to test on")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--images", type=int, default=128, help="private images, and as many to test on")
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--noise", type=float, default=1.0, help="noise multiplier")
     args = parser.parse_args()
     torch.manual_seed(0)

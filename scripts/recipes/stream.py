@@ -2,7 +2,7 @@
 
 Statistics are kept for each domain, from images without labels. A batch of the stream, or each image of a mixed one,
 gets those that its activations are nearest to. EfficientNet-Lite0 with ImageNet weights and a linear head that is
-solved for on 400 emoji; domains are the drawings as they are, their negatives, low contrast, and noise. Prints the
+solved for on 200 emoji; domains are the drawings as they are, their negatives, low contrast, and noise. Prints the
 accuracy of one network for all, and of the bank. No network needed.
 """
 
@@ -48,8 +48,8 @@ def network(images: Tensor, labels: Tensor, classes: int) -> nn.Module:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=400, help="to solve for the head, and to measure statistics")
-    parser.add_argument("--test-images", type=int, default=128, help="of each domain")
+    parser.add_argument("--images", type=int, default=200, help="to solve for the head, and to measure statistics")
+    parser.add_argument("--test-images", type=int, default=48, help="of each domain")
     args = parser.parse_args()
 
     data = EmojiData(target="category", image_size=64, num_workers=0, mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -65,14 +65,14 @@ def clips(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def accuracy(net: nn.Module) -> float:
-    x, y = clips(32, seed=1)
+    x, y = clips(16, seed=1)
     return float((torch.cat([net.eval()(part) for part in x.split(8)]).argmax(1) == y).float().mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--net", choices=["tsm", "r3d_18"], default="tsm")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     args = parser.parse_args()
     torch.manual_seed(0)
 
@@ -82,7 +82,7 @@ def main() -> None:
         fbn.recalibrate(net, [x[:8]], keep_batches=True, progress=False)
     net = fbn.convert(net, fbn.Freeze("original"), example_input=x[:1])
     print(fbn.status(net))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-4)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=5e-4)
     before = accuracy(net)
     net.train()
     for clip, label in zip(x.split(2), y.split(2), strict=True):
