@@ -257,27 +257,35 @@ def kilobytes(count: float) -> str:
     return f"{count / 1000:,.1f}" if count else "0"
 
 
+def worlds_of(store: Store) -> list[int]:
+    """Return the numbers of processes that were measured."""
+    return [world for world in WORLDS if store.done({"world": world})]
+
+
 def counts_table(store: Store) -> str:
     """Return the collectives of a step, and of the verbs, at each number of processes."""
-    head = ["ResNet-50, a step", *(f"{w} processes: collectives of norm layers | kB received" for w in WORLDS[1:])]
+    worlds = worlds_of(store)
+    head = ["a step of ResNet-50"]
+    for w in worlds[1:]:
+        head += [f"exchanges of norm layers, {w} processes", "kB received by each"]
     head += ["buffers sent, kB", "gradients, kB"]
     lines = []
     for variant in VARIANTS:
-        rows = {w: store.find(what="step", variant=variant, world=w) or {} for w in WORLDS}
+        rows = {w: store.find(what="step", variant=variant, world=w) or {} for w in worlds}
         cells = [variant]
-        for w in WORLDS[1:]:
+        for w in worlds[1:]:
             cells.append(str(sum(rows[w]["calls"].get(kind, 0) for kind in ("gather", "sum"))))
             cells.append(kilobytes(sum(rows[w]["received"].get(kind, 0) for kind in ("gather", "sum"))))
-        last = rows[WORLDS[-1]]["sent"]
+        last = rows[worlds[-1]]["sent"]
         lines.append([*cells, kilobytes(last.get("buffers", 0)), kilobytes(last.get("gradients", 0))])
-    head = " | ".join(head).split(" | ")
     text = table(head, lines)
     names = list(dict.fromkeys(row["variant"] for row in store.rows if row["what"] == "verb"))
     lines = []
     for name in names:
-        rows = [store.find(what="verb", variant=name, world=w) or {} for w in WORLDS]
+        rows = [store.find(what="verb", variant=name, world=w) or {} for w in worlds]
         lines.append([name, *(str(sum(r["calls"].values())) for r in rows), kilobytes(sum(rows[-1]["sent"].values()))])
-    return text + "\n" + table(["once", *(f"collectives at {w}" for w in WORLDS), "kB sent by each of 4"], lines)
+    head = ["once", *(f"collectives, {w} process{'es' * (w > 1)}" for w in worlds), "kB sent by each of the last"]
+    return text + "\n" + table(head, lines)
 
 
 def times_table(store: Store) -> str:
@@ -285,11 +293,11 @@ def times_table(store: Store) -> str:
     lines = []
     for variant in VARIANTS:
         cells = [variant]
-        for w in WORLDS:
+        for w in worlds_of(store):
             own, base = (store.find(what="time", variant=v, world=w) for v in (variant, NONE))
             cells.append(f"{own['ms'] / base['ms']:.2f}" if own and base else "-")
         lines.append(cells)
-    return table(["time of a step, of frozen", *(f"{w} process{'es' * (w > 1)}" for w in WORLDS)], lines)
+    return table(["time of a step, of frozen", *(f"{w} process{'es' * (w > 1)}" for w in worlds_of(store))], lines)
 
 
 def paper(channels: int, layers: int, gradients: float) -> str:

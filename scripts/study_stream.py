@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,12 @@ def measure(seed: int, mixture: str) -> Iterator[Key]:
         yield key | {"accuracy": percent(correct(net, bank, x, y, names)), "right": round(right, 4)}
 
 
+def seeds(store: Store, mixture: str) -> str:
+    """Return how many seeds have all cells of a mixture."""
+    whole = sum(all(store.done(key) for key in keys(seed, mixture)) for seed in SEEDS)
+    return f"{whole} seed{'s' * (whole != 1)}"
+
+
 def write_report(store: Store) -> str:
     """Write the table, and return it."""
     results = Results(store.rows)
@@ -115,7 +122,7 @@ def write_report(store: Store) -> str:
         shares = {arm: sum(found) / len(found) for arm, found in right.items() if found}
         summary[mixture] = {"gain": {arm: gain.data() for arm, gain in gains.items()}, "right": shares}
         notes.append(
-            f"Points above the source's statistics, {mixture}: "
+            f"Points above the source's statistics, {mixture}, {seeds(store, mixture)}: "
             + ", ".join(f"{ARMS[arm]} {gains[arm].text('+.1f')}" for arm in ARMS if arm != "source")
             + f". The right domain is chosen for {shares['each']:.1f} % of single images, and for {shares['row']:.1f} "
             f"% of {IN_A_ROW} in a row."
@@ -133,17 +140,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     store = Store(ROOT / "results" / "study_stream.json", "python scripts/study_stream.py", SEEDS, device="cpu")
-    for seed in () if args.report_only else SEEDS:
+    for mixture, seed in () if args.report_only else itertools.product(MIXTURES, SEEDS):
         digest = make_source(seed)
-        for mixture in MIXTURES:
-            left = [key for key in keys(seed, mixture) if not store.done(key | {"source": digest})]
-            if not left:
-                continue
-            for key in keys(seed, mixture):
-                store.drop(key)
-            for row in measure(seed, mixture):
-                store.add(row | {"source": digest})
-            print(f"seed {seed}, {mixture}: done", flush=True)
+        if all(store.done(key | {"source": digest}) for key in keys(seed, mixture)):
+            continue
+        for key in keys(seed, mixture):
+            store.drop(key)
+        for row in measure(seed, mixture):
+            store.add(row | {"source": digest})
+        print(f"{mixture}, seed {seed}: done", flush=True)
     print(write_report(store))
 
 
