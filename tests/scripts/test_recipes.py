@@ -135,6 +135,9 @@ def test_the_pages_show_every_recipe_with_its_transcript_as_the_script_made_it(
     for name, commands in transcripts.COMMANDS.items():
         page = (RECIPES.parents[1] / "docs" / "recipes" / f"{name}.md").read_text(encoding="utf-8")
         assert f'--8<-- "scripts/recipes/{name}.py"' in page
+        if not (transcripts.RESULTS / f"{name}.md").exists():
+            assert "```console" not in page  # not made yet
+            continue
         shown = re.findall(r"^\$ (.*)$", page, re.MULTILINE)
         assert shown == [transcripts.line_of(name, arguments) for arguments in commands], name
         assert not re.search(r"(?<![\w.])/(?:tmp|work|root|home)/", page)
