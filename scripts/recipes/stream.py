@@ -35,6 +35,7 @@ def emoji(data: EmojiData, split: str, count: int) -> tuple[Tensor, Tensor]:
 def network(images: Tensor, labels: Tensor, classes: int) -> nn.Module:
     """Return the network with a linear head by ridge regression."""
     net = create_backbone("tf_efficientnet_lite0", weights="package", num_classes=0).eval()
+    fbn.recalibrate(net, images.split(64), progress=False)  # the head is to go with statistics of its own images
     features = torch.cat([net(part) for part in images.split(64)])
     features = torch.cat([features, torch.ones(len(features), 1)], dim=1).double()
     normal = features.T @ features + 10 * torch.eye(features.shape[1])
@@ -58,9 +59,7 @@ def main() -> None:
     net, bank = network(train, labels, data.num_classes), fbn.StatisticsBank()
     for name, change in DOMAINS.items():
         with bank.restoring(net):
-            # Not for the source: the head was solved for by the statistics that the network has.
-            if name != "as drawn":
-                fbn.recalibrate(net, change(train), prior=16, progress=False)
+            fbn.recalibrate(net, change(train).split(64), progress=False)
             bank.keep(name, net)
 
     right, chosen = {"source": 0.0, "nearest": 0.0}, 0.0
