@@ -13,10 +13,10 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from finetune_bn.callbacks.processes import warn_of_processes
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.metric_learning.pk_sampler import Order, PKBatchSampler
 from finetune_bn.metric_learning.resumable_loader import ResumableDataLoader
@@ -25,11 +25,8 @@ from finetune_bn.utilities.checks import choice, number
 T = TypeVar("T")
 OnMismatch = Literal["error", "warn"]
 ON_MISMATCH: tuple[OnMismatch, ...] = get_args(OnMismatch)
-<<<<<<< HEAD
-=======
 ENOUGH_IMAGES = 16  # of a process, for live BatchNorm: with fewer its statistics are noise
 _TOLD: WeakSet[pl.Trainer] = WeakSet()
->>>>>>> main
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -97,7 +94,7 @@ class BatchCompositionGuard(Callback):
         if sampler is not None:
             _check_ranks(trainer, sampler)
             _check_resumed(trainer, loader)
-        warn_of_processes(trainer, pl_module)
+        warn_of_small_batches(trainer, pl_module)
 
     @override
     def on_train_batch_start(
@@ -136,8 +133,6 @@ class BatchCompositionGuard(Callback):
             rank_zero_warn(f"BatchCompositionGuard: {text}")
 
 
-<<<<<<< HEAD
-=======
 def warn_of_small_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Warn, once a Trainer, where several processes each normalize by a few images of their own.
 
@@ -175,9 +170,15 @@ def warn_of_small_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) ->
             f"batch_size and learning rate were chosen on one device, divide batch_size by {processes}, or choose the "
             "learning rate anew."
         )
+        if live:
+            rank_zero_warn(
+                f"{len(live)} live BatchNorm layers ({live[0]}, ...) normalize by the images of their own process, and "
+                f"the running statistics that are saved are those of process 0 alone, of one in {processes} images. "
+                "Freeze them (policy Freeze), set trainer.sync_batchnorm: true, or pool the statistics of all processes "
+                "behind the training (callback BatchNormRecalibration)."
+            )
 
 
->>>>>>> main
 def pk_violation(
     labels: Tensor, num_labels: int | None, images_per_label: int | None, order: Order | None = None
 ) -> str:

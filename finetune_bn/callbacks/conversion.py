@@ -26,12 +26,7 @@ from finetune_bn.callbacks.conversion_checks import (
     unheld,
 )
 from finetune_bn.callbacks.intercept import intercept
-<<<<<<< HEAD
-from finetune_bn.callbacks.lightning_names import SHARDED, is_a, overrides
-from finetune_bn.callbacks.processes import warn_of_processes
-=======
 from finetune_bn.callbacks.lightning_names import SHARDED, ignores_sync_batchnorm, is_a, overrides
->>>>>>> main
 from finetune_bn.conversion.convert import convert, revert
 from finetune_bn.conversion.from_state import policy_in_state
 from finetune_bn.conversion.plan import Plan, may_fold, plan
@@ -158,7 +153,6 @@ class BatchNormConversion(Callback):
             )
         # Only now is everything as it will be trained: all callbacks have had their turn, and the weights are loaded.
         rank_zero_info(f"BatchNormConversion: {status(pl_module)}")
-        warn_of_processes(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -18,9 +18,9 @@ from typing_extensions import override
 
 from finetune_bn.backbones.create import create_backbone, data_config
 from finetune_bn.callbacks import BatchNormConversion, replay
+from finetune_bn.callbacks.batch_composition import warn_of_small_batches
 from finetune_bn.callbacks.checkpoint_io import keep_checkpoints_whole
 from finetune_bn.callbacks.conversion import CHECKPOINT_KEY
-from finetune_bn.callbacks.processes import warn_of_processes
 from finetune_bn.callbacks.run_state import RunState
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.optim.parameter_groups import SCHEDULES, Schedule, lr_factor, parameter_groups
@@ -140,7 +140,7 @@ class TimmTask(pl.LightningModule, ABC):
     @override
     def on_train_start(self) -> None:
         self._run_state.start()
-        warn_of_processes(self.trainer, self)
+        warn_of_small_batches(self.trainer, self)
 
     @override
     def on_train_epoch_start(self) -> None:

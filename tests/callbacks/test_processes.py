@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion
-from finetune_bn.callbacks.processes import warn_of_open_devices, warn_of_processes
+from finetune_bn.callbacks.batch_composition import warn_of_small_batches
+from finetune_bn.callbacks.processes import warn_of_open_devices
 from tests.models import Plain, settle
 
 
@@ -30,7 +31,7 @@ def a_trainer(world: int, batch: int) -> Any:
     return Trainer(world_size=world, train_dataloader=loader)
 
 
-def said(*arguments: Any, by: Callable[..., None] = warn_of_processes) -> list[str]:
+def said(*arguments: Any, by: Callable[..., None] = warn_of_small_batches) -> list[str]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         by(*arguments)
