@@ -5,7 +5,7 @@ on a mixture of three vendors, or of the vendor's own drawings under five corrup
 one recalibration on 1,024 unlabeled images of the mixture; a `StatisticsBank` filled from the same images by domain,
 and then told the domain of each test image, or choosing the nearest for each image by itself (`nearest_each`), or for
 16 images in a row of one domain (`nearest`). Accuracy, and how often the chosen domain was the right one. Three seeds,
-of which the results say how many were run so far; the source networks are those that study_shift.py keeps in runs/, trained where they are not there (a minute each).
+of which the results say how many were run so far; the source networks are those that study_shift.py keeps in runs/.
 
 Hardware: 2 CPU cores: 10 minutes. Resumes where it was cut off. Result: results/study_stream.json and .md.
 """
