@@ -28,7 +28,7 @@ class Trainer(SimpleNamespace):
 
 def a_trainer(world: int, batch: int) -> Any:
     loader = DataLoader(torch.zeros(64, 1), batch)  # type: ignore[arg-type]
-    return Trainer(world_size=world, train_dataloader=loader)
+    return Trainer(world_size=world, train_dataloader=loader, strategy=None)
 
 
 def said(*arguments: Any, by: Callable[..., None] = warn_of_small_batches) -> list[str]:
