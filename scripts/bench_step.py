@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from launches import kernels_of, launches_of
 from step_clock import Contestant, clock_for, largest_batch, race, ratios
 from step_tables import write_tables
 from step_variants import (
@@ -136,14 +137,18 @@ class Bench:
     """Measures cells into a store.
 
     Args:
-        store: where the rows go.
+        store: where the rows go; None: to the caller alone.
         device: "cpu" or "cuda".
         threads: of PyTorch, on the CPU.
         backend: what compiles.
+        launches: whether rows tell what a step launches, and on a GPU in what share of its time none ran.
     """
 
-    def __init__(self, store: Store, device: str, threads: int, backend: str = "inductor") -> None:
-        self.store, self.device, self.threads, self.backend = store, device, threads, backend
+    def __init__(
+        self, store: Store | None, device: str, threads: int, backend: str = "inductor", launches: bool = False
+    ) -> None:
+        self.store, self.device, self.threads = store, device, threads
+        self.backend, self.launches = backend, launches
         self._base: tuple[tuple[str, int], torch.nn.Module] | None = None
 
     def key(self, cell: Cell) -> dict[str, Any]:
@@ -183,6 +188,10 @@ class Bench:
             rows[name] |= ratios(seconds[name], seconds[FLOOR])
             rows[name] |= {"seconds": sorted(seconds[name])[rounds // 2], "rounds": rounds}
             rows[name]["clock"] = clock_for(self.device, self.threads)
+            if self.launches and not cell.compiled:
+                rows[name]["launches"] = launches_of(contestants[name].step)[0]
+            if self.launches and self.device == "cuda":
+                rows[name] |= kernels_of(contestants[name].step)
             for what in ("saved", "peak"):
                 own, floor = rows[name].get(f"{what}_bytes"), rows[FLOOR].get(f"{what}_bytes")
                 if own and floor:
