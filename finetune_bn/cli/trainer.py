@@ -127,7 +127,8 @@ class Trainer(pl.Trainer):
         if batch is not None and not isinstance(getattr(datamodule, "image_size", None), int):
             allowed = "data with an image_size, to know what images of another batch are like"
             raise FinetuneBNError(complaint("data", type(datamodule).__name__, allowed))
-        images = _images(model, datamodule, batch or getattr(datamodule, "batch_size", 1))
+        size: int = getattr(datamodule, "batch_size", 1) if batch is None else batch
+        images = _images(model, datamodule, size)
         autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.precision))
         return memory_report(conversion.target(model), images, conversion.policy, autocast=autocast)
 
