@@ -61,7 +61,8 @@ def table(store: Store) -> str:
     """Return the table as Markdown."""
     lines = ["| net, precision | layers | " + " | ".join(f"{gib:g} GiB" for gib in MEMORIES_GIB) + " | MiB an image |"]
     lines.append("|---" * (len(MEMORIES_GIB) + 3) + "|")
-    for row in store.rows:
+    order = {net: place for place, net in enumerate(NETS)}
+    for row in sorted(store.rows, key=lambda row: order.get(row["net"], len(order))):
         memory = StepMemory(
             tuple(map(tuple, row["kept"])), row["working"], row["weights"], row["gradients"], row["optimizer"]
         )
@@ -86,8 +87,8 @@ def main() -> None:
     path = ROOT / "results" / "what_fits.json"
     store = Store(path, "python scripts/table_what_fits.py", [0], device="cpu")
     version = commit()
-    for net in given.nets:
-        for precision in PRECISIONS:
+    for precision in PRECISIONS:
+        for net in given.nets:
             for policy in POLICIES:
                 cell = {"net": net, "size": SIZE, "precision": precision}
                 if store.done(cell | {"policy": policy}):
