@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NETS = ("mobilenetv3_large_100", "efficientnet_b0", "regnety_008", "resnet50", "densenet121")
 POLICIES = {"none": fbn.Freeze("none"), "original": fbn.Freeze("original")}
 PRECISIONS = {"fp32": None, "bf16 autocast": torch.bfloat16}
-COUNTED, CHECKED = (8, 16), 24
+COUNTED, CHECKED = (4, 8), 12
 CHECK = ("mobilenetv3_large_100", "resnet50")
 SIZE = 224
 
