@@ -19,7 +19,7 @@ import finetune_bn.data
 import finetune_bn.tasks  # noqa: F401
 from finetune_bn import __version__
 from finetune_bn.callbacks import BatchNormConversion
-from finetune_bn.cli.checkpoints import check_class_names, compare, is_local, read_checkpoint
+from finetune_bn.cli.checkpoints import check_class_names, compare, decided_rate, is_local, read_checkpoint
 from finetune_bn.cli.help import VERBS
 from finetune_bn.cli.parser import ConfigByName, HelpForAll, Parser
 from finetune_bn.cli.run_config import SaveRunConfig
@@ -28,7 +28,7 @@ from finetune_bn.data.base import ImageDataModule
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.tasks.base import TimmTask
 
-ONE_DEVICE = ("recalibrate", "export", "predict")  # they write one file
+ONE_DEVICE = ("recalibrate", "export", "predict", "compare")  # they write one file
 
 
 class FinetuneBNCLI(LightningCLI):
@@ -72,7 +72,7 @@ class FinetuneBNCLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         own = {"model", "datamodule"}
-        return LightningCLI.subcommands() | {"plan": own, "recalibrate": own, "export": own}
+        return LightningCLI.subcommands() | {"plan": own, "recalibrate": own, "export": own, "compare": own}
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -111,13 +111,16 @@ class FinetuneBNCLI(LightningCLI):
         verb = self.config.get("subcommand")
         options = self.config[verb] if verb is not None else {}
         path = options.get("ckpt_path")
-        if path is None or verb == "plan":
+        if path is None or verb in ("plan", "compare"):
             return
         if options.get("weights_only") is None:
             options["weights_only"] = True  # Lightning's own default unpickles what comes from an address
         if not is_local(path) or (verb in ("recalibrate", "export") and not Path(path).is_file()):
             return  # these two say themselves what is missing
         self.checkpoint = read_checkpoint(path, options["weights_only"])
+        decided = decided_rate(self.checkpoint)
+        if decided is not None and options["batch_norm"]["policy"] == "auto" and "init_args" in options["model"]:
+            options["model"]["init_args"]["lr"] = decided
         self._dump_config()
         model = self.config_dump["model"]
         del self.config_dump  # weights may yet change
