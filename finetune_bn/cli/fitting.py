@@ -25,7 +25,7 @@ from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.utilities.checks import number
 from finetune_bn.utilities.tables import text_table
 
-COUNTED = (8, 16)  # the batches whose bytes are counted; of others a straight line through them is taken
+COUNTED = (4, 8, 16)  # the batches whose bytes are counted; of others a straight line through them is taken
 
 
 @dataclass(frozen=True)
