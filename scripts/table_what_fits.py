@@ -26,7 +26,7 @@ from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 NETS = ("mobilenetv3_large_100", "efficientnet_b0", "regnety_008", "resnet50", "densenet121")
-# A learnable scale keeps less from some batch on, so that two batches do not tell what others keep; `plan` counts three.
+# A learnable scale keeps less from some batch on: two counts do not tell what others keep. `plan` counts three.
 POLICIES = {"none": fbn.Freeze("none")}
 PRECISIONS = {"fp32": None, "bf16 autocast": torch.bfloat16}
 COUNTED, CHECKED = (4, 8), 12
