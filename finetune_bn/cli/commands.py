@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -19,6 +20,7 @@ import finetune_bn.data
 import finetune_bn.tasks  # noqa: F401
 from finetune_bn import __version__
 from finetune_bn.callbacks import BatchNormConversion
+from finetune_bn.callbacks.processes import warn_of_open_devices
 from finetune_bn.cli.checkpoints import check_class_names, compare, decided_rate, is_local, read_checkpoint
 from finetune_bn.cli.help import VERBS
 from finetune_bn.cli.parser import ConfigByName, HelpForAll, Parser
@@ -130,7 +132,13 @@ class FinetuneBNCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Let what writes one file run on one device of those that the config asks for."""
+        """Refuse empty sections, and let what writes one file run on one device of those that the config asks for."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        for section in ("batch_norm", "trainer"):  # all lines below it commented out, as a rule
+            given = config.get(section)
+            if not isinstance(given, Namespace):
+                remedy = "Take the line out, for the defaults, or put settings below it."
+                raise FinetuneBNError(complaint(section, given, "its settings", remedy))
         if self.subcommand in ONE_DEVICE:
             options = self.config[self.subcommand].trainer
             options.devices, options.num_nodes, options.strategy = 1, 1, "auto"
@@ -173,7 +181,9 @@ class FinetuneBNCLI(LightningCLI):
             raise
 
     def before_fit(self) -> None:
-        """Say before the training what cannot be done after it."""
+        """Say before the training what cannot be done after it, and what several devices make of it."""
+        if self.config["fit"]["trainer"].get("devices") == "auto":
+            warn_of_open_devices(self.trainer.world_size, getattr(self.datamodule, "batch_size", None))
         splits = self.datamodule.contents.splits if isinstance(self.datamodule, ImageDataModule) else {}
         if self.config["fit"]["test_after_fit"] and splits and not splits["test"]:
             rank_zero_warn("test_after_fit: there are no test images, so nothing will be tested after the training.")
