@@ -185,3 +185,20 @@ def moved(one: Tensor, two: Tensor) -> float:
     between = (one - one.mean(0)).square().sum(1).mean() * 2 if len(one) > 1 else one.square().sum(1).mean()
     moved = (one - two).square().sum(1).mean()
     return float((moved / between.clamp_min(torch.finfo(one.dtype).tiny)).sqrt())
+
+
+def output_gap(one: Any, other: Any, images: int) -> float | None:
+    """Return the largest distance between what a model returned in two modes for the same images, as `moved`.
+
+    Args:
+        one: the tensors that it returned.
+        other: what it returned in the other mode.
+        images: how many; tensors without a row an image, or of whole numbers, do not count. None where none is left.
+    """
+    pairs = zip(tensors_in(one), tensors_in(other), strict=False)
+    gaps = [
+        moved(a.flatten(1).to(accumulator(a)), b.flatten(1).to(accumulator(b)))
+        for a, b in pairs
+        if a.shape == b.shape and a.dim() and len(a) == images and a.is_floating_point()
+    ]
+    return max(gaps, default=None)
