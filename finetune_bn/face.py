@@ -26,8 +26,11 @@ from finetune_bn.conversion.policies import (
     ToGroupNorm,
 )
 from finetune_bn.conversion.private import make_private
+from finetune_bn.diagnosis.advise import Advice, advise
+from finetune_bn.diagnosis.diagnose import diagnose
 from finetune_bn.diagnosis.leakage import Leakage, measure_leakage
 from finetune_bn.diagnosis.memory import LayerMemory, MemoryReport, memory_report
+from finetune_bn.diagnosis.results import Diagnosis, Finding, LayerDiagnosis
 from finetune_bn.diagnosis.status import LayerStatus, Status, status
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.group_norm.calibrate import calibrate_group_norm
@@ -82,6 +85,8 @@ __all__ = [
     "save",
     "load",
     # looking
+    "diagnose",
+    "advise",
     "status",
     "memory_report",
     "measure_leakage",
@@ -92,6 +97,10 @@ __all__ = [
     "Calibration",
     "LayerFit",
     "Distillation",
+    "Diagnosis",
+    "Finding",
+    "LayerDiagnosis",
+    "Advice",
     "MemoryReport",
     "LayerMemory",
     "Leakage",

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 Loss = Callable[[], Tensor]
+# A random vector has to turn into the direction before the estimate means anything: so many products at least, and an
+# estimate that still moves by more than this share of itself is none.
+_LEAST, _NEARLY = 4, 0.2
 
 
 def top_eigenvalue(
@@ -38,7 +41,7 @@ def top_eigenvalue(
         scale: what the Hessian is multiplied by on both sides, one tensor a parameter; None: nothing.
         iterations: products at most, each way.
         tolerance: stop where the estimate moves by less than this share of itself.
-        until: stop at this time (`time.perf_counter`), after three products at least.
+        until: stop at this time (`time.perf_counter`); NaN where the estimate was far from settled then.
         seed: of the vector to begin with.
     """
     gradients = torch.autograd.grad(loss(), parameters, create_graph=True, allow_unused=True)
@@ -81,8 +84,11 @@ def _iterate(
         image = product(vector)
         image = image if not shift else [w - shift * v for w, v in zip(image, vector, strict=True)]
         before, value = value, float(sum((v.double() * w.double()).sum() for v, w in zip(vector, image, strict=True)))
-        if abs(value - before) <= tolerance * abs(value) or (count >= 2 and time.perf_counter() > until):
+        settled = abs(value - before) / max(abs(value), torch.finfo(torch.float64).tiny)
+        if settled <= tolerance and count >= _LEAST:
             return value
+        if time.perf_counter() > until and count >= _LEAST:
+            return value if settled <= _NEARLY else math.nan
         vector = image
     return value
 
@@ -91,9 +97,7 @@ def adam_scale(losses: Sequence[Loss], parameters: Sequence[Tensor], eps: float 
     """Return 1 / sqrt(preconditioner) of Adam at the beginning: from the mean of squared gradients of some batches."""
     squares = [torch.zeros_like(p) for p in parameters]
     for loss in losses:
-        for square, gradient in zip(
-            squares, torch.autograd.grad(loss(), parameters, allow_unused=True), strict=True
-        ):
+        for square, gradient in zip(squares, torch.autograd.grad(loss(), parameters, allow_unused=True), strict=True):
             if gradient is not None:
                 square.addcmul_(gradient, gradient, value=1 / len(losses))
     return [(square.sqrt() + eps).rsqrt() for square in squares]

@@ -1,4 +1,4 @@
-"""One pass of the first images of a loader through a network in eval mode, and what its BatchNorm layers got of them."""
+"""One pass of a loader's first images through a network in eval mode, and what its BatchNorm layers got of them."""
 
 from __future__ import annotations
 
@@ -57,8 +57,6 @@ class Seen:
         batches: the first batches as they came, two at most, of one size where there are two such.
         chunks: the same as calls of the model, on its device.
         bad: images left out as they hold NaN or infinite values: (number of the batch, place in it).
-        low: the smallest number in the images.
-        high: the largest.
         whole: whether the loader was read to its end.
     """
 
@@ -70,8 +68,6 @@ class Seen:
     batches: list[Any] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     bad: list[tuple[int, int]] = field(default_factory=list)
-    low: float = float("inf")
-    high: float = float("-inf")
     whole: bool = False
 
     @property
@@ -108,7 +104,7 @@ def eval_pass(
     seen = Seen([SeenLayer() for _ in sites])
     chunks = _chunks(feeder, seen, batches, labels, max_images, until)
     for chunk in _grouped(chunks):
-        _pass(feeder, sites, chunk, seen)
+        pass_chunk(feeder, sites, chunk, seen)
         seen.numbers += chunk.batch
         report(seen.images, f"of up to {max_images}")
     if not seen.sizes:
@@ -168,11 +164,7 @@ def _finite(chunk: Chunk, seen: Seen) -> list[int]:
             continue
         if leaf.dim() and len(leaf) == len(chunk):
             rows = leaf.detach().flatten(1) if leaf.dim() > 1 else leaf.detach()[:, None]
-            finite = rows.isfinite().all(1)
-            fine &= finite.cpu()
-            if finite.any():
-                seen.low = min(seen.low, float(rows[finite].min()))
-                seen.high = max(seen.high, float(rows[finite].max()))
+            fine &= rows.isfinite().all(1).cpu()
     if bool(fine.all()):
         return list(range(len(chunk)))
     places = fine.tolist()
@@ -194,7 +186,8 @@ def _grouped(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         yield join(waiting)
 
 
-def _pass(feeder: Feeder, sites: Sequence[BatchNormSite], chunk: Chunk, seen: Seen) -> None:
+def pass_chunk(feeder: Feeder, sites: Sequence[BatchNormSite], chunk: Chunk, seen: Seen) -> None:
+    """Pass images through the model, and add what its layers get to what was seen."""
     called: set[int] = set()
 
     def watch(number: int) -> Callable[..., None]:

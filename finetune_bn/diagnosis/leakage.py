@@ -106,9 +106,9 @@ def measure_leakage(
     feeder = Feeder(model, forward, device)
     first, second, kept = _two_batches(feeder, batch, other, images)
     sites = find_batch_norms(model)
-    with quietly(model), _as_in_training([site.module for site in sites]):
+    with quietly(model), as_in_training([site.module for site in sites]):
         one = _run(feeder, first, sites, kept)
-    with quietly(model), _as_in_training([site.module for site in sites]):
+    with quietly(model), as_in_training([site.module for site in sites]):
         two = _run(feeder, second, sites, kept)
     rows = [
         LayerLeakage(sites[number].names, sites[number].kind, moved(output, two.layers[number]))
@@ -137,16 +137,21 @@ def _two_batches(feeder: Feeder, batch: Any, other: Any, images: int | None) -> 
 
 
 @contextlib.contextmanager
-def _as_in_training(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Put BatchNorm layers in training mode; what they write into their buffers is undone."""
+def as_in_training(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Put BatchNorm layers in training mode for a block; what they write into their buffers is undone behind it."""
+    # By value: BatchNorm's kernel writes them past the counter of changes.
     buffers = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    modes = [layer.training for layer in layers]
     try:
         for layer in layers:
             layer.training = True
         yield
     finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def _run(feeder: Feeder, chunk: Chunk, sites: Sequence[BatchNormSite], kept: int) -> _Outputs:
