@@ -7,6 +7,9 @@ help of the command, the list of configs) does not wait for torch.
 from finetune_bn.backbones.create import create_backbone
 from finetune_bn.backbones.predict import Embedding, Prediction, TrainedModel
 from finetune_bn.backbones.saved import load, save
+from finetune_bn.comparison.compare import compare
+from finetune_bn.comparison.learning_rate import LearningRate, find_learning_rate
+from finetune_bn.comparison.result import Comparison
 from finetune_bn.conversion.convert import convert, revert
 from finetune_bn.conversion.export import export
 from finetune_bn.conversion.merge import fold
@@ -84,6 +87,9 @@ __all__ = [
     "create_backbone",
     "save",
     "load",
+    # trying
+    "compare",
+    "find_learning_rate",
     # looking
     "diagnose",
     "advise",
@@ -110,6 +116,8 @@ __all__ = [
     "Prediction",
     "Embedding",
     "Trained",
+    "Comparison",
+    "LearningRate",
     # errors
     "FinetuneBNError",
 ]

@@ -58,19 +58,28 @@ def adamw(
         steps: length of the schedule.
         others: more parameter groups.
     """
+    optimizer = torch.optim.AdamW([*groups(net), *others], lr=lr, fused=True)
+    return optimizer, warm_cosine(optimizer, steps)
+
+
+def groups(net: nn.Module) -> list[dict[str, Any]]:
+    """Return the parameter groups of what is trained: matrices and kernels with weight decay, vectors without."""
     trained = [p for p in net.parameters() if p.requires_grad]
-    groups = [
+    return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        *others,
     ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
-    warm = max(1, round(WARMUP * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
+
+
+def warm_cosine(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: float = WARMUP
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return a schedule: linear warm-up over a share of the steps, then a cosine down to 0."""
+    warm = max(1, round(warmup * steps))
+    return torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda s: (s + 1) / warm if s < warm else (1 + math.cos(math.pi * (s - warm) / max(1, steps - warm))) / 2,
     )
-    return optimizer, schedule
 
 
 def run(

@@ -1,19 +1,33 @@
-"""What mkdocs adds to docs/ when it builds the site: the figures in results/, and figures that stay on one line."""
+"""What mkdocs adds to docs/ when it builds the site: figures, notebooks, and figures that stay on one line."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
+
+import notebooks  # noqa: E402
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add results/*.png as figures/*.png."""
+    """Add results/*.png as figures/*.png, and each notebook docs/NAME.ipynb as the page NAME.md."""
     for path in sorted(RESULTS.glob("*.png")):
         files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
+    for path in sorted(Path(config.docs_dir).glob("*.ipynb")):
+        # The tests run the cells in their own process, and build the site without.
+        quick = os.environ.get("FINETUNE_BN_NOTEBOOKS") == "not run"
+        cells = notebooks.read(path)
+        text, pictures = notebooks.as_markdown(cells if quick else notebooks.run(cells), path.stem)
+        files.append(File.generated(config, f"{path.stem}.md", content=text))
+        for name, content in pictures.items():
+            files.append(File.generated(config, f"figures/{name}", content=content))
     return files
 
 

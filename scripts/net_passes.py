@@ -146,6 +146,7 @@ def pair_pass(pair: nn.Sequential, x: Tensor) -> tuple[Tensor, dict[str, Tensor]
     convolution, norm, x = pair[0], pair[1], x.detach().clone().requires_grad_()
     z = convolution(x)
     y = FrozenBatchNorm.forward(norm, z) if isinstance(norm, FrozenBatchNorm) else norm(z)
+    del z  # whoever holds it in backward gets its gradient, by the way that shares nothing
     (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(SEED)).to(y)).sum().backward()
     named = {"x": x}
     for i, module in enumerate(pair):

@@ -13,8 +13,9 @@ from store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCHES = (2, 4, 16, 1)
-OWN_ARMS, SHARED_ARMS = ("group_norm", "opacus", "scratch"), ("live", "none")
-OWN_EPS = "group_norm_own_eps"
+CALIBRATED = {"group_norm_center": "center", "group_norm_normalize": "normalize", "group_norm_own_eps": "own"}
+OWN_ARMS, SHARED_ARMS = (*CALIBRATED, "opacus", "scratch"), ("live", "none")
+EARLIER = "group_norm_9v"  # measured before the three modes of eps had names
 LADDER = small.LADDER
 MAIN_NET = "tf_efficientnet_lite0"
 
@@ -55,7 +56,7 @@ def summarize(store: Store) -> dict[str, Any]:
         near.append(line)
     tuned = []
     for batch in sorted(BATCHES):
-        for arm in (*SHARED_ARMS, *OWN_ARMS, OWN_EPS):
+        for arm in (*SHARED_ARMS, EARLIER, *OWN_ARMS):
             lr = chosen_rate(store, arm, batch)
             rows = [r for r in fine_tuned(store, arm, batch) if r["lr"] == lr]
             if rows:
@@ -76,14 +77,14 @@ def markdown(summary: dict[str, Any]) -> str:
     order = {"copy": 0, "reset": 1, "opacus": 2, "closed_form": 3, "sequential": 4, "": 5}
     for line in sorted(
         summary["near"],
-        key=lambda r: (r["net"], order[r["init"]], r["eps"] == "auto", str(r["groups"]).zfill(2), r["images"]),
+        key=lambda r: (r["net"], order[r["init"]], r["eps"] != "own", r["eps"], str(r["groups"]).zfill(2), r["images"]),
     ):
         spread = "" if line["agreement sd"] is None else f" ± {line['agreement sd']:.1f}"
         cells = [
             f"{line['net'].removeprefix('tf_efficientnet_')} ({layers.get(line['net'], '?')})",
             line["init"] or "sequential, distilled",
             str(line["groups"] or 1),
-            {"own": "BatchNorm's"}.get(line["eps"], "auto"),
+            line["eps"],
             str(line["images"] or "none"),
             f"{line['agreement']:.1f}{spread}",
             f"{line['cosine']:.3f}",
@@ -100,8 +101,8 @@ def markdown_tuned(summary: dict[str, Any]) -> str:
     names = {
         "live": "live BatchNorm",
         "none": "frozen BatchNorm",
-        "group_norm": "GroupNorm, sequential",
-        OWN_EPS: "GroupNorm, sequential, BatchNorm's eps",
+        **{arm: f"GroupNorm, sequential, eps {eps}" for arm, eps in CALIBRATED.items()},
+        EARLIER: "GroupNorm, sequential, eps to 9 v",
         "opacus": "opacus",
         "scratch": "GroupNorm, no pretraining",
     }
@@ -123,7 +124,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
     mine = [r for r in summary["near"] if r["net"] == MAIN_NET and r["groups"] in (1, 32, "")]
-    mine = [r for r in mine if r["init"] != "sequential" or r["eps"] == "auto"]
+    mine = [r for r in mine if r["init"] != "sequential" or r["eps"] in ("center", "to 9 v")]
     for i, init in enumerate(("copy", "opacus", "closed_form", "sequential", "")):
         rows = sorted(
             (r for r in mine if r["init"] == init and (r["groups"] != 32) == (init != "opacus")),

@@ -1,11 +1,14 @@
-"""What keeps frozen BatchNorm from collapsing at a large learning rate: ways that were tried, one seed each.
+"""What keeps frozen BatchNorm from collapsing at a large learning rate: one list of ways, each with the same rates.
 
-The setting of study_small_batch.py at batch 4 (EfficientNet-Lite0, 9 emoji categories, 600 images, AdamW), 3 epochs
-instead of 5, seed 0, at the rate that is best for frozen layers and at one five times as large, where they collapse.
-Accuracy on validation emoji, and by how many running standard deviations the channel means of the last BatchNorm layer
-have drifted in training. What came out of it is measured with three seeds in study_small_batch.py.
+The setting of study_small_batch.py at batch 4 (EfficientNet-Lite0, 9 emoji categories, 600 images, warm-up and cosine),
+3 epochs instead of 5. Every way looks for its rate on one ladder by one rule: it starts at 2e-4, which is best for
+frozen layers under AdamW, and at 1e-3, where they collapse, and goes on while a neighbor of its best rate is untried.
+The seed that chooses the rate is not among those that report. Told are validation accuracy at both starting rates, by
+how many running standard deviations the channel means of the last BatchNorm layer have drifted in training, and the
+accuracy at the rate that was chosen.
 
-Hardware: 2 CPU cores, half an hour. Resumes where it was cut off. Result: results/study_robust_freezing.{json,md}.
+Order: all ways at 1e-3, at 2e-4, the search, the reporting seeds; a run that is cut off has the first ones. Hardware: 2
+CPU cores, about 2 minutes a cell. Resumes where it was cut off. Result: results/study_robust_freezing.{json,md}.
 """
 
 from __future__ import annotations
@@ -32,9 +35,12 @@ from finetune_bn.optim.step_limit import limit_steps
 from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-RATES = (1e-3, 2e-4)
-BATCH, EPOCHS, SEED = 4, 3, 0
+LADDER = (8e-6, 4e-5, 2e-4, 1e-3, 5e-3, 2.5e-2, 0.125, 0.625)
+FIRST_RUNGS = (1e-3, 2e-4)
+BATCH, EPOCHS = 4, 3
+CHOOSING, SEEDS = 100, (0, 1, 2)
 FROZEN = fbn.Freeze("none")
+Optimizer = torch.optim.Optimizer
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Way:
         gradient: what is done to the gradients before each step.
         layers: what is done to the converted network.
         ratio: the limit on the optimizer's steps; None for none.
+        optimizer: from parameter groups and a learning rate.
+        warmup: share of the steps over which the learning rate rises.
     """
 
     title: str
@@ -54,6 +62,48 @@ class Way:
     gradient: Callable[[nn.Module], None] = lambda net: None
     layers: Callable[[nn.Module], None] = lambda net: None
     ratio: float | None = None
+    optimizer: Callable[[list[dict[str, Any]], float], Optimizer] = lambda groups, lr: torch.optim.AdamW(
+        groups, lr=lr, fused=True
+    )
+    warmup: float = cells.WARMUP
+
+
+class StableAdamW(torch.optim.AdamW):
+    """AdamW that steps less far where a tensor's gradients are larger than it expects (Wortsman et al. 2023).
+
+    The step of a tensor is divided by the root mean square of its gradient over the root of its second moment, where
+    that is above 1.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Step, then shorten what was too long."""
+        before = [(p, p.detach().clone()) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        result = super().step(closure)
+        for p, old in before:
+            second = self.state[p]["exp_avg_sq"] / (1 - 0.999 ** float(self.state[p]["step"]))
+            size = (p.grad.square() / second.clamp_min(1e-16)).mean().sqrt()
+            p.copy_(old + (p - old) / size.clamp_min(1.0))
+        return result
+
+
+def lamb(groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    """Return LAMB whose trust ratio is 1 at most (Fong et al. 2020): timm's, without its clipping of the gradient."""
+    from timm.optim import Lamb
+
+    return Lamb(groups, lr=lr, trust_clip=True, max_grad_norm=None, decoupled_decay=True)
+
+
+def larc(groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    """Return SGD with momentum whose step is 0.001 of a tensor's norm at most: LARC, timm's LARS with trust clip."""
+    from timm.optim import Lars
+
+    return Lars(groups, lr=lr, momentum=0.9, trust_coeff=1e-3, trust_clip=True)
+
+
+def sgd(groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    """Return SGD with momentum."""
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9)
 
 
 def clip(net: nn.Module) -> None:
@@ -118,34 +168,42 @@ def project_per_image(net: nn.Module) -> None:
 
 
 WAYS = {
-    "none": Way("frozen, affine none"),
-    "limit_5e-4": Way("steps limited, 5e-4 of the weights", ratio=5e-4),
-    "renorm": Way("renorm, r = d = inf, statistics fixed", fbn.Renorm(math.inf, math.inf, momentum=0.0)),
-    "clip": Way("gradient clipped at 1", gradient=clip),
-    "follow": Way("means follow the batches", layers=follow_means),
-    "per_image": Way("gradient projected by image, affine original", fbn.Freeze("original"), layers=project_per_image),
-    "adaptive": Way("gradient clipped at 0.01 of a channel's weights", gradient=clip_adaptively),
-    "centred": Way("gradient centred in each channel", gradient=centre),
-    "renorm_moving": Way("renorm, r = d = inf, momentum 0.05", fbn.Renorm(math.inf, math.inf, momentum=0.05)),
-    "limit_1e-3": Way("steps limited, 1e-3", ratio=1e-3),
-    "limit_2.5e-4": Way("steps limited, 2.5e-4", ratio=2.5e-4),
-}  # fmt: skip
+    "none": Way("AdamW"),
+    "limit_5e-4": Way("AdamW, steps limited to 5e-4 of the weights", ratio=5e-4),
+    "lamb": Way("LAMB with trust clip", optimizer=lamb),
+    "clip": Way("AdamW, gradient clipped at 1", gradient=clip),
+    "sgd": Way("SGD with momentum", optimizer=sgd),
+    "limit_1e-3": Way("AdamW, steps limited to 1e-3", ratio=1e-3),
+    "limit_2.5e-4": Way("AdamW, steps limited to 2.5e-4", ratio=2.5e-4),
+    "warm-up": Way("AdamW, warm-up over half of the steps", warmup=0.5),
+    "agc": Way("AdamW, gradient clipped at 0.01 of a channel's weights (AGC)", gradient=clip_adaptively),
+    "update_rms": Way("AdamW, update's root mean square clipped at 1", optimizer=StableAdamW),
+    "larc": Way("LARC", optimizer=larc),
+    "limit_2e-3": Way("AdamW, steps limited to 2e-3", ratio=2e-3),
+    "limit_1e-4": Way("AdamW, steps limited to 1e-4", ratio=1e-4),
+    "sgd_limit_5e-4": Way("SGD with momentum, steps limited to 5e-4", optimizer=sgd, ratio=5e-4),
+    "renorm": Way("AdamW, renorm, r = d = inf, statistics fixed", fbn.Renorm(math.inf, math.inf, momentum=0.0)),
+    "follow": Way("AdamW, means follow the batches", layers=follow_means),
+    "per_image": Way("AdamW, gradient projected by image", fbn.Freeze("original"), layers=project_per_image),
+    "centred": Way("AdamW, gradient centred in each channel", gradient=centre),
+}
 
 
-def fine_tune(way: str, lr: float) -> dict[str, Any]:
+def fine_tune(way: str, lr: float, seed: int) -> dict[str, Any]:
     """Train one cell and return its figures."""
     from finetune_bn.backbones.create import create_backbone
 
-    about, splits = WAYS[way], small.images(SEED)
-    torch.manual_seed(SEED)
+    about, splits = WAYS[way], small.images(seed)
+    torch.manual_seed(seed)
     net = fbn.convert(create_backbone("tf_efficientnet_lite0", "package", num_classes=9), about.policy, verify=False)
     about.layers(net)
     x, y = splits["train"]
-    optimizer, schedule = cells.adamw(net, lr, EPOCHS * math.ceil(len(x) / BATCH))
+    optimizer = about.optimizer(cells.groups(net), lr)
+    schedule = cells.warm_cosine(optimizer, EPOCHS * math.ceil(len(x) / BATCH), about.warmup)
     if about.ratio is not None:
         limit_steps(optimizer, net, about.ratio)
     started = time.perf_counter()
-    order = torch.Generator().manual_seed(SEED)
+    order = torch.Generator().manual_seed(seed)
     net.train()
     for _ in range(EPOCHS):
         total = 0.0
@@ -179,20 +237,50 @@ def drift(net: nn.Module, x: Tensor) -> float:
     return float((away.abs() * torch.rsqrt(last.get_buffer("running_var") + last.eps)).median())
 
 
+def tried(store: Store, way: str) -> dict[float, float]:
+    """Return the accuracy at each rate that was tried, of the seed that chooses."""
+    rows = [r for r in store.rows if r["way"] == way and r["seed"] == CHOOSING]
+    return {row["lr"]: row["val_accuracy"] for row in rows}
+
+
 def next_cells(store: Store) -> Iterator[dict[str, Any]]:
-    """Yield the cells that are missing."""
-    keys = [{"way": way, "lr": lr} for lr in RATES for way in WAYS]
-    yield from (key for key in keys if not store.done(key))
+    """Yield the cells that can be measured now, most important first; more appear as results come in."""
+    keys = [(way, lr, CHOOSING) for lr in FIRST_RUNGS for way in WAYS]
+    keys += [(way, lr, CHOOSING) for way in WAYS for lr in cells.rates_to_try(tried(store, way), LADDER, FIRST_RUNGS)]
+    chosen = {way: cells.chosen_rate(tried(store, way), LADDER, FIRST_RUNGS) for way in WAYS}
+    keys += [(way, lr, seed) for seed in SEEDS for way, lr in chosen.items() if lr is not None]
+    named = ({"way": way, "lr": lr, "seed": seed} for way, lr, seed in dict.fromkeys(keys))
+    yield from (key for key in named if not store.done(key))
+
+
+def summarize(store: Store) -> list[dict[str, Any]]:
+    """Return a line for each way that was measured."""
+    lines = []
+    for way, about in WAYS.items():
+        rates = tried(store, way)
+        if not rates:
+            continue
+        lr = cells.chosen_rate(rates, LADDER, FIRST_RUNGS)
+        values = [r["val_accuracy"] for r in store.rows if (r["way"], r["lr"]) == (way, lr) and r["seed"] in SEEDS]
+        at = {f"{rate:g}": store.find(way=way, lr=rate, seed=CHOOSING) for rate in sorted(FIRST_RUNGS)}
+        shown = {rate: row and {"accuracy": row["val_accuracy"], "drift": row["drift"]} for rate, row in at.items()}
+        lines.append({"way": way, "title": about.title, "at": shown, "lr": lr, "values": values})
+    return lines
 
 
 def markdown(store: Store) -> str:
     """Return the table: accuracy, and drift in brackets."""
-    head = " | ".join(f"{lr:g}" for lr in sorted(RATES))
-    lines = [f"| validation accuracy (drift in sd) at learning rate | {head} |", "|---|---|---|"]
-    for way, about in WAYS.items():
-        found = [store.find(way=way, lr=lr) for lr in sorted(RATES)]
-        figures = [f"{row['val_accuracy']:.1f} ({row['drift']:.1f})" if row else "" for row in found]
-        lines += [f"| {about.title} | {' | '.join(figures)} |"] if any(figures) else []
+    head = [f"at {lr:g} (drift in sd)" for lr in sorted(FIRST_RUNGS)]
+    head = ["way to train frozen layers", *head, "rate chosen", "accuracy there, other seeds"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for line in summarize(store):
+        figures = [f"{row['accuracy']:.1f} ({row['drift']:.1f})" if row else "" for row in line["at"].values()]
+        lr, values = line["lr"], line["values"]
+        told = "" if not values else f"{values[0]:.1f} (1 seed)"
+        if len(values) > 1:
+            mean, low, high = cells.interval(values)
+            told = f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+        lines.append(f"| {line['title']} | {' | '.join(figures)} | {'' if lr is None else f'{lr:g}'} | {told} |")
     return "\n".join(lines) + "\n"
 
 
@@ -203,10 +291,10 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true", help="write the table from the rows there are")
     args = parser.parse_args()
     path = ROOT / "results" / "study_robust_freezing.json"
-    store = Store(path, "python scripts/study_robust_freezing.py", [SEED], device="cpu")
+    store = Store(path, "python scripts/study_robust_freezing.py", [CHOOSING, *SEEDS], device="cpu")
     if not args.report_only:
         cells.run(store, next_cells, fine_tune, args.workers, "val_accuracy")
-    store.finish({way: {f"{r['lr']:g}": r["val_accuracy"] for r in store.rows if r["way"] == way} for way in WAYS})
+    store.finish({"ways": summarize(store)})
     write_atomically(path.with_suffix(".md"), markdown(store))
     print(markdown(store))
 

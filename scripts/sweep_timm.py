@@ -171,7 +171,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "largest_gradient_difference": largest("gradient", lambda affine: True),
         "pairs": sum(row.get("pairs", 0) for row in checked),
         "largest_folded_difference_in_float64": largest("folded", lambda affine: True),
-        "largest_folded_difference_of_a_layer_in_float32": largest("folded32", lambda affine: True),
+        "largest_folded_difference_of_a_layer_in_float32": largest("folded32", lambda what: what == "original"),
+        "largest_unfolded_difference_of_a_layer_in_float32": largest("folded32", lambda what: what == "unfolded"),
+        "largest_ratio_of_both_for_all_gradients_of_a_layer": largest("folded32", lambda what: what == "ratio"),
         "not_folded": dict(reasons(checked).most_common()),
         "other_randomness": sorted(f"{r['model']}: {', '.join(r['random'])}" for r in checked if r.get("random")),
         "compared_by_features": sorted(r["model"] for r in checked if r.get("compared", "outputs") != "outputs"),
@@ -200,7 +202,7 @@ def table(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
     """Return the results as a Markdown page."""
     header = ["module", "net", "million parameters", "BN layers", "kinds"]
     header += ["none, shift, original", "merged", "merged, float64", "train", "gradient", "pairs", "folded, float64"]
-    header += ["folded layer, float32", "result"]
+    header += ["folded layer, float32", "the same unfolded", "of both, all gradients", "result"]
     lines = [
         f"# {summary['line']}",
         "",
@@ -208,7 +210,9 @@ def table(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
         "eval-mode outputs before and after the conversion, by affine kind; `train`, of training-mode from eval-mode "
         "outputs of the converted net; `gradient`, of its gradients from those of the untouched net in eval mode; "
         "`folded`, of outputs and gradients in float64 with as many layers folded as there are `pairs`, from those in "
-        "activation space; the next column the same of the worst single layer, in float32. "
+        "activation space; the next columns those of a single layer's worst gradient in float32 from that in float64, "
+        "with and without folding, and the largest quotient of the two for all gradients of a layer as one vector (the "
+        "divisor is at least 1e-6). "
         "`scripts/checks.py` says what else is checked.",
         "",
         "| " + " | ".join(header) + " |",
@@ -231,11 +235,21 @@ def table(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
 def headline(summary: dict[str, Any]) -> str:
     """Return the figures that the README quotes."""
     kinds = ", ".join(f"{n} {kind}" for kind, n in summary["kinds"].items())
-    folded = f"{summary['pairs']} of these layers can share the backward pass of a convolution, the same numbers"
+    off = {
+        name: summary[f"largest_{name}"]
+        for name in (
+            "folded_difference_in_float64",
+            "folded_difference_of_a_layer_in_float32",
+            "unfolded_difference_of_a_layer_in_float32",
+            "ratio_of_both_for_all_gradients_of_a_layer",
+        )
+    }
+    in64, in32, apart, ratio = off.values()
+    folded = f"{summary['pairs']} of these layers can share the backward pass of a convolution, the same numbers "
     folded += (
-        f" (largest relative difference {summary['largest_folded_difference_in_float64']:.0e} in float64; layer by "
+        f"(largest relative difference {in64:.0e} in float64; in float32 a gradient of a layer is at most {in32:.0e} "
     )
-    folded += f"layer {summary['largest_folded_difference_of_a_layer_in_float32']:.0e} in float32)"
+    folded += f"off, and {apart:.0e} without sharing, all gradients of a layer together {ratio:.2f} times as far)"
     return f"**{summary['line']}** ({kinds}); {folded}. Modules without BN: {summary['families_without_bn']}.\n"
 
 
@@ -250,11 +264,14 @@ def table_cells(row: dict[str, Any]) -> list[str]:
         list(off.get("train", {}).values()),
         list(off.get("gradient", {}).values()),
         list(off.get("folded", {}).values()),
-        list(off.get("folded32", {}).values()),
+        [v for k, v in off.get("folded32", {}).items() if k == "original"],
+        [v for k, v in off.get("folded32", {}).items() if k == "unfolded"],
     ]
     failed = [name for name, result in row.get("checks", {}).items() if result is False]
     result = "exact" if row["ok"] else f"FAILED: {', '.join(failed) or row['error'][:80]}"
-    *before, folded, folded32 = (f"{worst(values):.0e}".replace("0e+00", "0") if values else "" for values in figures)
+    *before, folded, folded32, apart32 = (
+        f"{worst(values):.0e}".replace("0e+00", "0") if values else "" for values in figures
+    )
     return [
         row["module"],
         row["model"],
@@ -265,6 +282,8 @@ def table_cells(row: dict[str, Any]) -> list[str]:
         str(row.get("pairs", "")),
         folded,
         folded32,
+        apart32,
+        f"{off['folded32']['ratio']:.2f}" if off.get("folded32", {}).get("ratio") else "",
         "skipped" if row.get("skipped") else result,
     ]
 

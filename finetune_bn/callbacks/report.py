@@ -31,10 +31,13 @@ from finetune_bn.callbacks.report_facts import (
     results_of,
     versions,
 )
+from finetune_bn.callbacks.worst_images import WorstImages
 from finetune_bn.diagnosis.loading_code import timm_code
 from finetune_bn.diagnosis.status import Status, status
+from finetune_bn.diagnosis.training_page import WorstImage
 from finetune_bn.diagnosis.training_report import TrainingReport
 from finetune_bn.errors import FinetuneBNError, MissingDependency, complaint
+from finetune_bn.utilities.checks import number
 
 _FILES = ("report.html", "report.json", "report.png")
 MODEL_FILE = "model.safetensors"
@@ -55,9 +58,17 @@ class FinetuneReport(Callback):
             left its report there, a number is put behind the name.
         check_reload: Test the checkpoint a second time, in plain timm. It takes about as long as the test.
         save_model: Write model.safetensors.
+        worst_images: Show so many of the images with the highest loss: of the test, else of the last validation. They
+            lie in the page itself, as the network saw them; 0 shows none.
     """
 
-    def __init__(self, dirpath: str | None = None, check_reload: bool = True, save_model: bool = True) -> None:
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        check_reload: bool = True,
+        save_model: bool = True,
+        worst_images: int = 12,
+    ) -> None:
         super().__init__()
         # Here and not when there is something to draw: nobody should learn of it after hours of training.
         for package in ("matplotlib", "rich"):
@@ -67,6 +78,7 @@ class FinetuneReport(Callback):
         if dirpath is not None and Path(dirpath).exists() and not Path(dirpath).is_dir():
             raise FinetuneBNError(complaint("dirpath", dirpath, "a folder, there already or to be made"))
         self.dirpath = dirpath
+        self.worst_images = number("worst_images", worst_images, least=0, whole=True)
         self.check_reload, self.save_model = check_reload, save_model
         self.history: list[dict[str, float | None]] = []
         self.path: Path | None = None
@@ -76,6 +88,7 @@ class FinetuneReport(Callback):
         self._epoch: int | None = None
         self._seen: dict[str, Tensor] = {}
         self._news: TrainingReport | None = None
+        self._worst = WorstImages(self.worst_images)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -112,16 +125,61 @@ class FinetuneReport(Callback):
         self._record(trainer)
 
     @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._worst.start(trainer, pl_module)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._worst.add(batch, batch_idx, dataloader_idx)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._worst.stop()
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._worst.start(trainer, pl_module)
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._worst.add(batch, batch_idx, dataloader_idx)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._worst.stop()
+
+    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loaders = tree_leaves(trainer.val_dataloaders)
+        worst = self._worst.gathered(trainer, pl_module, loaders, loader_names(trainer, len(loaders)))
         if trainer.is_global_zero:
             best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
-            report = self._describe(trainer, pl_module, best)
+            report = self._with_worst(self._describe(trainer, pl_module, best), worst, "last validation's images")
             report = replace(report, notes=[*report.notes, "The test: none was run since the training."])
             self._write(self._with_model(trainer, pl_module, report, best))
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        domains = loader_names(trainer, len(tree_leaves(trainer.test_dataloaders)), alone="all")
+        self._worst.stop()
+        loaders = tree_leaves(trainer.test_dataloaders)
+        domains = loader_names(trainer, len(loaders), alone="all")
+        worst = self._worst.gathered(trainer, pl_module, loaders, domains)
         # In all processes: a metric over several of them, as the confusion matrix may be, is computed by all.
         confusion: Any = getattr(pl_module, "test_confusion", None)
         confusion = confusion.compute() if callable(getattr(confusion, "compute", None)) else confusion
@@ -134,7 +192,7 @@ class FinetuneReport(Callback):
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         results, overall = results_of(metrics, domains, again)
-        report = self._describe(trainer, pl_module, trainer.ckpt_path)
+        report = self._with_worst(self._describe(trainer, pl_module, trainer.ckpt_path), worst, "test images")
         notes = list(report.notes)
         problems = [again.problem] if again.problem else [] if adapted else other_accuracies(results)
         errors = [f"The checkpoint in plain timm: {problem}." for problem in problems]
@@ -246,6 +304,11 @@ class FinetuneReport(Callback):
             notes=not_finite(self.history),
             versions=versions(),
         )
+
+    def _with_worst(self, report: TrainingReport, worst: Sequence[WorstImage], of: str) -> TrainingReport:
+        """Return the report with the images, or with the reason why there are none."""
+        left_out = [f"The worst images: {self._worst.left_out}."] if self._worst.left_out and not worst else []
+        return replace(report, worst=worst, worst_of=of, notes=[*report.notes, *left_out])
 
     def _with_model(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: TrainingReport, checkpoint: Any

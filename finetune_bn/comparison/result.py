@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from finetune_bn.diagnosis.comparison_page import comparison_page
 from finetune_bn.utilities.files import write_atomically
 from finetune_bn.utilities.layer_figure import COLORS
 from finetune_bn.utilities.rendering import FAINT, FONT, INK, fonts, new_figure
@@ -189,6 +190,17 @@ class Comparison(Result):
         """Write comparison.json and comparison.csv into a folder, which is made."""
         write_atomically(Path(folder) / "comparison.json", self.to_json())
         write_atomically(Path(folder) / "comparison.csv", self.to_csv())
+
+    def save_html(self, path: str | Path) -> None:
+        """Write one page that opens from disk and asks for nothing else: treatments, how they learned, all runs.
+
+        Args:
+            path: the file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_atomically(path, comparison_page(self.to_dict()))
 
     def shown(self) -> Shown:
         """Return which treatment was best, and a row a treatment."""

@@ -14,7 +14,7 @@ from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.shared_backward import FOLD_MODES, FoldMode
 from finetune_bn.layers.frozen import Affine, check_affine
 from finetune_bn.layers.ghost import check_groups
-from finetune_bn.layers.group_norm import Init, check_grouping
+from finetune_bn.layers.group_norm import Eps, Init, check_grouping
 from finetune_bn.layers.noise import check_noise
 from finetune_bn.layers.renorm import check_limits, check_momentum
 from finetune_bn.layers.stochastic import check_alpha, check_probability
@@ -227,15 +227,19 @@ class ToGroupNorm(Policy):
             before. `sequential`: the same, to be fitted to images, layer by layer, by `calibrate_group_norm` or the
             callback GroupNormCalibration. `copy`: gamma and beta of the BatchNorm, which leaves hardly anything of the
             pretrained function. `reset`: 1 and 0, which leaves nothing.
-        eps: what is added to an image's variance. The larger it is beside the variance, the less the layer follows an
-            image's contrast, and the nearer it is to BatchNorm. `auto`: the BatchNorm's, until `calibrate_group_norm`
-            chooses for each layer.
+        eps: what is added to an image's variance v. The share `eps / (v + eps)` of an image's contrast passes, the rest
+            is normalized away. `own`: the BatchNorm's, so that next to nothing passes; such a network does not notice
+            the size of its weights and images, and is the farthest from the pretrained one. `normalize`: from that up
+            to v, so that at most half passes, whichever fits best by `calibrate_group_norm`; until then `own`.
+            `center`: 10,000 v. Nothing is normalized any more, an image's mean over the channels of a group is
+            subtracted and the rest is a frozen BatchNorm, which `Freeze("none")` has without any loss; nearest to the
+            pretrained function, and follows the size of weights and images as that does. `auto`: `normalize`.
     """
 
     groups: int | Literal["auto"] = "auto"
     channels_per_group: int | None = None
     init: Init = "closed_form"
-    eps: float | Literal["auto"] = "auto"
+    eps: float | Eps = "auto"
 
     def __post_init__(self) -> None:
         check_grouping(self.groups, self.channels_per_group, self.init, self.eps)
@@ -244,7 +248,7 @@ class ToGroupNorm(Policy):
         """Return the policy in a few words, for tables."""
         per_group = self.channels_per_group
         groups = f"groups={self.groups}" if per_group is None else f"channels_per_group={per_group}"
-        eps = "" if self.eps == "auto" else f", eps={self.eps:g}"
+        eps = "" if self.eps == "auto" else f", eps={self.eps if isinstance(self.eps, str) else format(self.eps, 'g')}"
         return f"group norm, {groups}, init={self.init}{eps}"
 
 

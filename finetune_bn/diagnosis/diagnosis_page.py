@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,7 +103,7 @@ def _layers(layers: Sequence[Data]) -> str:
         Bars("How many independent images a batch is worth", values("n_eff")),
         Bars("Values of a channel that are normalized together", values("values_per_channel"), log=True, digits=",.0f"),
         Bars("Leakage from the other images of a batch", values("leakage")),
-        Bars("Where the running variance settles, relative", values("running_var_bias"), digits="+.2%"),
+        Bars("Where the running variance settles, relative", values("running_var_bias"), percent=True, digits="+.2%"),
     ]
     header = ["layer", "#", "type", "C", "shift (sd)", "log var", "DEFF", "n_eff", "var bias", "leakage", "values"]
     rows = [
@@ -184,8 +185,10 @@ def _shares(values: Sequence[float | None]) -> list[float | None]:
 
 def _facts(facts: Sequence[tuple[str, str]]) -> str:
     """Return a table of two columns, without what is not known."""
-    return html_table(["what", "found"], [pair for pair in facts if pair[1]], texts=(0, 1))
+    return html_table(["what", "found"], [pair for pair in facts if pair[1]], texts=(0, 1), sortable=False)
 
 
 def _text(value: float | None, form: str = "") -> str:
-    return "" if value is None else format(value, form)
+    if value is None:
+        return ""
+    return format(value, form) if math.isfinite(value) else "not finite"

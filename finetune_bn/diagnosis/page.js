@@ -7,7 +7,7 @@
   // A button in each head sorts by its column, the second click the other way round, the third as it was.
   for (const table of all("table")) {
     const body = table.tBodies[0], rows = [...body.rows], heads = all("thead th", table);
-    if (rows.length < 2) continue;
+    if (rows.length < 2 || table.closest(".fixed")) continue;
     heads.forEach((head, column) => {
       const text = head.classList.contains("text"), button = document.createElement("button");
       const [first, second] = text ? ["ascending", "descending"] : ["descending", "ascending"];

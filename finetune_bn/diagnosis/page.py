@@ -61,6 +61,7 @@ def html_table(
     rows: Iterable[Sequence[object]],
     texts: Iterable[int] = (0,),
     bars: Mapping[int, Sequence[float | None]] | None = None,
+    sortable: bool = True,
 ) -> str:
     """Return a table of plain texts and numbers, which sorts, and scrolls where the page is narrower. "" without rows.
 
@@ -69,6 +70,7 @@ def html_table(
         rows: their cells.
         texts: numbers of the columns that hold texts, which are set flush left and sorted by the alphabet.
         bars: for a column number, the shares, 0 to 1, that its cells are filled to; None leaves one empty.
+        sortable: whether a click on a head sorts the rows.
     """
     lines = list(rows)
     if not lines:
@@ -80,9 +82,9 @@ def html_table(
     }
     table = bare_table(header, lines, set(texts), cells)
     # Who has no pointer scrolls by the keys, and so needs to get there.
-    tall = " tall" if len(lines) > TALL else ""
+    kind = f"wide{' tall' if len(lines) > TALL else ''}{'' if sortable else ' fixed'}"
     label = html.escape(", ".join(header))
-    return f'<div class="wide{tall}" tabindex="0" role="region" aria-label="table: {label}">{table}</div>'
+    return f'<div class="{kind}" tabindex="0" role="region" aria-label="table: {label}">{table}</div>'
 
 
 def html_code(text: str) -> str:

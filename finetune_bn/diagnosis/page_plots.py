@@ -16,6 +16,7 @@ from finetune_bn.diagnosis.page import html_table
 TOP, HEIGHT = 8.0, 168.0  # pixels: where the plot begins, and how high it is
 KINDS = 7  # colors with dashes, after which they begin again
 DOTS_UP_TO = 60  # points of a curve that are seen as dots
+_RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 HINT = "Point at it, tap it, or use the arrow keys."
 
 
@@ -29,6 +30,7 @@ class Bars:
         line: where a line lies, as a bound.
         line_label: what it is.
         log: whether the axis is logarithmic; bars of numbers that are not above 0 are then left out.
+        percent: whether the axis is in percent.
         digits: form of the number that is said, as of `format`.
     """
 
@@ -37,6 +39,7 @@ class Bars:
     line: float | None = None
     line_label: str = ""
     log: bool = False
+    percent: bool = False
     digits: str = ".3g"
 
 
@@ -82,7 +85,14 @@ def html_layers(
 
 
 def html_curves(
-    title: str, curves: Sequence[Curve], xlabel: str, *, percent: bool = False, log: bool = False, table: str = ""
+    title: str,
+    curves: Sequence[Curve],
+    xlabel: str,
+    *,
+    percent: bool = False,
+    log: bool = False,
+    xlog: bool = False,
+    table: str = "",
 ) -> str:
     """Return curves with their legend. "" without a point.
 
@@ -92,6 +102,7 @@ def html_curves(
         xlabel: what x is; "epoch" gives "epoch 3".
         percent: whether y is a share, 0 to 1, to be shown in percent.
         log: whether y is drawn on a logarithmic axis, where all of it is above 0.
+        xlog: whether x, all of it above 0, is.
         table: words that say where the same numbers are in a table, for those who do not see the plot.
     """
     known = [(x, y) for curve in curves for x, y in curve.points if y is not None and _is_known(y)]
@@ -100,15 +111,14 @@ def html_curves(
     xs, ys = [x for x, _ in known], [y for _, y in known]
     log = log and min(ys) > 0
     axis = _Axis.over(ys, log, zero=False)
-    left, right = min(xs), max(xs)
-    span = (right - left) or 1.0
+    scale = _Scale.over(xs, xlog)
     labels = list(dict.fromkeys(curve.label for curve in curves))
     shapes, dots = [], []
     for curve in curves:
         kind = labels.index(curve.label)
         few = " few" if len(curve.points) <= DOTS_UP_TO and not curve.faint else ""
         places: list[tuple[float, float]] = []
-        for x, y in [*curve.points, (right, None)]:
+        for x, y in [*curve.points, (0.0, None)]:
             if y is None or not _is_known(y, log):
                 if len(places) > 1:
                     line = " ".join(f"{px:.2f},{py:.2f}" for px, py in places)
@@ -116,7 +126,7 @@ def html_curves(
                     shapes.append(f'<polyline class="k{kind % KINDS}{faint}" data-curve="{kind}" points="{line}"/>')
                 places = []
                 continue
-            place = 50.0 if right == left else 100 * (x - left) / span
+            place = scale.x(x)
             places.append((place, axis.y(y) - TOP))
             value = f"{100 * y:.1f} %" if percent else f"{y:.4g}"
             about = f", {curve.about}" if curve.about else ""
@@ -135,11 +145,9 @@ def html_curves(
         f"{html.escape(label)}</li>"
         for i, label in enumerate(labels)
     )
-    steps = [tick for tick in _ticks(left, right, 5) if float(tick).is_integer()] if right > left else [left]
     ends = "".join(
-        f'<text x="{50.0 if right == left else 100 * (tick - left) / span:.2f}%" y="{TOP + HEIGHT + 18:g}" '
-        f'text-anchor="middle">{tick:g}</text>'
-        for tick in steps
+        f'<text x="{scale.x(tick):.2f}%" y="{TOP + HEIGHT + 18:g}" text-anchor="middle">{tick:g}</text>'
+        for tick in scale.ticks()
     )
     ends += f'<text x="100%" y="{TOP + HEIGHT + 34:g}" text-anchor="end">{html.escape(xlabel)}</text>'
     described = f"{title}: {', '.join(labels)}{f'; {table}' if table else ''}"
@@ -171,7 +179,7 @@ def _bars(names: Sequence[str], panel: Bars) -> str:
         parts.append(f'<text x="100%" y="{y - 5:.1f}" text-anchor="end">{label}</text>')
     below = f'<text x="0" y="{TOP + HEIGHT + 18:g}">{len(names)} layers, in the order of the table</text>'
     described = f"{panel.title}, one bar a layer; the numbers are in the table below"
-    return _chart("bars", panel.title, described, axis.grid(False) + "".join(parts) + below, "")
+    return _chart("bars", panel.title, described, axis.grid(panel.percent) + "".join(parts) + below, "")
 
 
 def _chart(kind: str, title: str, described: str, inside: str, above: str) -> str:
@@ -181,6 +189,40 @@ def _chart(kind: str, title: str, described: str, inside: str, above: str) -> st
         f'aria-label="{html.escape(described)}">{inside}</svg>'
         f'<p class="say" aria-live="polite" data-hint="{HINT}"></p></figure>'
     )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Where a value of x lies."""
+
+    left: float
+    right: float
+    log: bool
+
+    @classmethod
+    def over(cls, values: Sequence[float], log: bool) -> _Scale:
+        log = log and min(values) > 0
+        return cls(min(values), max(values), log)
+
+    def x(self, value: float) -> float:
+        """Return the place in percent of the width."""
+        if self.left == self.right:
+            return 50.0
+        if self.log:
+            return 100 * math.log(value / self.left) / math.log(self.right / self.left)
+        return 100 * (value - self.left) / (self.right - self.left)
+
+    def ticks(self) -> list[float]:
+        """Return powers of ten, or round numbers, whole ones where there are two of them."""
+        if self.left == self.right:
+            return [self.left]
+        if self.log:
+            first, last = math.ceil(math.log10(self.left) - 1e-9), math.floor(math.log10(self.right) + 1e-9)
+            ticks = [10.0**i for i in range(first, last + 1, math.ceil((last - first + 1) / 5) or 1)]
+            return ticks if len(ticks) > 1 else [self.left, self.right]
+        ticks = _ticks(self.left, self.right, 5)
+        whole = [tick for tick in ticks if tick.is_integer()]
+        return whole if len(whole) > 1 else ticks
 
 
 @dataclass(frozen=True)
@@ -219,7 +261,10 @@ class _Axis:
         parts = []
         for tick in self.ticks:
             y = self.y(tick)
-            text = f"{100 * tick:g} %" if percent else f"{tick:.4g}".replace("-", "\N{MINUS SIGN}")
+            text = f"{100 * tick:g} %" if percent else f"{tick:.4g}"
+            if self.log and not 1e-3 <= tick <= 1e3:
+                text = "10" + f"{math.log10(tick):.0f}".translate(_RAISED)
+            text = text.replace("-", "\N{MINUS SIGN}")
             parts.append(f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text x="-6" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
         return "".join(parts)

@@ -57,16 +57,7 @@ def slide(title: str, subtitle: str, drawn: Drawn) -> Any:
 
 
 def panels(drawn: Drawn) -> Iterator[tuple[str, str, float, bool]]:
-    """Yield each panel as a figure of its own, which a phone shows at full width; as `page.html_figures` takes it."""
-    for word in drawn.curves:
-        names = ", ".join(curve_names(drawn.history, word))
-        picture = _panel(word, lambda axes, word=word: learning_curves(axes, drawn.history, word), 5.6, 3.6)  # type: ignore[misc]
-        yield picture, f"{word} over the epochs: {names}; the numbers are in the table epoch by epoch", 5.6, False
-    accuracies = drawn.accuracies or {}
-    if len(accuracies) > 1:
-        height = 1.4 + 0.36 * len(accuracies)
-        picture = _panel("domains", lambda axes: domain_bars(axes, accuracies, drawn.overall), 5.6, height)
-        yield picture, "test accuracy of each domain; the numbers are in the table of test accuracy", 5.6, False
+    """Yield what a page has no plot of its own for, the confusion matrix; as `page.html_figures` takes it."""
     if drawn.confusion is not None:
         counts, side = drawn.confusion, 4.2 + 0.28 * min(60, len(drawn.class_names))
         picture = _panel("confusion", lambda axes: confusion_matrix(axes, counts, drawn.class_names), side + 1, side)

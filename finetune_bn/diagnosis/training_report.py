@@ -23,10 +23,17 @@ from finetune_bn.diagnosis.page import (
 )
 from finetune_bn.diagnosis.status import Status
 from finetune_bn.diagnosis.training_figures import Drawn, panels, slide
+from finetune_bn.diagnosis.training_page import (
+    WorstImage,
+    classes_heading,
+    classes_table,
+    history_curves,
+    history_table,
+    share,
+    worst_images,
+)
 from finetune_bn.utilities.files import to_json, write_atomically
 from finetune_bn.utilities.rendering import png
-
-CLASSES_SHOWN = 50
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class TrainingReport:
         checkpoint: the file that was tested, relative to the report.
         loading_code: Python that loads it into plain timm.
         model_file: the file that `finetune_bn.load` takes, relative to the report.
+        worst: the images that the network is most wrong of, the worst first.
+        worst_of: of which data, in words.
         tolerance: what `DomainResult.difference` may be.
         errors: what went wrong.
         notes: what was left out, and why.
@@ -85,6 +94,8 @@ class TrainingReport:
     checkpoint: str | None = None
     loading_code: str = ""
     model_file: str | None = None
+    worst: Sequence[WorstImage] = ()
+    worst_of: str = "test images"
     tolerance: float | None = None
     errors: Sequence[str] = ()
     notes: Sequence[str] = ()
@@ -117,6 +128,7 @@ class TrainingReport:
                 "results": [asdict(result) for result in self.results],
                 "overall": None if self.overall is None else asdict(self.overall),
                 "layers": None if self.layers is None else self.layers.to_dict(),
+                "worst": [image.to_dict() for image in self.worst],
             }
         )
 
@@ -134,12 +146,14 @@ class TrainingReport:
                 ("", self._verdict()),
                 ("Wrong", html_list([*filter(None, [self.diverged]), *self.errors], "error")),
                 ("Test accuracy", self._results_table()),
+                ("Training", history_curves(self.history)),
+                ("Worst images", worst_images(self.worst, self.worst_of)),
                 ("", html_figures(panels(self._drawn()))),
                 ("BatchNorm layers", self._layers()),
                 ("Use it", html_code(use_code(self.model_file)) + paths if self.model_file else ""),
                 ("Load it into plain timm", html_code(self.loading_code) + paths if self.loading_code else ""),
-                (self._classes_heading(), self._classes_table()),
-                ("Epoch by epoch", self._history_table()),
+                (classes_heading(self.class_names), classes_table(self.confusion, self.class_names)),
+                ("Epoch by epoch", history_table(self.history)),
                 ("All test metrics", html_table(["metric", "value"], _cells(self.test_metrics.items()))),
                 ("Left out", html_list(self.notes)),
                 ("Versions", html_text(", ".join(f"{name} {version}" for name, version in self.versions.items()))),
@@ -153,8 +167,8 @@ class TrainingReport:
         columns = {
             "domain": [result.domain for result in results],
             "images": [_text(result.images) for result in results],
-            "accuracy": [_share(result.accuracy) for result in results],
-            "in plain timm": [_share(result.reloaded) for result in results],
+            "accuracy": [share(result.accuracy) for result in results],
+            "in plain timm": [share(result.reloaded) for result in results],
             "logits differ by": [_text(result.difference, ".1e" if result.difference else "g") for result in results],
         }
         shown = {name: cells for name, cells in columns.items() if any(cells)}
@@ -168,18 +182,18 @@ class TrainingReport:
     def _verdict(self) -> str:
         overall = self.overall or (self.results[0] if len(self.results) == 1 else None)
         accuracy = None if overall is None else overall.accuracy
-        tested = "" if accuracy is None else f"{_share(accuracy)} of the test images right"
+        tested = "" if accuracy is None else f"{share(accuracy)} of the test images right"
         if self.diverged:
             after = f"; {tested}, by a network that is of no use" if tested else ""
             return html_verdict("Diverged", f"not a result{after}", "bad")
         kind = "bad" if self.errors else "good"
         recall = self.test_metrics.get("test_recall_at_1")
         if accuracy is None and recall is not None and math.isfinite(recall):
-            return html_verdict(_share(recall), "of the test images have one of their label as the nearest", kind)
+            return html_verdict(share(recall), "of the test images have one of their label as the nearest", kind)
         if accuracy is None or overall is None:
             return ""
         of = f"of {overall.images:,} test images right" if overall.images else "of the test images right"
-        return html_verdict(_share(accuracy), of, kind)
+        return html_verdict(share(accuracy), of, kind)
 
     def _layers(self) -> str:
         line = html_text(self.batch_norm) if self.batch_norm else ""
@@ -194,7 +208,10 @@ class TrainingReport:
         return line + table + html_text(numbers) + html_list(problems, "error")
 
     def _results_table(self) -> str:
-        table = html_table(*self.rows()) if self.results else ""
+        header, rows = self.rows()
+        everything = [*self.results, *([] if self.overall is None else [self.overall])]
+        bars = {header.index("accuracy"): [r.accuracy for r in everything]} if "accuracy" in header else {}
+        table = html_table(header, rows, bars=bars) if self.results else ""
         if self.tolerance is None or not table:
             return table
         return table + html_text(
@@ -203,47 +220,9 @@ class TrainingReport:
             f" relative to the largest logit; up to {self.tolerance:.0e} is rounding."
         )
 
-    def _classes_heading(self) -> str:
-        many = len(self.class_names) > CLASSES_SHOWN
-        return f"Classes ({CLASSES_SHOWN} of {len(self.class_names)}, worst first)" if many else "Classes (worst first)"
-
-    def _classes_table(self) -> str:
-        if self.confusion is None:
-            return ""
-        counts = self.confusion.cpu()
-        images, right = counts.sum(1), counts.diagonal()
-        recall = right / images.clamp_min(1)
-        precision = right / counts.sum(0).clamp_min(1)
-        mistakes = counts - counts.diagonal().diag()
-        rows = []
-        for i in sorted(images.nonzero().flatten().tolist(), key=lambda i: float(recall[i]))[:CLASSES_SHOWN]:
-            often, other = mistakes[i].max(0)
-            taken = f"{self.class_names[int(other)]} ({int(often)})" if often else ""
-            rows.append(
-                [self.class_names[i], int(images[i]), _share(float(recall[i])), _share(float(precision[i])), taken]
-            )
-        header = ["class", "test images", "recall", "precision", "mostly mistaken for"]
-        return html_table(header, rows, texts=(0, 4))
-
-    def _history_table(self) -> str:
-        names = [name for name in dict.fromkeys(name for record in self.history for name in record) if name != "epoch"]
-        rows = [
-            [_text(record.get("epoch"), ".0f"), *(_metric(record, name) for name in names)] for record in self.history
-        ]
-        return html_table(["epoch (from 0)", *names], rows) if names else ""
-
-
-def _share(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
-
 
 def _text(value: float | None, form: str = "") -> str:
     return "" if value is None else format(value, form)
-
-
-def _metric(record: Mapping[str, float | None], name: str) -> str:
-    value = record.get(name)
-    return "not finite" if name in record and value is None else _text(value, ".4g")
 
 
 def _cells(items: Iterable[tuple[str, float]]) -> list[list[str]]:

@@ -48,6 +48,16 @@ def group_statistics(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Te
     return tuple(t.expand_as(means).reshape(-1) for t in (group_mean, group_var))  # type: ignore[return-value]
 
 
+def contrast_kept(variance: float, eps: float) -> float:
+    """Return the share of an image's contrast that a GN lets pass: `eps / (variance + eps)`, from 0 to 1.
+
+    An image whose group has the variance v comes out with the standard deviation `sqrt(v / (v + eps))`. Where its
+    contrast grows by a factor near 1, the output grows by that factor to the power of this share: not at all at 0, as
+    with a small eps, and as much as the image does at 1, where nothing is normalized and only the mean is subtracted.
+    """
+    return eps / (variance + eps)
+
+
 def closed_form(
     scale: Tensor, shift: Tensor, mean: Tensor, var: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:

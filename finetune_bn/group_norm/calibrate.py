@@ -53,10 +53,10 @@ def calibrate_group_norm(
     The BatchNorm network (frozen) and the model move all images side by side, and no image goes on before a layer is
     fitted: with z the GroupNorm of the layer's input, without weight and bias, in the network as it is fitted so far,
     and y the output of its BatchNorm, weight and bias are those with which the mean of each channel is that of y and
-    the standard deviation nearly so (`GroupMoments.match`). Where groups or eps are "auto", those of `CANDIDATES` and
-    `EPS_CANDIDATES` (in `group_norm.fit`) with the smallest error are taken for each layer. One pass; the result
-    does not depend on how the images are cut into batches, or spread over processes, but for rounding, which may tip
-    the choice between two factors.
+    the standard deviation nearly so (`GroupMoments.match`). Where groups are "auto" or eps is "normalize", those of
+    `CANDIDATES` and `EPS_CANDIDATES` (in `group_norm.fit`) with the smallest error are taken for each layer. One
+    pass; the result does not depend on how the images are cut into batches, or spread over processes, but for
+    rounding, which may tip the choice between two factors.
 
     Before a layer is fitted, the output channels of the convolution or linear map in front are balanced, that is
     multiplied by powers of two with a sign, which the BatchNorm network does not notice and `revert` undoes exactly.
@@ -128,7 +128,7 @@ def calibrate_group_norm(
         old, new = fitting.before[n], fitting.chosen[n]
         changes = old.groups, new.groups, old.eps, new.eps
         why = reasons.get(n, ("", "not asked for"))[1]
-        rows.append(LayerFit(sites[n].names, sites[n].num_features, *changes, *errors, why))
+        rows.append(LayerFit(sites[n].names, sites[n].num_features, *changes, fitting.contrast(n), *errors, why))
     alone = [site.names[0] for n, site in enumerate(sites) if n not in fitting.errors]
     return Calibration(sum(counts), tuple(rows), tuple(alone))
 

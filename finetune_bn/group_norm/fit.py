@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from finetune_bn.errors import BadData, complaint
 from finetune_bn.functional.balancing import balancing_factors
-from finetune_bn.functional.group_norm import GroupMoments, ImagePairs, group_statistics
+from finetune_bn.functional.group_norm import GroupMoments, ImagePairs, contrast_kept
 from finetune_bn.layers.balance import multiply_channels
-from finetune_bn.layers.group_norm import GroupNorm
+from finetune_bn.layers.group_norm import CENTERED, GroupNorm, group_variance
 from finetune_bn.utilities.lockstep import FINISHED, DifferentPaths
 from finetune_bn.utilities.processes import OtherProcessFailed, Ranks
 from finetune_bn.utilities.progress import Report
 
-# What "auto" chooses from: numbers of groups that divide the channels and leave a group more than one value in an
-# image, and eps in units of the variance that the running statistics predict for a group; 0 is the layer's own.
+# What is chosen from: numbers of groups ("auto") that divide the channels and leave a group more than one value in an
+# image, and eps ("normalize") in units of the variance that the running statistics predict for a group; 0 is the
+# layer's own. With more than 1 the error is smaller still, as the layer stops to normalize.
 CANDIDATES = (1, 2, 4, 8, 16, 32)
-EPS_CANDIDATES = (0.0, 0.1, 0.3, 1.0, 3.0, 9.0)
+EPS_CANDIDATES = (0.0, 0.1, 0.3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -173,18 +174,33 @@ class Fitting:
             if covariance is not None:
                 assert bn.running_var is not None
                 # The BatchNorm is outside of the module tree: it may be on another device than the model.
-                variance = bn.running_var.to(covariance)
-                old = before.factors(variance)
+                running = bn.running_var.to(covariance)
+                old = before.factors(running)
                 importance = torch.ones_like(old) if bn.weight is None else bn.weight.detach().to(old).square()
-                factors = balancing_factors(covariance, variance * old.square(), importance, number)
+                factors = balancing_factors(covariance, running * old.square(), importance, number)
                 balance = (self.producers[place][0], (old * factors).cpu())
             sizes = [before.eps]
-            if automatic["eps"] == "auto" and bn.running_mean is not None and bn.running_var is not None:
-                scale = GroupNormSettings(number, before.eps, balance).factors(bn.running_mean)
-                _, spread = group_statistics(bn.running_mean * scale, bn.running_var * scale.square(), number)
-                sizes += [bn.eps + share * float(spread.mean()) for share in EPS_CANDIDATES]
+            if bn.running_mean is not None and bn.running_var is not None:
+                variance = self._variance(place, GroupNormSettings(number, before.eps, balance))
+                if layer.eps_mode == "center":
+                    sizes = [bn.eps + CENTERED * variance]
+                elif layer.eps_mode == "normalize":
+                    sizes += [bn.eps + share * variance for share in EPS_CANDIDATES]
             found += [_Option(GroupNormSettings(number, size, balance), factors) for size in dict.fromkeys(sizes)]
         return [*found, _Option(before, None)]
+
+    def _variance(self, place: int, settings: GroupNormSettings) -> float:
+        """Return the variance that the BatchNorm's running statistics predict for a group."""
+        bn = self.layers[place].source
+        assert bn is not None
+        return group_variance(bn, settings.groups, None if settings.balance is None else settings.balance[1])
+
+    def contrast(self, place: int) -> float | None:
+        """Return the share of an image's contrast that passes now; None where no running statistics tell it."""
+        bn, chosen = self.layers[place].source, self.chosen[place]
+        if bn is None or bn.running_mean is None or bn.running_var is None:
+            return None
+        return contrast_kept(self._variance(place, chosen), chosen.eps)
 
     def _covariance(self, pairs: Sequence[ImagePairs]) -> Tensor:
         """Return the covariance over all images of the channels' means in an image, [C, C] float64."""

@@ -20,6 +20,9 @@ class LayerFit:
         groups: number of groups now.
         eps_before: what was added to variances before.
         eps: what is added to them now.
+        contrast: share of an image's contrast that passes now, eps / (variance + eps) with the variance that the
+            running statistics predict: 0 where all of it is normalized, 1 where nothing is and the layer subtracts a
+            mean. None without running statistics.
         error_before: what the layer's output would be off by without its fit, the layers before it fitted: root mean
             square of the difference to the output of its BatchNorm in the BatchNorm network, relative to the standard
             deviation of that.
@@ -33,6 +36,7 @@ class LayerFit:
     groups: int
     eps_before: float
     eps: float
+    contrast: float | None
     error_before: float
     error: float
     not_balanced: str
@@ -59,13 +63,14 @@ class Calibration(Result):
 
     def shown(self) -> Shown:
         """Return how well the layers fit now, in total and layer by layer."""
-        header = ("layer", "C", "groups", "eps", "error before", "error now")
+        header = ("layer", "C", "groups", "eps", "contrast kept", "error before", "error now")
         body = [
             (
                 " = ".join(name or "(root)" for name in row.names),
                 str(row.num_features),
                 str(row.groups) if row.groups == row.groups_before else f"{row.groups_before} -> {row.groups}",
                 f"{row.eps:.2g}" if row.eps == row.eps_before else f"{row.eps_before:.2g} -> {row.eps:.2g}",
+                "" if row.contrast is None else f"{100 * row.contrast:.0f} %",
                 f"{row.error_before:.3f}",
                 f"{row.error:.3f}",
             )
@@ -82,7 +87,18 @@ class Calibration(Result):
                 reasons.setdefault(row.not_balanced, []).append(row.names[0] or "(root)")
         unbalanced = [f"not balanced: {', '.join(names)}: {why}" for why, names in reasons.items()]
         alone = [f"left alone: {name or '(root)'} was not reached by the images" for name in self.left_alone]
-        return Shown(title, header, body, [*unbalanced, *alone])
+        return Shown(title, header, body, [*self._not_normalizing(), *unbalanced, *alone])
+
+    def _not_normalizing(self) -> list[str]:
+        """Return a sentence on layers that let pass more than half of an image's contrast, where there are some."""
+        named = [row.names[0] or "(root)" for row in self.rows if row.contrast is not None and row.contrast > 0.501]
+        if not named:
+            return []
+        shown = ", ".join(named[:3]) + (", ..." if len(named) > 3 else "")
+        return [
+            f"hardly normalizing: {len(named)} of {len(self.rows)} layers ({shown}) let pass more than half of an "
+            'image\'s contrast, and mainly subtract its mean; ToGroupNorm(eps="normalize") or "own" asks for more'
+        ]
 
     def plot(self) -> Any:
         """Return a matplotlib figure: the error of each layer before and now."""

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.functional.frozen import frozen_batch_norm, scale_shift
-from finetune_bn.functional.group_norm import closed_form, group_norm
+from finetune_bn.functional.group_norm import closed_form, group_norm, group_statistics
 from finetune_bn.layers.extra_state import EXTRA_STATE, pack, unpack
 from finetune_bn.layers.frozen import why_not_frozen
 from finetune_bn.layers.leaf import as_leaf
@@ -20,6 +20,11 @@ from finetune_bn.layers.tracking import ASIDE
 
 Init = Literal["reset", "copy", "closed_form", "sequential"]
 INITS: tuple[Init, ...] = get_args(Init)
+Eps = Literal["auto", "own", "normalize", "center"]
+EPS: tuple[Eps, ...] = get_args(Eps)
+AUTO_EPS: Eps = "normalize"
+# In variances of a group: of ten times an image's contrast, GroupNorm then takes back less than a percent.
+CENTERED = 1e4
 _FIVE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -46,7 +51,7 @@ class GroupNorm(nn.GroupNorm):
         dtype: dtype of the tensors.
     """
 
-    __jit_unused_properties__ = ["num_features", "settings", "source"]  # noqa: RUF012 (torch.jit looks for a list)
+    __jit_unused_properties__ = ["num_features", "settings", "eps_mode", "source"]  # noqa: RUF012 (torch.jit looks for a list)
 
     def __init__(
         self,
@@ -66,7 +71,7 @@ class GroupNorm(nn.GroupNorm):
         groups: int | Literal["auto"] = "auto",
         channels_per_group: int | None = None,
         init: Init = "closed_form",
-        eps: float | Literal["auto"] = "auto",
+        eps: float | Eps = "auto",
     ) -> Self:
         """Return the GroupNorm that stands for `bn`, which is not changed; ask `why_not_group_norm` first.
 
@@ -75,8 +80,12 @@ class GroupNorm(nn.GroupNorm):
         check_grouping(groups, channels_per_group, init, eps)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.num_channels, layer.eps, layer.affine = bn.num_features, bn.eps if eps == "auto" else eps, True
+        layer.num_channels, layer.affine = bn.num_features, True
         layer.num_groups = number_of_groups(bn.num_features, groups, channels_per_group)
+        if eps == "center" and not _is_meta(bn):
+            layer.eps = bn.eps + CENTERED * group_variance(bn, layer.num_groups)
+        else:
+            layer.eps = bn.eps if isinstance(eps, str) else eps
         for name, value in zip(("weight", "bias"), _initial(bn, layer.num_groups, init, layer.eps), strict=True):
             own = getattr(bn, name)
             if own is None:
@@ -103,6 +112,12 @@ class GroupNorm(nn.GroupNorm):
     def settings(self) -> dict[str, Any]:
         """What `from_batch_norm` takes besides the BatchNorm."""
         return dict(zip(("groups", "channels_per_group", "init", "eps"), self._settings, strict=True))
+
+    @property
+    def eps_mode(self) -> float | Eps:
+        """What was asked for as eps, with what `auto` stands for."""
+        asked: float | Eps = self._settings[3]
+        return AUTO_EPS if asked == "auto" else asked
 
     @property
     def source(self) -> _BatchNorm | None:
@@ -245,6 +260,10 @@ def _read(packed: object, metadata: dict[str, Any] | None) -> dict[str, Any] | N
     return {**known, "balance": None if name is None else (str(name), factors), "source": tensors}
 
 
+def _is_meta(bn: _BatchNorm) -> bool:
+    return bn.running_mean is not None and bn.running_mean.is_meta
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -285,6 +304,21 @@ def _initial(bn: _BatchNorm, groups: int, init: Init, eps: float) -> tuple[Tenso
     return weight, bias
 
 
+def group_variance(bn: _BatchNorm, groups: int, factors: Tensor | None = None) -> float:
+    """Return the variance that the running statistics predict for a group of channels, in the mean over groups.
+
+    Args:
+        bn: has running statistics.
+        groups: a divisor of its channels.
+        factors: what the channels are multiplied by, [C]; None for nothing.
+    """
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    scale = torch.ones_like(bn.running_mean) if factors is None else factors.to(bn.running_mean)
+    _, variance = group_statistics(bn.running_mean * scale, bn.running_var * scale.square(), groups)
+    return float(variance.mean())
+
+
 def number_of_groups(channels: int, groups: int | Literal["auto"], channels_per_group: int | None) -> int:
     """Return how many groups a layer gets: as asked, or the greatest common divisor where that does not divide C.
 
@@ -311,8 +345,11 @@ def check_grouping(groups: object, channels_per_group: object, init: object, eps
         raise FinetuneBNError(complaint("groups", groups, '"auto" where channels_per_group is given', "Give one."))
     if init not in INITS:
         raise FinetuneBNError(complaint("init", init, ", ".join(map(repr, INITS))))
-    if eps != "auto" and not (_is_number(eps) and 0 < eps < math.inf):  # type: ignore[operator]
-        raise FinetuneBNError(complaint("eps", eps, '"auto", or a number above 0', "The BatchNorm's own is usual."))
+    if eps not in EPS and not (_is_number(eps) and 0 < eps < math.inf):  # type: ignore[operator]
+        raise FinetuneBNError(complaint("eps", eps, f"{', '.join(map(repr, EPS))}, or a number above 0"))
+    if eps == "center" and init in ("reset", "copy"):
+        allowed = "'closed_form' or 'sequential' where eps is 'center'"
+        raise FinetuneBNError(complaint("init", init, allowed, "With another the output would be next to nothing."))
 
 
 def why_not_group_norm(bn: _BatchNorm, init: Init) -> str | None:

@@ -38,7 +38,10 @@ def new_figure(width: float, height: float) -> Any:
     except ImportError as error:
         remedy = "Run: pip install matplotlib"
         raise MissingDependency(complaint("matplotlib", "not installed", "3.9 and newer", remedy)) from error
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    # What a notebook asks for. Without pyplot, which is not imported here, it would print the figure's size alone.
+    figure._repr_png_ = functools.partial(png, figure, 100)  # type: ignore[attr-defined]
+    return figure
 
 
 @contextlib.contextmanager

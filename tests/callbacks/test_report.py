@@ -141,6 +141,22 @@ def test_the_report_lies_in_the_folder_of_the_run_and_nothing_else_is_left_there
     assert sorted(p.name for p in report.path.parent.iterdir()) == files
 
 
+def test_the_images_of_which_the_network_is_most_wrong_are_on_the_page(main_job: Any) -> None:
+    report, _, module = main_job
+    worst = read(report)["worst"]
+    loaders = Images().test_dataloader()
+    module.eval()
+    with torch.no_grad():
+        losses = [F.cross_entropy(module.net(x), y, reduction="none") for loader in loaders for x, y in loader]
+    expected = torch.cat(losses).sort(descending=True).values[:12]
+    assert [image["loss"] for image in worst] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert {image["domain"] for image in worst} <= set(DOMAINS)
+    page = report.path.read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == 12
+    assert "Those of the test images with the highest loss" in page
+    assert not any(part._forward_hooks for part in module.modules())
+
+
 def test_the_reloaded_network_answers_as_the_trained_one_on_every_domain(main_job: Any) -> None:
     data = read(main_job[0])
     assert [result["domain"] for result in data["results"]] == DOMAINS
@@ -187,8 +203,9 @@ def test_the_code_on_the_page_loads_the_checkpoint_without_this_package(
 
 def test_the_page_needs_no_other_file_and_no_host(main_job: Any) -> None:
     page = main_job[0].path.read_text(encoding="utf-8")
-    assert page.count("<svg") == 4
-    assert re.findall(r"https?://|<script|<link", page) == []
+    assert page.count('<svg class="plot curves"') == 2  # loss and accuracy
+    assert re.findall(r"https?://|<link|src=(?!.data:image)", page) == []
+    assert page.count("<script") == 1
     assert "$d_1$" in page
 
 
@@ -212,6 +229,13 @@ def test_after_fit_alone_there_is_a_report_that_says_that_nothing_was_tested(tmp
     assert data["confusion"] is None
     assert any("none was run" in note for note in data["notes"])
     assert "load_state_dict" in data["loading_code"]
+
+
+def test_after_fit_alone_the_worst_images_are_those_of_the_last_validation(tmp_path: Path) -> None:
+    report = FinetuneReport(worst_images=2)
+    make_trainer(tmp_path, report, max_epochs=1, enable_checkpointing=False).fit(Classifier(), datamodule=Images())
+    assert len(read(report)["worst"]) == 2
+    assert read(report)["worst_of"] == "last validation's images"
 
 
 def test_a_metric_that_an_epoch_did_not_log_is_not_in_its_record(tmp_path: Path) -> None:
@@ -279,7 +303,8 @@ def test_a_foreign_module_gets_what_can_be_drawn_and_is_told_what_was_left_out(t
     assert data["batch_norm"] == "1 x BatchNorm2d"
     assert [result["domain"] for result in data["results"]] == ["0", "1"]
     assert all(0 <= result["accuracy"] <= 1 and result["reloaded"] is None for result in data["results"])
-    reload, confusion, model = data["notes"]
+    worst, reload, confusion, model = data["notes"]
+    assert worst == "The worst images: Foreign is no classifier that says how many classes there are, as `num_classes`."
     assert "plain timm: Foreign does not have what it takes: a timm network as `net`" in reload
     assert "confusion matrix: Foreign has no `test_confusion`" in confusion
     assert model == "The model file: Foreign has no timm network as `net`."

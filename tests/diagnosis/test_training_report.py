@@ -15,7 +15,8 @@ from PIL import Image
 
 import finetune_bn as fbn
 from finetune_bn.diagnosis.loading_code import timm_code
-from finetune_bn.diagnosis.training_report import CLASSES_SHOWN, DomainResult, TrainingReport
+from finetune_bn.diagnosis.training_page import CLASSES_SHOWN
+from finetune_bn.diagnosis.training_report import DomainResult, TrainingReport
 from tests.models import settle
 
 FULL = TrainingReport(
@@ -95,8 +96,9 @@ def test_columns_of_which_nothing_is_known_are_left_out_of_the_table() -> None:
 def test_the_page_lists_classes_from_worst_to_best_with_what_they_are_mistaken_for() -> None:
     page = FULL.page()
     text = '<td class="text">'
-    cat = f"{text}dog</td><td>20</td><td>75.0 %</td><td>88.2 %</td>{text}cat (5)</td>"
-    dog = f"{text}cat</td><td>10</td><td>80.0 %</td><td>61.5 %</td>{text}dog (2)</td>"
+    bar = '<td class="bar" style="--share: '
+    cat = f'{text}dog</td><td>20</td>{bar}75.0%">75.0 %</td><td>88.2 %</td>{text}cat (5)</td>'
+    dog = f'{text}cat</td><td>10</td>{bar}80.0%">80.0 %</td><td>61.5 %</td>{text}dog (2)</td>'
     assert -1 < page.index(cat) < page.index(dog)
     assert f"{text}never seen</td>" not in page
 
@@ -199,7 +201,7 @@ def test_writing_makes_three_files_that_agree(tmp_path: Path) -> None:
     assert data["history"] == FULL.history
     width, height = Image.open(tmp_path / "report" / "report.png").size
     assert width > height > 1000
-    assert page.read_text(encoding="utf-8").count("<svg") == 4
+    assert page.read_text(encoding="utf-8").count('<svg class="plot curves"') == 2
 
 
 def test_the_loading_code_runs_and_refuses_a_checkpoint_of_another_net(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from finetune_bn.functional.frozen import scale_shift
-from finetune_bn.functional.group_norm import GroupMoments, ImagePairs, closed_form, group_norm
+from finetune_bn.functional.group_norm import GroupMoments, ImagePairs, closed_form, contrast_kept, group_norm
 from tests import group_references as reference
 from tests.references import Values, as_array
 
@@ -127,3 +128,17 @@ def test_group_norm_refuses_what_it_would_make_zero() -> None:
     for shape in ((2, 8), (1, 8, 1, 1)):
         with pytest.raises(ValueError, match="single value in each of 8 groups"):
             group_norm(torch.randn(shape), 8, None, None, EPS)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.5, 2.0, 20.0, 1e4])
+def test_the_contrast_kept_is_how_the_output_grows_with_an_images_contrast(eps: float) -> None:
+    """d log sd(output) / d log contrast, by a difference."""
+    x = np.random.default_rng(0).normal(size=1000)
+    x = (x - x.mean()) / x.std() * np.sqrt(2.0)
+
+    def size(contrast: float) -> float:
+        return float((contrast * x / np.sqrt((contrast * x).var() + eps)).std())
+
+    step = 1e-4
+    measured = (np.log(size(1 + step)) - np.log(size(1 - step))) / (np.log1p(step) - np.log1p(-step))
+    assert contrast_kept(2.0, eps) == pytest.approx(measured, abs=1e-6)

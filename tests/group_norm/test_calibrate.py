@@ -18,6 +18,7 @@ from finetune_bn.functional.group_norm import group_statistics
 from finetune_bn.group_norm.fit import EPS_CANDIDATES
 from finetune_bn.group_norm.twin import batch_norm_twin
 from finetune_bn.layers import GroupNorm
+from finetune_bn.layers.group_norm import CENTERED
 from tests import group_references as reference
 from tests.models import NETS, build, settle
 from tests.references import as_array
@@ -108,26 +109,56 @@ def test_auto_takes_the_number_of_groups_with_the_smallest_error_and_a_file_brin
     assert again[1].num_groups == row.groups  # type: ignore[index]
 
 
-def test_auto_takes_the_eps_with_the_smallest_error_and_a_file_brings_it_back() -> None:
-    """Images of very different contrast, which GroupNorm with a small eps removes and BatchNorm keeps."""
+def contrasts() -> tuple[nn.Module, Tensor]:
+    """Return a network and images of very different contrast, which GroupNorm removes and BatchNorm keeps."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8)).eval()
     x = torch.randn(64, 4, 5, 5) * torch.linspace(0.1, 3, 64)[:, None, None, None]
     fbn.recalibrate(net, [x])
-    variance = float(group_statistics(net[1].running_mean, net[1].running_var, 2)[1].mean())
+    return net, x
+
+
+def variance(layer: nn.Module, factors: Tensor | float = 1.0) -> float:
+    """Return the variance that a BatchNorm of eight channels predicts for a group of four."""
+    return float(group_statistics(layer.running_mean * factors, layer.running_var * factors**2, 2)[1].mean())
+
+
+def test_normalize_takes_the_eps_up_to_the_variance_with_the_smallest_error_and_a_file_brings_it_back() -> None:
+    net, x = contrasts()
     errors = {}
     for share in EPS_CANDIDATES:
-        one = fbn.convert(copy.deepcopy(net), fbn.ToGroupNorm(groups=2, eps=1e-5 + share * variance))
-        errors[1e-5 + share * variance] = fbn.calibrate_group_norm(one, [x], balance=False).rows[0].error
-    auto = fbn.convert(copy.deepcopy(net), fbn.ToGroupNorm(groups=2))
-    assert auto[1].eps == 1e-5, "until images tell, it is the BatchNorm's"
-    row = fbn.calibrate_group_norm(auto, [x], balance=False).rows[0]
+        eps = 1e-5 + share * variance(net[1])
+        one = fbn.convert(copy.deepcopy(net), fbn.ToGroupNorm(groups=2, eps=eps))
+        errors[eps] = fbn.calibrate_group_norm(one, [x], balance=False).rows[0].error
+    fitted = fbn.convert(copy.deepcopy(net), fbn.ToGroupNorm(groups=2, eps="normalize"))
+    assert fitted[1].eps == 1e-5, "until images tell, it is the BatchNorm's"
+    row = fbn.calibrate_group_norm(fitted, [x], balance=False).rows[0]
     assert (row.eps_before, row.eps) == pytest.approx((1e-5, min(errors, key=lambda eps: errors[eps])))
     assert row.error == pytest.approx(min(errors.values()))
-    assert row.error < 0.5 * errors[1e-5]
+    assert row.error < 0.7 * errors[1e-5]
+    assert row.contrast == pytest.approx(0.5, abs=1e-3)
     loaded = fbn.convert(copy.deepcopy(net), fbn.ToGroupNorm(groups=2))
-    loaded.load_state_dict(auto.state_dict())
-    assert torch.equal(loaded(x), auto(x))
+    loaded.load_state_dict(fitted.state_dict())
+    assert torch.equal(loaded(x), fitted(x))
+
+
+def test_center_is_nearer_still_since_it_normalizes_nothing_and_the_record_says_so() -> None:
+    net, x = contrasts()
+    found = {}
+    for eps in ("own", "normalize", "center"):
+        model = fbn.convert(copy.deepcopy(net), fbn.ToGroupNorm(groups=2, eps=eps))
+        found[eps] = fbn.calibrate_group_norm(model, [x]), model
+    errors = {eps: record.rows[0].error for eps, (record, _) in found.items()}
+    assert errors["center"] < errors["normalize"] < errors["own"]
+    record, model = found["center"]
+    factors = model[1].balance[1]
+    assert model[1].eps == record.rows[0].eps == pytest.approx(1e-5 + CENTERED * variance(net[1], factors))
+    assert record.rows[0].contrast == pytest.approx(1, abs=1e-3)
+    assert "hardly normalizing: 1 of 1 layers (1) let pass more than half" in str(record)
+    assert "100 %" in str(record)
+    for eps in ("own", "normalize"):
+        assert "hardly normalizing" not in str(found[eps][0])
+    assert found["own"][0].rows[0].contrast < 1e-3
 
 
 def test_a_number_of_groups_and_an_eps_asked_for_are_kept() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.functional.frozen import scale_shift
-from finetune_bn.functional.group_norm import closed_form
+from finetune_bn.functional.group_norm import closed_form, group_statistics
 from finetune_bn.layers import EvalBatchNorm2d, GroupNorm, GroupNormAct2d
 from finetune_bn.layers.extra_state import pack, unpack
 from finetune_bn.layers.group_norm import number_of_groups, why_not_group_norm
@@ -71,6 +71,35 @@ def test_reset_and_copy_start_where_they_say() -> None:
     assert torch.equal(copied.weight, bn.weight)
     assert torch.equal(copied.bias, bn.bias)
     assert copied.weight is not bn.weight
+
+
+def test_center_subtracts_an_images_mean_and_is_a_frozen_batch_norm_otherwise() -> None:
+    bn = make(eps=1e-3).double()
+    x = 3 * images().double()
+    layer = GroupNorm.from_batch_norm(bn, 2, eps="center")
+    scale, shift = scale_shift(bn.weight, bn.bias, bn.running_mean, bn.running_var, 1e-3)
+    means = x.view(4, 2, -1).mean(2).repeat_interleave(4, 1)
+    expected = bn.running_mean.view(2, -1).mean(1).repeat_interleave(4)
+    reference = (x - (means - expected)[..., None, None]) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    torch.testing.assert_close(layer(x), reference, rtol=1e-2, atol=1e-2)
+    assert (layer(x) - reference).abs().max() < 0.01 * (bn(x) - reference).abs().max()
+
+
+def test_own_is_indifferent_to_the_size_of_its_input_and_center_follows_it() -> None:
+    bn, x = make(eps=1e-5), images()
+    own, center = (GroupNorm.from_batch_norm(bn, 2, eps=eps) for eps in ("own", "center"))
+    torch.testing.assert_close(own(1.5 * x), own(x), rtol=1e-3, atol=1e-3)
+    away, further = (center(t) - center.bias.view(-1, 1, 1) for t in (x, 1.5 * x))
+    torch.testing.assert_close(further, 1.5 * away, rtol=1e-2, atol=1e-2)
+
+
+def test_until_images_tell_eps_is_the_batch_norms_but_for_center() -> None:
+    bn = make(eps=1e-3)
+    assert {GroupNorm.from_batch_norm(bn, 2, eps=eps).eps for eps in ("own", "normalize", "auto")} == {1e-3}
+    layer = GroupNorm.from_batch_norm(bn, 2, eps="center")
+    _, variance = group_statistics(bn.running_mean, bn.running_var, 2)
+    assert layer.eps == pytest.approx(1e-3 + 1e4 * float(variance.mean()))
+    assert GroupNorm.from_batch_norm(make(eps=1e-3).to("meta"), 2, eps="center").eps == 1e-3
 
 
 def test_sequential_starts_as_the_closed_form() -> None:
@@ -360,7 +389,8 @@ def test_number_of_groups_is_the_greatest_that_fits(
         ({"init": "random"}, "'closed_form'"),
         ({"eps": 0}, "eps: got 0"),
         ({"eps": True}, "eps: got True"),
-        ({"eps": "small"}, "eps: got 'small'"),
+        ({"eps": "small"}, "eps: got 'small'; allowed: 'auto', 'own', 'normalize', 'center', or a number above 0"),
+        ({"eps": "center", "init": "copy"}, "init: got 'copy'.*next to nothing"),
     ],
 )
 def test_a_wrong_argument_is_one_clear_error(arguments: dict[str, Any], message: str) -> None:

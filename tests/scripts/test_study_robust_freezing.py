@@ -62,9 +62,58 @@ def test_means_follow_in_training_alone_and_variances_do_not() -> None:
     assert (net[0].running_var == 1).all()
 
 
+def stepped(way: str, scale: float, lr: float = 0.5, steps: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Train a small net as a way says, its gradients times `scale` in the last step; return that step's weights."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 2)).double()
+    about = study.WAYS[way]
+    optimizer, x = about.optimizer(study.cells.groups(net), lr), torch.randn(5, 3, 6, 6).double()
+    for step in range(steps):
+        net(x).square().sum().backward()
+        for p in net.parameters():
+            p.grad.mul_(scale if step == steps - 1 else 1.0)
+        about.gradient(net)
+        before = [p.detach().clone() for p in net.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return list(zip(before, [p.detach() for p in net.parameters()], strict=True))
+
+
+def test_lamb_and_larc_do_not_step_further_than_their_trust_ratio_lets_them() -> None:
+    for way, most in (("lamb", 0.5), ("larc", 0.5 * 1e-3 * 10)):  # momentum 0.9 sums ten steps
+        for old, new in stepped(way, 1e6):
+            if old.dim() > 1:
+                assert (new - old).norm() <= 1.01 * most * max(1.0, float(old.norm()))
+
+
+def test_an_update_is_shortened_where_gradients_are_larger_than_expected_and_else_is_adamws() -> None:
+    sizes = {
+        way: sum(float((new - old).norm()) for old, new in stepped(way, 1e3, 1e-6)) for way in ("none", "update_rms")
+    }
+    assert sizes["update_rms"] == pytest.approx(0.5 * sizes["none"], rel=0.02)  # root of 1e6 in 4 means
+    for (_, adamw), (_, shortened) in zip(stepped("none", 1, 1e-6), stepped("update_rms", 1, 1e-6), strict=True):
+        torch.testing.assert_close(shortened, adamw, rtol=1e-9, atol=1e-9)
+
+
+def test_every_way_has_the_same_rates_and_the_seed_that_chooses_does_not_report(tmp_path: Path) -> None:
+    store = Store(tmp_path / "x.json", "python x.py", device="cpu")
+    order = []
+    while (key := next(study.next_cells(store), None)) and len(order) < 1000:
+        order.append(key)
+        value = 60.0 - 10 * abs(study.LADDER.index(key["lr"]) - 3) + (key["seed"] in study.SEEDS) * 5 + key["seed"] % 10
+        store.add(key | {"val_accuracy": value, "drift": 1.0})
+    assert [key["way"] for key in order[: len(study.WAYS)]] == list(study.WAYS)
+    rates = {
+        way: {key["lr"] for key in order if (key["way"], key["seed"]) == (way, study.CHOOSING)} for way in study.WAYS
+    }
+    assert set(map(frozenset, rates.values())) == {frozenset({2e-4, 1e-3, 5e-3})}
+    for line in study.summarize(store):
+        assert (line["lr"], line["values"]) == (1e-3, [65.0, 66.0, 67.0])
+    assert "| AdamW | 50.0 (1.0) | 60.0 (1.0) | 0.001 | 66.0 [63.5, 68.5] |" in study.markdown(store)
+
+
 def test_the_table_has_the_ways_that_were_measured(tmp_path: Path) -> None:
     store = Store(tmp_path / "x.json", "python x.py", device="cpu")
-    store.add({"way": "clip", "lr": 1e-3, "val_accuracy": 20.04, "drift": 9.96})
+    store.add({"way": "clip", "lr": 1e-3, "seed": study.CHOOSING, "val_accuracy": 20.04, "drift": 9.96})
     lines = study.markdown(store).splitlines()
-    assert lines[2:] == ["| gradient clipped at 1 |  | 20.0 (10.0) |"]
-    assert len(list(study.next_cells(store))) == len(study.WAYS) * len(study.RATES) - 1
+    assert lines[2:] == ["| AdamW, gradient clipped at 1 |  | 20.0 (10.0) |  |  |"]
