@@ -152,7 +152,7 @@ def advise(diagnosis: Diagnosis) -> Advice:
         schedule=_FROZEN_FRACTION if best.arm == "scheduled" else None,
         reasons=tuple(reasons),
         second=(second.arm, _what_would_change(setting, best.arm, set(out))),
-        overlay=_overlay(best.arm, lr),
+        overlay=overlay(best.arm, lr),
         sure=_how_sure(best, second),
     )
 
@@ -242,7 +242,13 @@ def _how_sure(best: Choice, second: Choice) -> str:
     )
 
 
-def _overlay(arm: Arm, lr: float | None) -> str:
+def overlay(arm: Arm, lr: float | None) -> str:
+    """Return YAML text that carries a treatment out, for one more `--config`.
+
+    Args:
+        arm: the treatment.
+        lr: the learning rate of the model; None leaves that of the config.
+    """
     treatment = TREATMENTS[arm]
     head = "\n".join(f"# {line}" for line in textwrap.wrap(f"Advised by finetune-bn diagnose: {TITLES[arm]}.", 110))
     parts = [head, f"batch_norm:\n  policy: {treatment.config}"]

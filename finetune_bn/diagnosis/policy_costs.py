@@ -14,8 +14,9 @@ from torch import nn
 
 from finetune_bn.conversion.convert import convert
 from finetune_bn.conversion.policies import Freeze, Keep, Policy
+from finetune_bn.diagnosis.fits import largest_batches, step_memory
 from finetune_bn.diagnosis.launches import launches_of
-from finetune_bn.diagnosis.memory import saved_bytes
+from finetune_bn.diagnosis.memory import memory_report
 from finetune_bn.diagnosis.results import PolicyMemory
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.utilities.batches import Chunk
@@ -72,12 +73,14 @@ def unheard() -> Iterator[None]:
 
 def _cost(model: nn.Module, chunk: Chunk, policy: Policy, name: str) -> PolicyMemory:
     args, kwargs = chunk.content
+    example = kwargs or tuple(args)
+    report = memory_report(model, example, policy)
+    largest = largest_batches(step_memory(model, report))
     converted = copy.deepcopy(model)
     if not isinstance(policy, Keep):
-        converted = convert(converted, policy, example_input=kwargs or tuple(args), verify=False)
+        converted = convert(converted, policy, example_input=example, verify=False)
     converted.train()
     with torch.enable_grad():
-        kept = saved_bytes(converted, lambda: converted(*args, **kwargs))
 
         def step() -> None:
             outputs: list[Any] = [t for t in tensors_in(converted(*args, **kwargs), detach=False) if t.requires_grad]
@@ -85,7 +88,7 @@ def _cost(model: nn.Module, chunk: Chunk, policy: Policy, name: str) -> PolicyMe
                 torch.autograd.backward([t.float().sum() for t in outputs])
 
         launches = launches_of(step)[0]
-    return PolicyMemory(name, round(kept / len(chunk)), launches)
+    return PolicyMemory(name, round((report.after or 0) / len(chunk)), launches, largest)
 
 
 def _line(error: Exception) -> str:
