@@ -30,7 +30,7 @@ FLAGS = (
     *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--disable-extensions", "--disable-default-apps", "--mute-audio", "--disable-dev-shm-usage"),
 )
-PATIENCE = 60.0  # seconds for an answer, on a machine that is busy
+PATIENCE = 240.0  # seconds for an answer, on a machine that is very busy
 
 
 def find() -> str | None:
@@ -88,6 +88,7 @@ class Browser:
         mobile = width < 600
         size: dict[str, Any] = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": mobile}
         page.call("Emulation.setDeviceMetricsOverride", **size)
+        page.call("Page.bringToFront")  # what lies behind another page gets no pointer
         page.call("Page.navigate", url=path.resolve().as_uri())
         while "Page.loadEventFired" not in page.events:
             self._receive()

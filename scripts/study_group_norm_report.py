@@ -57,14 +57,16 @@ def summarize(store: Store) -> dict[str, Any]:
     tuned = []
     for batch in sorted(BATCHES):
         for arm in (*SHARED_ARMS, EARLIER, *OWN_ARMS):
-            lr = chosen_rate(store, arm, batch)
+            lr, tried = chosen_rate(store, arm, batch), tried_rates(store, arm, batch)
+            searched = lr is not None
+            if not searched and tried and arm in CALIBRATED:  # told of, though the search is not over
+                lr = max(tried, key=lambda rate: tried[rate])
             rows = [r for r in fine_tuned(store, arm, batch) if r["lr"] == lr]
             if rows:
                 values = [row["test_accuracy"] for row in rows]
                 spread = stdev(values) if len(values) > 1 else None
-                tuned.append(
-                    {"batch": batch, "arm": arm, "lr": lr, "seeds": len(rows), "accuracy": fmean(values), "sd": spread}
-                )
+                line = {"batch": batch, "arm": arm, "lr": lr, "seeds": len(rows), "accuracy": fmean(values)}
+                tuned.append(line | {"sd": spread, "searched": searched})
     return {"near": near, "fine_tuned": tuned}
 
 
@@ -110,7 +112,8 @@ def markdown_tuned(summary: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in summary["fine_tuned"]:
         spread = "" if line["sd"] is None else f" ± {line['sd']:.1f}"
-        cells = [str(line["batch"]), names[line["arm"]], f"{line['lr']:g}", str(line["seeds"])]
+        rate = f"{line['lr']:g}" + ("" if line["searched"] else ", search not over")
+        cells = [str(line["batch"]), names[line["arm"]], rate, str(line["seeds"])]
         lines.append("| " + " | ".join([*cells, f"{line['accuracy']:.1f}{spread}"]) + " |")
     return "\n".join(lines) + "\n"
 

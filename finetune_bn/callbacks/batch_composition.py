@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
@@ -27,6 +28,7 @@ OnMismatch = Literal["error", "warn"]
 ON_MISMATCH: tuple[OnMismatch, ...] = get_args(OnMismatch)
 ENOUGH_IMAGES = 16  # of a process, for live BatchNorm: with fewer its statistics are noise
 _WHERE = "Say where they are: BatchCompositionGuard(labels=)."
+_TOLD: WeakSet[pl.Trainer] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -133,28 +135,41 @@ class BatchCompositionGuard(Callback):
 
 
 def warn_of_small_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Warn where several processes each normalize by a few images of their own.
+    """Warn, once a Trainer, where several processes each normalize by a few images of their own.
+
+    Where they do not, it is told how many images a step sees: a config that was made for one device has the same
+    `batch_size` for each of eight.
 
     Args:
         trainer: the Trainer, whose training loader tells how many images a batch has.
         pl_module: the module; BatchNorm layers that are frozen or synchronized are no matter of warning.
     """
+    if trainer.world_size == 1 or trainer in _TOLD:
+        return
+    _TOLD.add(trainer)
     live = [
         name
         for name, module in pl_module.named_modules()
         if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm) and module.training
     ]
-    if trainer.world_size == 1 or not live:
-        return
     loaders = CombinedLoader(trainer.train_dataloader or []).flattened
     found = [getattr(getattr(loader, "batch_sampler", None), "batch_size", None) for loader in loaders]
     sizes = [size for size in found if isinstance(size, int)]
-    if sizes and min(sizes) < ENOUGH_IMAGES:
+    if not sizes:
+        return
+    each, processes = min(sizes), trainer.world_size
+    if live and each < ENOUGH_IMAGES:
         rank_zero_warn(
-            f"{len(live)} live BatchNorm layers ({live[0]}, ...) normalize by the {min(sizes)} images of their own "
-            f"process, not by the {min(sizes) * trainer.world_size} of all {trainer.world_size}, and the running "
-            "statistics that are saved are those of process 0 alone. Freeze them (policy Freeze), set "
-            f"trainer.sync_batchnorm: true, or give each process {ENOUGH_IMAGES} images or more."
+            f"{len(live)} live BatchNorm layers ({live[0]}, ...) normalize by the {each} images of their own process, "
+            f"not by the {each * processes} of all {processes}, and the running statistics that are saved are those of "
+            "process 0 alone. Freeze them (policy Freeze), set trainer.sync_batchnorm: true, or give each process "
+            f"{ENOUGH_IMAGES} images or more."
+        )
+    else:
+        rank_zero_info(
+            f"{processes} processes with batches of {each} images: {each * processes} images a forward pass. Where "
+            f"batch_size and learning rate were chosen on one device, divide batch_size by {processes}, or choose the "
+            "learning rate anew."
         )
 
 

@@ -10,8 +10,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
+from finetune_bn.callbacks.averaging import check_average_begins, keep_constants, warn_of_idle_average
+from finetune_bn.callbacks.batch_composition import warn_of_small_batches
 from finetune_bn.callbacks.conversion_checks import (
     check_order,
     check_resumed,
@@ -23,7 +26,7 @@ from finetune_bn.callbacks.conversion_checks import (
     unheld,
 )
 from finetune_bn.callbacks.intercept import intercept
-from finetune_bn.callbacks.lightning_names import SHARDED, is_a, overrides
+from finetune_bn.callbacks.lightning_names import SHARDED, ignores_sync_batchnorm, is_a, overrides
 from finetune_bn.conversion.convert import convert, revert
 from finetune_bn.conversion.from_state import policy_in_state
 from finetune_bn.conversion.plan import Plan, may_fold, plan
@@ -107,6 +110,7 @@ class BatchNormConversion(Callback):
         self.watch.reset()
         self._started(pl_module)
         self._check_layers(pl_module)
+        keep_constants(trainer.callbacks, pl_module)  # type: ignore[attr-defined]
         policies = [row.policy for row in self.plan.rows] if self.plan is not None else []
         if self.plan is not None:  # the weights are loaded by now
             for line in about_new(self.target(pl_module), self.plan, self.policy):
@@ -121,6 +125,7 @@ class BatchNormConversion(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_average_begins(trainer)
         self._check_layers(pl_module)
         assert self.plan is not None
         missing = gone(self.target(pl_module), self.plan)
@@ -129,6 +134,14 @@ class BatchNormConversion(Callback):
                 f"BatchNormConversion: {_some(missing)} of the plan are no longer in the network: layers were taken "
                 "out after they were converted."
             )
+        live = [m for m in self.target(pl_module).modules() if isinstance(m, _BatchNorm) and m.training]
+        if live and ignores_sync_batchnorm(trainer):
+            rank_zero_warn(
+                f"BatchNormConversion: sync_batchnorm=True does nothing under {type(trainer.strategy).__name__}: "
+                f"{len(live)} live BatchNorm layers normalize by the images of their own process. Freeze them, or make "
+                "them SyncBatchNorm in your module (torch.nn.SyncBatchNorm.convert_sync_batchnorm)."
+            )
+        warn_of_small_batches(trainer, pl_module)
         # Strategies that shard hand the optimizer tensors of their own.
         optimizers = [] if is_a(trainer.strategy, SHARDED) else trainer.optimizers
         forgotten = unheld(self.target(pl_module), self.plan, optimizers)
@@ -143,6 +156,7 @@ class BatchNormConversion(Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        warn_of_idle_average(trainer)
         self._started(pl_module)
 
     @override

@@ -10,7 +10,11 @@ from typing import Any
 import lightning.pytorch as pl
 
 SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"})
+# They take `sync_batchnorm=True`, and no layer is synchronized.
+UNSYNCHRONIZED = frozenset({"ModelParallelStrategy", "DeepSpeedStrategy"})
 AVERAGING = frozenset({"WeightAveraging", "StochasticWeightAveraging"})
+# They set free, epoch by epoch, what is trained.
+FINETUNING = frozenset({"BaseFinetuning"})
 # It writes down the names of the parameters in its own `setup`.
 SCHEDULING = frozenset({"FinetuningScheduler", "FTSBase"})
 
@@ -32,6 +36,12 @@ def ddp_options(trainer: pl.Trainer) -> dict[str, Any] | None:
         return None
     options: dict[str, Any] = trainer.strategy._ddp_kwargs  # type: ignore[attr-defined]
     return options
+
+
+def ignores_sync_batchnorm(trainer: pl.Trainer) -> bool:
+    """Tell whether `sync_batchnorm=True` was asked for under a strategy that does nothing about it."""
+    asked = getattr(trainer.strategy, "_layer_sync", None) is not None
+    return asked and is_a(trainer.strategy, UNSYNCHRONIZED)
 
 
 def logged_step(trainer: pl.Trainer) -> int:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from finetune_bn.callbacks.averaging import check_average_begins, warn_of_idle_average
 from finetune_bn.callbacks.lightning_names import logged_step
 from finetune_bn.callbacks.module import check_whole_network, part_of
 from finetune_bn.diagnosis.advice import Look, advise, fisher
@@ -99,6 +100,7 @@ class BatchNormMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_average_begins(trainer)
         self._begin(trainer.world_size)
         sites = find_batch_norms(part_of(pl_module, self.module))
         self._on = bool(sites)
@@ -132,6 +134,10 @@ class BatchNormMonitor(Callback):
             if self._agree(trainer, chunk is not None) and chunk is not None:
                 self._look(trainer, pl_module, chunk)
         self._call.forget()
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        warn_of_idle_average(trainer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

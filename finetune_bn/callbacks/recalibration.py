@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from finetune_bn.callbacks.averaging import check_average_begins, warn_of_idle_average
 from finetune_bn.callbacks.batches import ModuleBatches, flattened, pooled_batches, training_batches, try_batch
 from finetune_bn.callbacks.module import (
     OwnStatistics,
@@ -225,6 +226,7 @@ class BatchNormRecalibration(Callback):
         self._step = trainer.global_step if self.when == "steps" else -1
         if self.when == "test":
             return
+        check_average_begins(trainer)
         batches = training_batches(trainer, pl_module, self.data, seed=self.seed)
         target = target_of(pl_module, self.module)
         if find_batch_norms(target):
@@ -261,6 +263,7 @@ class BatchNormRecalibration(Callback):
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # WeightAveraging has put the averaged network in place only now.
         if self._averaging(trainer):
+            warn_of_idle_average(trainer)
             self._before_validation(trainer, pl_module)
 
     @override

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from finetune_bn.callbacks.averaging import check_average_begins, warn_of_idle_average
 from finetune_bn.callbacks.lightning_names import AVERAGING, ddp_options, is_a
 from finetune_bn.callbacks.module import broadcast_statistics, check_whole_network, part_of
 from finetune_bn.callbacks.recalibration import BatchNormRecalibration
@@ -130,6 +131,7 @@ class BatchNormSchedule(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_average_begins(trainer)
         # Now, and not where a checkpoint is loaded: the optimizer was made, and its state restored, for live layers.
         the_plan = self._plan(pl_module)
         _check_unused(trainer, pl_module, the_plan)
@@ -180,6 +182,10 @@ class BatchNormSchedule(Callback):
             values = {"images": float(self.record.images), "shift": self.record.shift}
             metrics = {f"recalibration/{name}": value for name, value in values.items()}
             pl_module.log_dict(metrics, on_step=True, on_epoch=False)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        warn_of_idle_average(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

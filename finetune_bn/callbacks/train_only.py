@@ -11,10 +11,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from finetune_bn.callbacks.averaging import keep_constants
 from finetune_bn.callbacks.intercept import intercept
-from finetune_bn.callbacks.lightning_names import overrides
+from finetune_bn.callbacks.lightning_names import FINETUNING, is_a, overrides
 from finetune_bn.callbacks.module import check_whole_network, part_of
-from finetune_bn.errors import FinetuneBNError
+from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.optim.train_only import train_only
 from finetune_bn.optim.trained_part import save_trained
 
@@ -47,6 +48,7 @@ class TrainOnly(Callback):
         if stage != "fit":
             return
         check_whole_network(trainer)
+        _check_others(trainer)
 
         def so_far() -> None:
             # DDP looks at requires_grad before the optimizer is made; what is not there yet has its turn later.
@@ -66,6 +68,7 @@ class TrainOnly(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._release()
+        keep_constants(trainer.callbacks, pl_module)  # type: ignore[attr-defined]
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -86,3 +89,13 @@ class TrainOnly(Callback):
     def _release(self) -> None:
         while self._intercepted:
             self._intercepted.pop()()
+
+
+def _check_others(trainer: pl.Trainer) -> None:
+    """Raise where another callback decides, too, what is trained: it would set free in mid-training what is not."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    others = [type(c).__name__ for c in callbacks if is_a(c, FINETUNING)]
+    if others:
+        given = [type(c).__name__ for c in callbacks]
+        why = f"{others[0]} sets free, later on, what TrainOnly leaves out."
+        raise FinetuneBNError(complaint("callbacks", given, f"one of TrainOnly and {others[0]}", why))

@@ -187,9 +187,10 @@ class Comparison(Result):
         return text.getvalue()
 
     def save(self, folder: str | Path) -> None:
-        """Write comparison.json and comparison.csv into a folder, which is made."""
+        """Write comparison.json, comparison.csv and the page comparison.html into a folder, which is made."""
         write_atomically(Path(folder) / "comparison.json", self.to_json())
         write_atomically(Path(folder) / "comparison.csv", self.to_csv())
+        self.save_html(Path(folder) / "comparison.html")
 
     def save_html(self, path: str | Path) -> None:
         """Write one page that opens from disk and asks for nothing else: treatments, how they learned, all runs.

@@ -54,7 +54,9 @@ def advice_sections(advice: Data) -> Sections:
     """
     reasons = [f"{reason['sentence']} [{reason['source']}]" for reason in advice["reasons"]]
     second = f"Second choice: {advice['second']['arm']}. {advice['second']['what_would_change']}"
-    overlay = html_code(advice["overlay"]) + html_text("Write this to a file, and pass it as one more --config.")
+    overlay = (
+        html_code(advice["overlay"]) + "<p>Write this to a file, and pass it as one more <code>--config</code>.</p>"
+    )
     return [
         ("", html_verdict(advice["title"], advice["sure"])),
         ("Why", html_list(reasons) + html_text(second)),
@@ -88,7 +90,8 @@ def _verdict(findings: Sequence[Data]) -> str:
     first = next((f["sentence"] for f in findings if f["level"] == worst), "nothing was looked at")
     number = levels.count(worst)
     word = f"{number} {worst}s" if number > 1 and worst != "ok" else _WORDS[worst]
-    return html_verdict(word, first if worst != "ok" else f"{len(levels)} things were looked at.", _KINDS[worst])
+    all_well = f"{number} thing{' was' if number == 1 else 's were'} looked at."
+    return html_verdict(word, first if worst != "ok" else all_well, _KINDS[worst])
 
 
 def _layers(layers: Sequence[Data]) -> str:

@@ -15,7 +15,7 @@ from finetune_bn.functional.moments import accumulator
 from finetune_bn.layers.sites import BatchNormSite, find_batch_norms
 from finetune_bn.utilities.batches import Chunk, Feeder, Forward, join
 from finetune_bn.utilities.layer_figure import layer_figure
-from finetune_bn.utilities.probe import can_run, quietly, tensors_in
+from finetune_bn.utilities.probe import can_run, check_whole, quietly, tensors_in
 from finetune_bn.utilities.results import Result, Shown
 
 
@@ -99,10 +99,12 @@ def measure_leakage(
         device: where batches are moved to; None: where the model is.
 
     Raises:
-        FinetuneBNError: the batches are too small or not alike, or the model returns nothing with a row an image.
+        FinetuneBNError: the batches are too small or not alike, the model returns nothing with a row an image, or it is
+            sharded by FSDP.
     """
     if not isinstance(model, nn.Module) or not can_run(model):
         raise FinetuneBNError(complaint("model", type(model).__name__, "a torch.nn.Module with values in it"))
+    check_whole(model)
     feeder = Feeder(model, forward, device)
     first, second, kept = _two_batches(feeder, batch, other, images)
     sites = find_batch_norms(model)

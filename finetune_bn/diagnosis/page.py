@@ -123,7 +123,7 @@ def html_findings(findings: Iterable[tuple[str, str, str, str]]) -> str:
     """
     items = "\n".join(
         f'<li><span class="level {kind}">{html.escape(word)}</span> '
-        f"<b>{html.escape(name)}</b>: {html.escape(said)}</li>"
+        f"<span><b>{html.escape(name)}</b>: {html.escape(said)}</span></li>"
         for kind, word, name, said in findings
     )
     return f'<ul class="findings">\n{items}\n</ul>' if items else ""

@@ -23,6 +23,7 @@ from finetune_bn.functional.frozen import at_least_float32
 from finetune_bn.optim.frozen_behind import frozen_behind
 from finetune_bn.optim.step_buckets import Bucket, Limit, share_of, step_factors
 from finetune_bn.utilities.checks import number
+from finetune_bn.utilities.probe import check_whole
 
 __all__ = ["FLOOR", "RATIO", "LimitedSteps", "check_ratio", "limit_steps", "share_of_peak", "step_factors"]
 
@@ -198,10 +199,12 @@ def limit_steps(
             layer behind. Not needed for timm models; without one the order decides in which modules are defined.
 
     Raises:
-        FinetuneBNError: `ratio` or `floor` is out of range, or the optimizer holds no parameter of `net`.
+        FinetuneBNError: `ratio` or `floor` is out of range, the optimizer holds no parameter of `net`, or `net` is
+            sharded by FSDP.
     """
     check_ratio(ratio)
     number("floor", floor, above=0, below=float("inf"))
+    check_whole(net)
     own = {id(p) for p in net.parameters()}
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
         allowed = "an optimizer that holds parameters of net"

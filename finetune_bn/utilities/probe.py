@@ -212,12 +212,21 @@ def unwrapped(model: object) -> nn.Module:
         model = model.module
     if not isinstance(model, nn.Module):
         raise FinetuneBNError(complaint("model", model, "a torch.nn.Module"))
-    sharded = {type(m).__name__ for m in model.modules()} & {"FullyShardedDataParallel"}
-    if sharded or any("FSDPModule" in (b.__name__ for b in type(m).__mro__) for m in model.modules()):
-        raise FinetuneBNError(complaint("model", "a model sharded by FSDP", "a whole one", "Do it before sharding."))
+    check_whole(model)
     if not can_run(model):
         raise FinetuneBNError(complaint("model", "tensors without values (meta device, lazy layers)", "a real model"))
     return model
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise where each process holds a part of the parameters alone.
+
+    Raises:
+        FinetuneBNError: the model, or a part of it, is sharded by FSDP.
+    """
+    wrappers = {"FullyShardedDataParallel", "FSDPModule"}
+    if any(cls.__name__ in wrappers for module in model.modules() for cls in type(module).__mro__):
+        raise FinetuneBNError(complaint("model", "a model sharded by FSDP", "a whole one", "Do it before sharding."))
 
 
 def tensors_in(output: Any, *, detach: bool = True) -> list[Tensor]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import BackboneFinetuning
 
 import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion, TrainOnly
@@ -62,3 +63,10 @@ def test_in_several_processes_no_parameter_is_waited_for_that_gets_no_gradient(t
     before = start.head.weight.detach().clone()
     fbn.apply_trained(start, tmp_path / "part.safetensors")
     assert not torch.equal(start.head.weight, before)
+
+
+def test_beside_a_callback_that_sets_free_what_is_left_out_it_is_an_error(tmp_path: Path) -> None:
+    # The convolutions were trained from the epoch of the unfreezing on, and nobody said so.
+    callbacks = [BatchNormConversion(fbn.Freeze("original")), TrainOnly(), BackboneFinetuning(1)]
+    with pytest.raises(FinetuneBNError, match="allowed: one of TrainOnly and BackboneFinetuning"):
+        trainer(tmp_path, *callbacks).fit(Foreign(), loader())

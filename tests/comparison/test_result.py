@@ -66,3 +66,4 @@ def test_json_csv_and_figure_hold_all_runs(tmp_path: Path) -> None:
     (axes,) = found.plot().get_axes()
     assert [line.get_label() for line in axes.get_lines() if not str(line.get_label()).startswith("_")] == ["a"]
     assert "<table" in found._repr_html_()
+    assert "Comparison on" in (tmp_path / "new" / "comparison.html").read_text(encoding="utf-8")

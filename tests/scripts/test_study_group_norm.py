@@ -66,6 +66,13 @@ def test_each_arm_is_fine_tuned_at_its_own_best_rate_with_all_seeds(store: Store
     assert "| 4 | opacus | 0.0005 | 3 | 31.0 ± 1.0 |" in text
 
 
+def test_a_mode_whose_rate_is_not_found_yet_is_told_of_as_such(store: Store) -> None:
+    key = study._fine_tune_cell("group_norm_own_eps", 2, 2e-4, 0)
+    store.add(key | {"val_accuracy": 70.0, "test_accuracy": 66.04})
+    text = report.markdown_tuned(report.summarize(store))
+    assert "| 2 | GroupNorm, sequential, eps own | 0.0002, search not over | 1 | 66.0 |" in text
+
+
 def test_the_table_has_the_mean_over_seeds_and_the_cost_in_passes(store: Store, tmp_path: Path) -> None:
     fill(store, "zero_shot", "warm_up")
     summary = report.summarize(store)
