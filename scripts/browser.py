@@ -88,10 +88,10 @@ class Browser:
         mobile = width < 600
         size: dict[str, Any] = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": mobile}
         page.call("Emulation.setDeviceMetricsOverride", **size)
-        page.call("Page.bringToFront")  # what lies behind another page gets no pointer
         page.call("Page.navigate", url=path.resolve().as_uri())
         while "Page.loadEventFired" not in page.events:
             self._receive()
+        page.call("Page.bringToFront")  # what lies behind another page gets no pointer
         return page
 
     def call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
@@ -186,9 +186,9 @@ class Page:
             pressed = {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code}
             self.call("Input.dispatchKeyEvent", **pressed, **(text if kind == "keyDown" else {}))
 
-    def screenshot(self, path: Path, whole: bool = True, height: float | None = None) -> None:
-        """Write a picture of the page, or of its upper part."""
+    def screenshot(self, path: Path, top: float = 0, height: float | None = None) -> None:
+        """Write a picture of the page, or of a part of that height."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": height or size["height"], "scale": 1}
-        more = {"clip": clip, "captureBeyondViewport": True} if whole or height else {}
+        clip = {"x": 0, "y": top, "width": size["width"], "height": height or size["height"], "scale": 1}
+        more = {"clip": clip, "captureBeyondViewport": True}
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png", **more)["data"]))

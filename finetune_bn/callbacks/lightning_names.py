@@ -57,3 +57,15 @@ def before_transfer(pl_module: pl.LightningModule, batch: Any) -> Any:
 def attach_data(trainer: pl.Trainer, pl_module: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
     """Let hooks and data find their Trainer, outside of its loops."""
     trainer._data_connector.attach_data(pl_module, datamodule=datamodule)
+
+
+def own_loader(trainer: pl.Trainer, split: str) -> Any:
+    """Return what the data module, the arguments of `fit` or the module give as training or validation loaders, anew.
+
+    Args:
+        trainer: with its data attached.
+        split: train or val.
+    """
+    loop: Any = trainer.fit_loop
+    source = loop._data_source if split == "train" else loop.epoch_loop.val_loop._data_source
+    return source.dataloader() if source.is_defined() else None

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from finetune_bn.callbacks.batches import ModuleBatches, training_batches
-from finetune_bn.callbacks.conversion import replay
 from finetune_bn.callbacks.lightning_names import attach_data
 from finetune_bn.callbacks.module import load_sources, sources_of
 from finetune_bn.callbacks.recalibration import CHECKPOINT_KEY, BatchNormRecalibration
+from finetune_bn.callbacks.saved_plan import replay
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.recalibration.record import Recalibration
@@ -65,7 +65,7 @@ def recalibrate_checkpoint(
     path = source.with_name(f"{source.stem}-recalibrated{source.suffix}") if output is None else Path(output)
     check_output("output", path)
     checkpoint = _load(trainer, ckpt_path, weights_only)
-    _attach(trainer, model, datamodule, split)
+    attach_alone(trainer, model, datamodule, split)
     _restore(model, checkpoint)
     trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device)
     iid_dataloader = getattr(datamodule, "iid_dataloader", None)
@@ -123,7 +123,9 @@ def _load(trainer: pl.Trainer, path: str | Path, weights_only: bool | None) -> d
     return checkpoint
 
 
-def _attach(trainer: pl.Trainer, model: pl.LightningModule, datamodule: pl.LightningDataModule, split: str) -> None:
+def attach_alone(
+    trainer: pl.Trainer, model: pl.LightningModule, datamodule: pl.LightningDataModule, split: str
+) -> None:
     """Do what a Trainer does before its loops, for a module without any: hooks and data find their Trainer."""
     if trainer.world_size > 1:
         raise FinetuneBNError(complaint("trainer.devices", trainer.world_size, "1: a file is written by one process"))

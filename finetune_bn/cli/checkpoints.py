@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from finetune_bn.callbacks.saved_plan import CHECKPOINT_KEY
 from finetune_bn.conversion.policies import CLASSES
 from finetune_bn.errors import FinetuneBNError, complaint
 
@@ -115,6 +116,14 @@ def check_class_names(path: str, checkpoint: Mapping[str, Any], names: object) -
         parts = [f"They are the same in another order: {i} is {trained[i]!r} there and {names[i]!r} in the data."]
     allowed = f"the classes that {path} was trained on, in their order: {_short(trained)}"
     raise FinetuneBNError(complaint("data.class_names", names, allowed, " ".join(parts)))
+
+
+def decided_rate(checkpoint: Mapping[str, Any]) -> float | None:
+    """Return the learning rate that policy auto had decided on in the training of a checkpoint; None without one."""
+    state = checkpoint.get(CHECKPOINT_KEY)
+    decision = state.get("decision") if isinstance(state, Mapping) else None
+    lr = decision.get("lr") if isinstance(decision, Mapping) else None
+    return lr if isinstance(lr, float) else None
 
 
 def _short(names: list[Any]) -> str:

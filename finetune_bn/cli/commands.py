@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -19,7 +20,7 @@ import finetune_bn.data
 import finetune_bn.tasks  # noqa: F401
 from finetune_bn import __version__
 from finetune_bn.callbacks import BatchNormConversion
-from finetune_bn.cli.checkpoints import check_class_names, compare, is_local, read_checkpoint
+from finetune_bn.cli.checkpoints import check_class_names, compare, decided_rate, is_local, read_checkpoint
 from finetune_bn.cli.diagnose import Asked, on_one_device
 from finetune_bn.cli.help import VERBS
 from finetune_bn.cli.parser import ConfigByName, HelpForAll, Parser
@@ -29,7 +30,7 @@ from finetune_bn.data.base import ImageDataModule
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.tasks.base import TimmTask
 
-ONE_DEVICE = ("recalibrate", "export", "predict")  # they write one file
+ONE_DEVICE = ("recalibrate", "export", "predict", "compare")  # they write one file
 
 
 class FinetuneBNCLI(LightningCLI):
@@ -73,7 +74,8 @@ class FinetuneBNCLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         own = {"model", "datamodule"}
-        return LightningCLI.subcommands() | {"plan": own, "diagnose": own, "recalibrate": own, "export": own}
+        verbs = ("plan", "diagnose", "compare", "recalibrate", "export")
+        return LightningCLI.subcommands() | dict.fromkeys(verbs, own)
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -112,13 +114,16 @@ class FinetuneBNCLI(LightningCLI):
         verb = self.config.get("subcommand")
         options = self.config[verb] if verb is not None else {}
         path = options.get("ckpt_path")
-        if path is None or verb in ("plan", "diagnose"):
+        if path is None or verb in ("plan", "diagnose", "compare"):
             return
         if options.get("weights_only") is None:
             options["weights_only"] = True  # Lightning's own default unpickles what comes from an address
         if not is_local(path) or (verb in ("recalibrate", "export") and not Path(path).is_file()):
             return  # these two say themselves what is missing
         self.checkpoint = read_checkpoint(path, options["weights_only"])
+        decided = decided_rate(self.checkpoint)
+        if decided is not None and options["batch_norm"]["policy"] == "auto" and "init_args" in options["model"]:
+            options["model"]["init_args"]["lr"] = decided
         self._dump_config()
         model = self.config_dump["model"]
         del self.config_dump  # weights may yet change
@@ -128,10 +133,16 @@ class FinetuneBNCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Let what writes one file run on one device of those that the config asks for."""
+        """Refuse empty sections, and let what writes one file run on one device of those that the config asks for."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        for section in ("batch_norm", "trainer"):  # all lines below it commented out, as a rule
+            given = config.get(section)
+            if not isinstance(given, Namespace):
+                remedy = "Take the line out, for the defaults, or put settings below it."
+                raise FinetuneBNError(complaint(section, given, "its settings", remedy))
         self.asked = Asked()
         if self.subcommand == "diagnose":
-            self.asked = on_one_device(self.config[self.subcommand].trainer)
+            self.asked = on_one_device(config.trainer)
         if self.subcommand in ONE_DEVICE:
             options = self.config[self.subcommand].trainer
             options.devices, options.num_nodes, options.strategy = 1, 1, "auto"

@@ -9,6 +9,7 @@ VERBS = {
     "predict": "Write classes and scores, or embeddings, of the test images (or of any: see below) to a CSV file.",
     "plan": "Show what would happen to each BatchNorm layer of the model, and why. Trains nothing.",
     "diagnose": "Say what model, data and batches mean for the BatchNorm layers, and advise. Trains nothing.",
+    "compare": "Try treatments of the BatchNorm layers by short trainings, and write the best as a config.",
     "recalibrate": "Give a checkpoint the BatchNorm statistics of the data, and write it to a new file.",
     "export": "Write the network of a checkpoint to a file that needs neither its code nor this package.",
     "configs": "List the configs that come with the package.",

@@ -13,9 +13,12 @@ from torch import nn
 from typing_extensions import override
 
 from finetune_bn.callbacks import BatchNormConversion, BatchNormRecalibration
+from finetune_bn.callbacks.auto import BudgetName
+from finetune_bn.callbacks.compare_in_trainer import compare_in
 from finetune_bn.callbacks.recalibrate_checkpoint import Split, load_into, recalibrate_checkpoint
 from finetune_bn.cli.diagnose import Asked, diagnose_config, shown
 from finetune_bn.cli.predictions import check_output, write_predictions
+from finetune_bn.cli.run_config import overlay_text
 from finetune_bn.conversion.export import export
 from finetune_bn.conversion.merge import fold
 from finetune_bn.conversion.plan import plan
@@ -28,7 +31,7 @@ from finetune_bn.utilities.files import to_json, write_atomically
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, and four verbs more.
+    """Lightning's Trainer, and five verbs more.
 
     Attributes:
         asked: what the config asks of the machine, where a verb runs on one device of it.
@@ -92,6 +95,9 @@ class Trainer(pl.Trainer):
             weights_only: As ckpt_path.
         """
         conversion = next(c for c in self.callbacks if isinstance(c, BatchNormConversion))  # type: ignore[attr-defined]
+        if conversion.undecided:
+            remedy = "finetune-bn compare finds one; fit decides by itself."
+            raise FinetuneBNError(complaint("batch_norm.policy", "auto", "a policy, to plan for it", remedy))
         model.configure_model()
         the_plan = plan(conversion.target(model), conversion.policy)
         text = the_plan.to_json() if format == "json" else str(the_plan)
@@ -155,6 +161,49 @@ class Trainer(pl.Trainer):
         else:
             write_atomically(output, text if text.endswith("\n") else f"{text}\n")
             print(f"Diagnosis of {len(found.layers)} layers: {output}. Advice: {advice.title}.")
+
+    def compare(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule,
+        budget: BudgetName = "fast",
+        folder: str | None = None,
+        format: Literal["text", "json"] = "text",
+        output: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Try several treatments of the BatchNorm layers by short trainings, each at several learning rates.
+
+        What `fit --batch_norm.policy auto` does before its training. Copies of the model are trained, scored by the
+        metric that ModelCheckpoint or EarlyStopping monitor; the policy of the config is not used. The best treatment
+        is written as a config (policy.yaml), to be put on top: fit --config ... --config FOLDER/policy.yaml.
+
+        Args:
+            model: The model of the config.
+            datamodule: The data of the config.
+            budget: fast takes about 2 minutes, good about 8, best about 30; less where the training itself is short.
+            folder: Where finished trainings, comparison.json, comparison.csv, comparison.html and policy.yaml are kept.
+                A comparison that was cut off goes on there. Default: policy_auto in the Trainer's default_root_dir.
+            format: A table to look at (text), or JSON.
+            output: A file to write to instead of the terminal.
+            ckpt_path: Not read. It may be there so that the run_config.yaml that `fit` leaves can be used.
+            weights_only: As ckpt_path.
+        """
+        if output is not None:
+            check_file("output", output)
+        conversion = next(c for c in self.callbacks if isinstance(c, BatchNormConversion))  # type: ignore[attr-defined]
+        chosen = compare_in(self, model, datamodule, conversion.module, budget, folder)
+        text = chosen.comparison.to_json() if format == "json" else str(chosen.comparison)
+        if chosen.folder is not None:
+            write_atomically(chosen.folder / "policy.yaml", overlay_text(chosen.decision, conversion.module))
+            chosen.comparison.save_html(chosen.folder / "comparison.html")
+        if output is not None:
+            write_atomically(output, text + "\n")
+            text = f"Comparison of {len(chosen.comparison.arms)} treatments: {output}"
+        print(text)
+        if chosen.folder is not None and format == "text":
+            print(f"To train with the best: fit --config ... --config {chosen.folder / 'policy.yaml'}")
 
     def _memory(
         self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None, conversion: BatchNormConversion

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from finetune_bn.comparison.arms import Arm
-from finetune_bn.comparison.budget import in_words, measure_speed, steps_within
+from finetune_bn.comparison.budget import Speed, in_words, measure_speed, steps_within
 from finetune_bn.comparison.feed import count
 from finetune_bn.comparison.live_table import live_table
 from finetune_bn.comparison.result import Comparison
@@ -44,6 +44,7 @@ def run_comparison(
     folder: str | Path | None = None,
     progress: bool | None = None,
     say: Callable[[str], object] = log.info,
+    speed: Speed | None = None,
 ) -> Comparison:
     """Make the trainings of a comparison, or take them from a folder, and return the result.
 
@@ -63,6 +64,10 @@ def run_comparison(
         folder: where finished trainings are kept.
         progress: show a table as it fills.
         say: takes a sentence about what will be done.
+        speed: how long things take, where that is known already.
+
+    Raises:
+        FinetuneBNError: `seconds` are too few (OverBudget), or `folder` holds another comparison.
     """
     seeds = _checked_seeds(seeds)
     if steps is not None and seconds is not None:
@@ -88,7 +93,6 @@ def run_comparison(
     }
     store = Store(folder, identity)
     started = time.perf_counter()
-    speed = None
     pairs = sum(map(len, rates.values()))
     if "steps" in store.chosen:
         steps = int(store.chosen["steps"])
@@ -97,7 +101,11 @@ def run_comparison(
     elif steps is None:
         assert seconds is not None
         arm = next(iter(arms.values()))
-        speed = measure_speed(bench, arm, next(iter(rates.values()))[0], seeds[0])
+        states = RandomStates(*([bench.device] if bench.device.type == "cuda" else []))
+        try:
+            speed = speed or measure_speed(bench, arm, next(iter(rates.values()))[0], seeds[0])
+        finally:
+            states.restore()
         steps = steps_within(seconds, speed, pairs, len(seeds), most_steps)
     assert steps is not None
     store.choose(steps=steps)
@@ -105,9 +113,7 @@ def run_comparison(
     say(f"compare: {in_words(speed, len(arms), max(map(len, rates.values())), len(seeds), steps)}")
     title = f"{type(bench.model).__name__}, up to {steps} steps"
     total = trainings_in_all(pairs, len(seeds), steps)
-    states = RandomStates(*([bench.device] if bench.device.type == "cuda" else []))
     with contextlib.ExitStack() as stack:
-        stack.callback(states.restore)
         told = stack.enter_context(live_table(title, metric, list(arms), total, progress))
 
         def run(trial: Trial) -> Outcome:
@@ -158,7 +164,7 @@ def _with_notes(result: Comparison) -> Comparison:
     if failed:
         notes.append(f"not trained: {', '.join(failed)}")
     n = result.images[1]
-    if result.metric in ("accuracy", "val_accuracy") and len(rows) > 1:
+    if result.metric in ("accuracy", "val_accuracy") and len(rows) > 1 and n:
         first, second = rows[0].score or 0.0, rows[1].score or 0.0
         error = math.sqrt(max(first * (1 - first), 1e-9) / n)
         word = "within" if first - second <= 2 * error else "more than"

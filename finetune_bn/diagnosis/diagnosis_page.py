@@ -58,7 +58,7 @@ def advice_sections(advice: Data) -> Sections:
         html_code(advice["overlay"]) + "<p>Write this to a file, and pass it as one more <code>--config</code>.</p>"
     )
     return [
-        ("", html_verdict(advice["title"], advice["sure"])),
+        ("", html_verdict(advice["title"][:1].upper() + advice["title"][1:], advice["sure"])),
         ("Why", html_list(reasons) + html_text(second)),
         ("Do it", overlay if advice["overlay"] else ""),
     ]

@@ -47,7 +47,9 @@ def history_curves(history: History) -> str:
     """Return the losses and the accuracies over the epochs trained, as plots that one can point at."""
     parts = []
     for word, best_of, called in (("loss", min, "lowest"), ("acc", max, "best")):
-        curves = {name: _points(history, name) for name in curve_names(history, word)}
+        # Training first: it then has one color in both plots.
+        names = sorted(curve_names(history, word), key=lambda name: "train" not in name.lower())
+        curves = {name: _points(history, name) for name in names}
         values = [y for points in curves.values() for _, y in points if y is not None and math.isfinite(y)]
         percent = word == "acc" and all(0 <= y <= 1 for y in values)
         lines = []

@@ -20,8 +20,8 @@ from finetune_bn.backbones.create import create_backbone, data_config
 from finetune_bn.callbacks import BatchNormConversion, replay
 from finetune_bn.callbacks.batch_composition import warn_of_small_batches
 from finetune_bn.callbacks.checkpoint_io import keep_checkpoints_whole
-from finetune_bn.callbacks.conversion import CHECKPOINT_KEY
 from finetune_bn.callbacks.run_state import RunState
+from finetune_bn.callbacks.saved_plan import CHECKPOINT_KEY
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.optim.parameter_groups import SCHEDULES, Schedule, lr_factor, parameter_groups
 from finetune_bn.tasks.checks import check_optimizer

