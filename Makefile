@@ -8,7 +8,7 @@ PY  := $(VENV)/bin/python
 RUN := $(VENV)/bin/finetune-bn fit --config configs/quickstart.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help run test slow sweep check docs install clean distclean
+.PHONY: help run test slow fuzz mutation coverage sweep check docs install clean distclean
 
 help:  ## print this list
 	@echo "make TARGET [ARGS='more arguments of the command'] [PYTHON=python3.12]"
@@ -23,6 +23,15 @@ test: $(VENV)/.dev  ## the tests, a process for each core
 
 slow: $(VENV)/.dev  ## the tests that take minutes
 	$(PY) -m pytest -q -m slow $(ARGS)
+
+fuzz: $(VENV)/.dev  ## 2,000 random networks, damaged images, model files and changed configs each (ARGS='--only configs')
+	$(PY) scripts/fuzz.py $(ARGS)
+
+mutation: $(VENV)/.dev  ## change the code in one place at a time: do the tests notice?
+	$(PY) scripts/mutate.py $(ARGS)
+
+coverage: $(VENV)/.dev  ## which lines and branches of the package the tests run
+	$(PY) scripts/measure_coverage.py $(ARGS)
 
 sweep: $(VENV)/.demo  ## convert and revert one net of every timm family that has BatchNorm (ARGS=--all: every net)
 	$(PY) scripts/sweep_timm.py $(ARGS)

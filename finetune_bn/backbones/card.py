@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -14,6 +14,17 @@ from finetune_bn.utilities.checks import number
 
 FORMAT = 1
 Task = Literal["classification", "embedding"]
+_LARGEST_SIDE = 100_000
+# What the entries of a header may be, which anyone can write.
+_KINDS: dict[str, tuple[type, str]] = {
+    "backbone": (str, "a name of timm.list_models()"),
+    "num_classes": (int, "a whole number"),
+    "in_chans": (int, "a whole number"),
+    "normalize": (bool, "True or False"),
+    "arguments": (Mapping, "arguments of timm.create_model by name"),
+    "about": (Mapping, "plain data by name"),
+    "versions": (Mapping, "versions by name"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,22 @@ class Transform:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
     crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        sides = self.size if isinstance(self.size, Sequence) and len(self.size) == 2 else (0,)
+        if not all(isinstance(side, int) and 0 < side <= _LARGEST_SIDE for side in sides):
+            allowed = f"height and width, whole numbers from 1 to {_LARGEST_SIDE:,}"
+            raise FinetuneBNError(complaint("transform.size", self.size, allowed))
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not isinstance(values, Sequence) or not all(isinstance(v, (int, float)) for v in values):
+                raise FinetuneBNError(complaint(f"transform.{name}", values, "a number for each channel"))
+        if not len(self.mean) == len(self.std) > 0:
+            raise FinetuneBNError(complaint("transform.std", self.std, f"{len(self.mean)} numbers, as in mean"))
+        number("transform.crop_pct", self.crop_pct, above=0)
+        for name in ("interpolation", "crop_mode"):
+            if not isinstance(getattr(self, name), str):
+                raise FinetuneBNError(complaint(f"transform.{name}", getattr(self, name), "a word that timm knows"))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Transform:
@@ -90,6 +117,10 @@ class Card:
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
             raise FinetuneBNError(complaint("task", self.task, " or ".join(map(repr, get_args(Task)))))
+        for name, (kind, allowed) in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise FinetuneBNError(complaint(name, value, allowed))
         wanted = self.num_classes if self.task == "classification" else 0
         if not len(self.classes) == len(set(self.classes)) == wanted:
             allowed = f"{wanted} different names, one for each output" if wanted else "none for embeddings"

@@ -160,6 +160,7 @@ def _parsed(content: bytes, origin: str) -> tuple[Card, dict[str, Tensor]]:
 
 def _assembled(card: Card, tensors: Mapping[str, Tensor], origin: str) -> tuple[nn.Module, Card]:
     """Return the network of a file, in eval mode, with its weights."""
+    _check_sizes(card, tensors, origin)
     net = _network(card)
     wrong = _faults(net, tensors)
     allowed = f"the {len(net.state_dict())} tensors of {card.backbone} with {card.num_classes} outputs"
@@ -171,6 +172,16 @@ def _assembled(card: Card, tensors: Mapping[str, Tensor], origin: str) -> tuple[
         why = " ".join(str(error).split())[:300]
         raise BadData(complaint("path", origin, allowed, why)) from error
     return net.eval(), card
+
+
+def _check_sizes(card: Card, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Raise where a header asks for more channels or classes than any tensor has values: nothing is to be allocated."""
+    largest = max((tensor.numel() for tensor in tensors.values()), default=0)
+    for name in ("num_classes", "in_chans"):
+        if getattr(card, name) > largest:
+            why = f"Its header says {name}={getattr(card, name)}, and no tensor in it has as many values."
+            allowed = "a model file as finetune_bn.save and FinetuneReport write it"
+            raise BadData(complaint("path", origin, allowed, why))
 
 
 def _faults(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:

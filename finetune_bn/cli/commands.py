@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -132,10 +133,16 @@ class FinetuneBNCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Let what writes one file run on one device of those that the config asks for."""
+        """Refuse empty sections, and let what writes one file run on one device of those that the config asks for."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        for section in ("batch_norm", "trainer"):  # all lines below it commented out, as a rule
+            given = config.get(section)
+            if not isinstance(given, Namespace):
+                remedy = "Take the line out, for the defaults, or put settings below it."
+                raise FinetuneBNError(complaint(section, given, "its settings", remedy))
         self.asked = Asked()
         if self.subcommand == "diagnose":
-            self.asked = on_one_device(self.config[self.subcommand].trainer)
+            self.asked = on_one_device(config.trainer)
         if self.subcommand in ONE_DEVICE:
             options = self.config[self.subcommand].trainer
             options.devices, options.num_nodes, options.strategy = 1, 1, "auto"

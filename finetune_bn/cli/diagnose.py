@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from finetune_bn.callbacks import BatchNormConversion
 from finetune_bn.callbacks.lightning_names import attach_data
 from finetune_bn.callbacks.module import target_of
+from finetune_bn.conversion.policies import Policy
 from finetune_bn.diagnosis.advise import Advice, advise
 from finetune_bn.diagnosis.diagnose import Diagnosis, Finding, diagnose
 from finetune_bn.diagnosis.diagnosis_page import diagnosis_page
@@ -90,7 +91,7 @@ def diagnose_config(
         found = diagnose(
             target,
             loader,
-            policy=conversion.policy,
+            policy=conversion.policy if isinstance(conversion.policy, Policy) else None,  # auto is decided later
             loss=_loss_of(model) if target is model else None,
             optimizer=optimizer,
             lr=lr,

@@ -31,7 +31,7 @@ from finetune_bn.utilities.files import to_json, write_atomically
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, and four verbs more.
+    """Lightning's Trainer, and five verbs more.
 
     Attributes:
         asked: what the config asks of the machine, where a verb runs on one device of it.

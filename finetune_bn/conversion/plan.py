@@ -16,7 +16,9 @@ from torch import nn
 from finetune_bn.conversion.new_layers import NEW_KEPT, is_kept, new_beside_pretrained
 from finetune_bn.conversion.policies import (
     Freeze,
+    FreezeAffine,
     Keep,
+    NormalizeOnly,
     Policy,
     Rule,
     Rules,
@@ -47,6 +49,9 @@ BESIDE = (
     "its tensors are used beside the layer (torch.nn.functional.batch_norm, as in a graph traced through it), where no "
     "policy has a say: convert before tracing, or call the layer itself"
 )
+
+# The layer stays the BatchNorm that it is, so whoever uses its tensors meets the policy in them.
+_SAME_LAYER = (Keep, FreezeAffine, NormalizeOnly)
 
 log = logging.getLogger("finetune_bn")
 
@@ -283,7 +288,7 @@ def _unreached(
     for row in rows:
         note = told.get(row.names[0])
         if note is not None and row.policy is not None and not row.refused:
-            beside = note == BESIDE and not isinstance(row.policy, Keep)
+            beside = note == BESIDE and not isinstance(row.policy, _SAME_LAYER)
             row = dataclasses.replace(row, reason=note if beside else "; ".join(filter(None, (row.reason, note))))
             row = dataclasses.replace(row, refused=beside, folded_into="", not_folded="") if beside else row
         marked.append(row)

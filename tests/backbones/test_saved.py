@@ -254,6 +254,14 @@ def test_a_file_of_a_later_version_says_what_to_install(file: Path) -> None:
     [
         ({"classes": ["a", "b"]}, "classes: got .*3 different names"),
         ({"task": "poetry"}, "task: got 'poetry'"),
+        # Found by `make fuzz`.
+        ({"arguments": "x"}, "arguments: got 'x'"),
+        ({"backbone": 1}, "backbone: got 1"),
+        ({"normalize": "yes"}, "normalize: got 'yes'"),
+        ({"about": []}, "about: got"),
+        ({"in_chans": 2**40}, "in_chans=1099511627776, and no tensor in it has as many values"),
+        ({"transform": {"size": [10**9, 1], "mean": [0.5], "std": [0.5]}}, "transform.size: got"),
+        ({"transform": {"size": [32, 32], "mean": ["x"], "std": [0.5]}}, "transform.mean: got"),
         ({"unknown": 1}, "unexpected keyword argument 'unknown'"),
         ({"plan": {"model": "x"}}, "plan: got"),
         ({"backbone": "hf-hub:someone/net"}, "backbone: got 'hf-hub:someone/net'"),

@@ -200,6 +200,14 @@ def test_a_config_that_is_not_utf8_is_named_with_its_line() -> None:
     assert "config: got 'latin.yaml'; allowed: a file in UTF-8. Line 3 is not" in message
 
 
+@pytest.mark.parametrize(("section", "value"), [("batch_norm", None), ("trainer", None), ("trainer", 7)])
+def test_a_section_without_settings_is_named(section: str, value: int | None) -> None:
+    # Found by `make fuzz`: all lines of a section commented out ended in a traceback of jsonargparse.
+    Path("empty.yaml").write_text(f"seed_everything: 0\n{section}: {value or ''}\n", encoding="utf-8")
+    error = error_of("plan", "--config", "quickstart", "--config", "empty.yaml")
+    assert error.startswith(f"finetune-bn: error: {section}: got {value}; allowed: its settings. Take the line out")
+
+
 @pytest.mark.parametrize("verb", ["validate", "predict"])
 def test_without_a_checkpoint_the_untrained_head_is_told(verb: str) -> None:
     limit = ("--trainer.limit_test_batches", "1", "--trainer.limit_predict_batches", "1")

@@ -92,6 +92,19 @@ def test_a_layer_whose_tensors_are_used_by_hand_is_refused_and_nothing_is_change
     fbn.convert(model, fbn.Rules([("bn2", fbn.Keep()), ("*", policy)]), example_input=X)  # the way out
 
 
+@pytest.mark.parametrize("policy", [fbn.FreezeAffine(), fbn.NormalizeOnly(change_function=True)], ids=str)
+def test_gamma_and_beta_are_held_also_where_their_tensors_are_used_by_hand_and_the_plan_says_no_other(
+    policy: fbn.Policy,
+) -> None:
+    # Found by `make fuzz`: the plan said REFUSED, and convert carried it out.
+    model = settle(ByHand())
+    the_plan = fbn.plan(model, policy, X)
+    assert not the_plan.refused
+    fbn.convert(model, policy, example_input=X).train()(X).sum().backward()
+    assert model.bn2.weight.grad is None
+    assert model.conv2.weight.grad is not None
+
+
 @pytest.mark.parametrize("traced", [of_timm, of_torchvision], ids=["timm", "torchvision"])
 def test_of_a_graph_that_was_traced_first_converted_is_said_only_of_what_stays(
     traced: object, caplog: pytest.LogCaptureFixture

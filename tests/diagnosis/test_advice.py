@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune_bn.diagnosis import advice
+from finetune_bn.diagnosis import advice, remedies
 from finetune_bn.diagnosis.advice import Look, advise, fisher
 from finetune_bn.diagnosis.inspector import LayerLook
 from finetune_bn.diagnosis.leakage import LayerLeakage, Leakage
@@ -174,7 +174,7 @@ def test_fisher_equals_scipy_and_is_uniform_for_uniform_p_values() -> None:
     assert fisher([]) == 1.0
 
 
-def test_all_thresholds_are_numbers_of_one_module() -> None:
-    named = {"N_EFF", "P_VALUE", "RUNNING_VAR_BIAS", "TRAIN_EVAL_GAP", "LEAKAGE", "DIED", "SHARE_OF_LAYERS"}
-    assert {name for name in vars(advice) if name.isupper() and not name.startswith("_")} == named
-    assert all(isinstance(getattr(advice, name), float) for name in named)
+def test_the_thresholds_are_those_of_the_diagnosis() -> None:
+    shared = {"N_EFF", "P_VALUE", "RUNNING_VAR_BIAS", "TRAIN_EVAL_GAP", "LEAKAGE", "SHARE_OF_LAYERS", "DEFF", "SHIFT"}
+    assert {name for name, value in vars(remedies).items() if isinstance(value, float)} == shared
+    assert {name for name, value in vars(advice).items() if isinstance(value, float)} == {"DIED"}
