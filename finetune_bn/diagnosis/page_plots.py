@@ -249,7 +249,8 @@ class _Axis:
         ticks = _ticks(low, high, 4)
         step = ticks[1] - ticks[0]
         ends = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
-        return cls(*ends, False, tuple(_ticks(*ends, 4)))
+        steps = round((ends[1] - ends[0]) / step)
+        return cls(*ends, False, tuple(round(ends[0] + i * step, 12) for i in range(steps + 1)))
 
     def y(self, value: float) -> float:
         """Return where a value lies, in pixels from the top."""
