@@ -173,6 +173,13 @@ def warn_of_small_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) ->
             f"batch_size and learning rate were chosen on one device, divide batch_size by {processes}, or choose the "
             "learning rate anew."
         )
+        if live:
+            rank_zero_warn(
+                f"{len(live)} live BatchNorm layers ({live[0]}, ...) normalize by the images of their own process, and "
+                f"the running statistics that are saved are those of process 0 alone, of one in {processes} images. "
+                f"Freeze them (policy Freeze), {synchronize}or pool the statistics of all processes behind the "
+                "training (callback BatchNormRecalibration)."
+            )
 
 
 def pk_violation(

@@ -20,6 +20,7 @@ import finetune_bn.data
 import finetune_bn.tasks  # noqa: F401
 from finetune_bn import __version__
 from finetune_bn.callbacks import BatchNormConversion
+from finetune_bn.callbacks.processes import warn_of_open_devices
 from finetune_bn.cli.checkpoints import check_class_names, compare, decided_rate, is_local, read_checkpoint
 from finetune_bn.cli.diagnose import Asked, on_one_device
 from finetune_bn.cli.help import VERBS
@@ -185,7 +186,9 @@ class FinetuneBNCLI(LightningCLI):
             raise
 
     def before_fit(self) -> None:
-        """Say before the training what cannot be done after it."""
+        """Say before the training what cannot be done after it, and what several devices make of it."""
+        if self.config["fit"]["trainer"].get("devices") == "auto":
+            warn_of_open_devices(self.trainer.world_size, getattr(self.datamodule, "batch_size", None))
         splits = self.datamodule.contents.splits if isinstance(self.datamodule, ImageDataModule) else {}
         if self.config["fit"]["test_after_fit"] and splits and not splits["test"]:
             rank_zero_warn("test_after_fit: there are no test images, so nothing will be tested after the training.")

@@ -17,6 +17,7 @@ from finetune_bn.callbacks.auto import BudgetName
 from finetune_bn.callbacks.compare_in_trainer import compare_in
 from finetune_bn.callbacks.recalibrate_checkpoint import Split, load_into, recalibrate_checkpoint
 from finetune_bn.cli.diagnose import Asked, diagnose_config, shown
+from finetune_bn.cli.fitting import COUNTED, Fitting, gib_of, state_of
 from finetune_bn.cli.predictions import check_output, write_predictions
 from finetune_bn.cli.run_config import overlay_text
 from finetune_bn.conversion.export import export
@@ -79,6 +80,8 @@ class Trainer(pl.Trainer):
         format: Literal["text", "json"] = "text",
         output: str | None = None,
         memory: bool = False,
+        batch_size: Literal["auto"] | None = None,
+        memory_gib: list[float] | float | str | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -91,6 +94,10 @@ class Trainer(pl.Trainer):
             output: A file to write to instead of the terminal.
             memory: Also show the bytes that a training step keeps for its backward pass, layer by layer, before and
                 after. For a batch of the data's batch_size and image_size, or else of the model's example_input_array.
+            batch_size: With memory, auto says the largest batch that fits, before and after. Computed from what is kept
+                for backward, the weights, their gradients and the optimizer's state, with a tenth of the memory left
+                free; it was not measured.
+            memory_gib: Memory of the devices for that, in GiB: 8,16,24. Default: that of the GPU, or these.
             ckpt_path: Not read. It may be there so that the run_config.yaml that `fit` leaves can be planned again.
             weights_only: As ckpt_path.
         """
@@ -98,12 +105,21 @@ class Trainer(pl.Trainer):
         if conversion.undecided:
             remedy = "finetune-bn compare finds one; fit decides by itself."
             raise FinetuneBNError(complaint("batch_norm.policy", "auto", "a policy, to plan for it", remedy))
+        if batch_size is not None and not memory:
+            raise FinetuneBNError(complaint("batch_size", batch_size, "auto together with --memory true"))
+        sizes = gib_of(memory_gib)
         model.configure_model()
         the_plan = plan(conversion.target(model), conversion.policy)
         text = the_plan.to_json() if format == "json" else str(the_plan)
         if memory:
             kept = self._memory(model, datamodule, conversion)
-            text = to_json(the_plan.to_dict() | {"memory": kept.to_dict()}) if format == "json" else f"{text}\n\n{kept}"
+            found = the_plan.to_dict() | {"memory": kept.to_dict()}
+            text = f"{text}\n\n{kept}"
+            if batch_size is not None:
+                reports = [self._memory(model, datamodule, conversion, batch) for batch in COUNTED]
+                fitting = Fitting.of(conversion.target(model), reports, state_of(model), sizes)
+                found, text = found | {"fits": fitting.to_dict()}, f"{text}\n\n{fitting}"
+            text = to_json(found) if format == "json" else text
         if output is None:
             print(text)
             return
@@ -206,9 +222,17 @@ class Trainer(pl.Trainer):
             print(f"To train with the best: fit --config ... --config {chosen.folder / 'policy.yaml'}")
 
     def _memory(
-        self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None, conversion: BatchNormConversion
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None,
+        conversion: BatchNormConversion,
+        batch: int | None = None,
     ) -> MemoryReport:
-        images = _images(model, datamodule, getattr(datamodule, "batch_size", 1))
+        if batch is not None and not isinstance(getattr(datamodule, "image_size", None), int):
+            allowed = "data with an image_size, to know what images of another batch are like"
+            raise FinetuneBNError(complaint("data", type(datamodule).__name__, allowed))
+        size: int = getattr(datamodule, "batch_size", 1) if batch is None else batch
+        images = _images(model, datamodule, size)
         autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.precision))
         return memory_report(conversion.target(model), images, conversion.policy, autocast=autocast)
 
