@@ -16,6 +16,7 @@ from finetune_bn.callbacks import BatchNormConversion, BatchNormRecalibration
 from finetune_bn.callbacks.auto import BudgetName
 from finetune_bn.callbacks.compare_in_trainer import compare_in
 from finetune_bn.callbacks.recalibrate_checkpoint import Split, load_into, recalibrate_checkpoint
+from finetune_bn.cli.diagnose import Asked, diagnose_config, shown
 from finetune_bn.cli.fitting import COUNTED, Fitting, gib_of, state_of
 from finetune_bn.cli.predictions import check_output, write_predictions
 from finetune_bn.cli.run_config import overlay_text
@@ -31,7 +32,13 @@ from finetune_bn.utilities.files import to_json, write_atomically
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, and three verbs more."""
+    """Lightning's Trainer, and five verbs more.
+
+    Attributes:
+        asked: what the config asks of the machine, where a verb runs on one device of it.
+    """
+
+    asked = Asked()
 
     @override
     def predict(  # type: ignore[override]
@@ -123,6 +130,53 @@ class Trainer(pl.Trainer):
         except OSError as error:
             raise FinetuneBNError(complaint("output", output, "a file that can be written", f"{error}.")) from error
         print(f"Plan of {len(the_plan.rows)} layers: {output}")
+
+    def diagnose(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        format: Literal["text", "json", "html"] = "text",
+        output: str | None = None,
+        overlay: str | None = None,
+        max_images: int = 1000,
+        seconds: float = 60.0,
+        curvature: bool = True,
+        memory: bool = True,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Say what model, data and batches mean for the BatchNorm layers, and advise. Trains nothing.
+
+        It runs on one device, whatever the config asks for.
+
+        Args:
+            model: The model of the config.
+            datamodule: The data of the config.
+            format: What to write. text: findings, layers, advice. json: all figures, by diagnosis.schema.json of the
+                docs. html: one page that opens from disk, without any request.
+            output: A file to write to instead of the terminal.
+            overlay: A YAML file for what is advised, to pass as one more --config.
+            max_images: So many training images are looked at.
+            seconds: About so long it may take; what there is no time for is left out, and named.
+            curvature: Whether the curvature of the loss is measured, for the learning rate.
+            memory: Whether memory and launches of the policies are counted.
+            ckpt_path: Not read. It may be there so that the run_config.yaml that `fit` leaves can be diagnosed.
+            weights_only: As ckpt_path.
+        """
+        for name, path in (("output", output), ("overlay", overlay)):
+            if path is not None:
+                check_file(name, path)
+        conversion = next(c for c in self.callbacks if isinstance(c, BatchNormConversion))  # type: ignore[attr-defined]
+        options = {"max_images": max_images, "seconds": seconds, "curvature": curvature, "memory": memory}
+        found, advice = diagnose_config(self, model, datamodule, conversion, self.asked, **options)
+        text = shown(found, advice, format)
+        if overlay is not None:
+            write_atomically(overlay, advice.overlay)
+        if output is None:
+            print(text)
+        else:
+            write_atomically(output, text if text.endswith("\n") else f"{text}\n")
+            print(f"Diagnosis of {len(found.layers)} layers: {output}. Advice: {advice.title}.")
 
     def compare(
         self,
