@@ -1,9 +1,9 @@
 """Does `diagnose` tell P x K batches from i.i.d. ones, and how long does it take? EfficientNet-Lite0, embedded emoji.
 
 At each of 20 seeds the same network looks at two loaders of 32 images of 64 pixels, the images drawn one by one and 16
-emoji x 2 vendors, 320 images of each. Flagged is a loader whose p-value (permutation test of channel means, or of
-labels) is below 0.01; clean one of which `diagnose` says that it is i.i.d. Then one whole diagnosis of 1,000 images in
-batches of 16 is timed, curvature, memory and launches included.
+emoji x 2 vendors, 320 images of each (512 at seeds 0 to 2). Flagged is a loader whose p-value (permutation test of
+channel means, or of labels) is below 0.01; clean one of which `diagnose` says that it is i.i.d. One whole diagnosis of
+1,000 images in batches of 16 is timed too, curvature, memory and launches included.
 
 Hardware: CPU, one thread. Result: results/check_diagnose.{json,md}.
 """
