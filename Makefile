@@ -8,7 +8,7 @@ PY  := $(VENV)/bin/python
 RUN := $(VENV)/bin/finetune-bn fit --config configs/quickstart.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help run test slow fuzz mutation coverage sweep check docs install clean distclean
+.PHONY: help run test slow fuzz mutation coverage sweep gpu check docs install clean distclean
 
 help:  ## print this list
 	@echo "make TARGET [ARGS='more arguments of the command'] [PYTHON=python3.12]"
@@ -35,6 +35,9 @@ coverage: $(VENV)/.dev  ## which lines and branches of the package the tests run
 
 sweep: $(VENV)/.demo  ## convert and revert one net of every timm family that has BatchNorm (ARGS=--all: every net)
 	$(PY) scripts/sweep_timm.py $(ARGS)
+
+gpu: $(VENV)/.dev  ## all that only a GPU can tell, in eight minutes (ARGS=--tiny: with tiny sizes, on a CPU too)
+	$(PY) scripts/gpu_check.py $(ARGS)
 
 check: $(VENV)/.dev  ## ruff and mypy; the package is built and looked at
 	$(PY) -m ruff check .

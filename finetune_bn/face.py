@@ -29,8 +29,11 @@ from finetune_bn.conversion.policies import (
     ToGroupNorm,
 )
 from finetune_bn.conversion.private import make_private
+from finetune_bn.diagnosis.advise import Advice, advise
+from finetune_bn.diagnosis.diagnose import diagnose
 from finetune_bn.diagnosis.leakage import Leakage, measure_leakage
 from finetune_bn.diagnosis.memory import LayerMemory, MemoryReport, memory_report
+from finetune_bn.diagnosis.results import Diagnosis, Finding, LayerDiagnosis
 from finetune_bn.diagnosis.status import LayerStatus, Status, status
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.group_norm.calibrate import calibrate_group_norm
@@ -88,6 +91,8 @@ __all__ = [
     "compare",
     "find_learning_rate",
     # looking
+    "diagnose",
+    "advise",
     "status",
     "memory_report",
     "measure_leakage",
@@ -98,6 +103,10 @@ __all__ = [
     "Calibration",
     "LayerFit",
     "Distillation",
+    "Diagnosis",
+    "Finding",
+    "LayerDiagnosis",
+    "Advice",
     "MemoryReport",
     "LayerMemory",
     "Leakage",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launches import launches_of
+from launches import kernels_of, launches_of
 from step_variants import (
     EVAL,
     FLOOR,
@@ -85,16 +85,7 @@ class Step:
     def kernels(self) -> dict[str, float]:
         """Return the kernels of a step on a GPU, and the share of its time in which none ran."""
         self.run()
-        torch.cuda.synchronize()
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            begin = time.perf_counter()
-            self.run()
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - begin
-        ran = [event for event in profile.events() if event.device_type == torch.profiler.DeviceType.CUDA]
-        busy = sum(event.device_time for event in ran) * 1e-6
-        return {"kernels": len(ran), "idle": max(0.0, 1 - busy / seconds)}
+        return kernels_of(self.run)
 
 
 def count(store: Store, net: str, size: int, batch: int, device: str) -> None:

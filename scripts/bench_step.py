@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from launches import kernels_of, launches_of
 from step_clock import Contestant, clock_for, largest_batch, race, ratios
 from step_tables import write_tables
 from step_variants import (
@@ -47,7 +48,7 @@ from step_variants import (
     build,
     ours,
 )
-from store import Store
+from store import Store, commit
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
@@ -61,6 +62,8 @@ NETS = (
 )
 LEARNABLE = [ours("original", fold) for fold in ("never", "always", "auto")]
 GROWTH = [LIVE, EVAL, TUNE, TORCHVISION, TIMM, ours("none", "auto"), *LEARNABLE, FLOOR]
+FEW = [LIVE, EVAL, TORCHVISION, TIMM, ours("none", "auto"), ours("original", "auto"), FLOOR]
+FEW_COMPILED = [LIVE, EVAL, TIMM, ours("none", "auto"), ours("original", "auto"), FLOOR]
 COMPILED = [LIVE, EVAL, INDUCTOR, TORCHVISION, ours("none", "auto"), *LEARNABLE[1:], FLOOR]
 
 
@@ -96,6 +99,7 @@ def races(device: str) -> list[tuple[Cell, list[str], int]]:
             *[(replace(MAIN["cuda"], bf16=bf16, channels_last=False), short, 7) for bf16 in (False, True)],
         ]
     small = Cell("resnet50", 128, 8)
+    kinds = [replace(Cell("resnet50", 96, 4), bf16=b, channels_last=c) for b, c in ((True, False), (False, True))]
     return [
         (MAIN["cpu"], GROWTH, 7),
         *[(replace(MAIN["cpu"], batch=batch), GROWTH, 5) for batch in (1, 2, 4, 8)],
@@ -103,6 +107,9 @@ def races(device: str) -> list[tuple[Cell, list[str], int]]:
         (small, everything, 5),
         *[(replace(small, bf16=b, channels_last=c), short, 5) for b, c in ((True, False), (False, True), (True, True))],
         (replace(MAIN["cpu"], batch=32), GROWTH, 3),
+        *[(replace(kind, net=net), FEW, 3) for net in NETS[1:5] for kind in kinds],
+        *[(replace(kind, net=NETS[0]), FEW, 3) for kind in kinds],
+        *[(replace(small, net=net, size=96, batch=4, compiled=True), FEW_COMPILED, 3) for net in NETS[:5]],
         (replace(small, compiled=True), COMPILED, 5),
     ]
 
@@ -112,39 +119,56 @@ def columns(device: str) -> dict[str, list[tuple[str, Cell]]]:
     cells = [cell for cell, _, _ in races(device)]
     main = cells[0]
     batches = sorted((cell for cell in cells if replace(cell, batch=main.batch) == main), key=lambda cell: cell.batch)
-    rest = [cell for cell in cells if cell.net == main.net and cell not in batches]
-    return {
-        "": [(f"{main.net}, {main.size} px", main)]
-        + [(f"{cell.net}, {cell.size} px", cell) for cell in cells if cell.net != main.net],
+    kind = {"size": main.size, "batch": main.batch, "net": main.net}
+    nets = [cell for cell in cells if cell.net != main.net and replace(cell, **kind) == main]
+    few = [cell for cell, variants, _ in races(device) if variants in (FEW, FEW_COMPILED)]
+    rest = [cell for cell in cells if cell not in (*batches, *nets, *few)]
+    tables = {
+        "": [(f"{main.net}, {main.size} px", main), *[(f"{cell.net}, {cell.size} px", cell) for cell in nets]],
         "_batches": [(f"{cell.net}, {cell.size} px, batch {cell.batch}", cell) for cell in batches],
         "_kinds": [(str(cell), cell) for cell in rest],
     }
+    for end, of in (("_bf16", "bf16"), ("_channels_last", "channels_last"), ("_compiled", "compiled")):
+        tables[end] = [(f"{cell.net}, {cell.size} px", cell) for cell in few if getattr(cell, of)]
+    return tables
 
 
 class Bench:
     """Measures cells into a store.
 
     Args:
-        store: where the rows go.
+        store: where the rows go; None: to the caller alone.
         device: "cpu" or "cuda".
         threads: of PyTorch, on the CPU.
+        backend: what compiles.
+        launches: whether rows tell what a step launches, and on a GPU in what share of its time none ran.
     """
 
-    def __init__(self, store: Store, device: str, threads: int) -> None:
+    def __init__(
+        self, store: Store | None, device: str, threads: int, backend: str = "inductor", launches: bool = False
+    ) -> None:
         self.store, self.device, self.threads = store, device, threads
+        self.backend, self.launches = backend, launches
         self._base: tuple[tuple[str, int], torch.nn.Module] | None = None
 
     def key(self, cell: Cell) -> dict[str, Any]:
         """Return what finds the rows of a cell in the store."""
         return asdict(cell) | {"threads": self.threads}
 
-    def measure(self, cell: Cell, variants: Iterable[str], rounds: int) -> list[dict[str, Any]]:
-        """Return a row for each variant of a cell; one that fails says why."""
+    def measure(
+        self, cell: Cell, variants: Iterable[str], rounds: int, late: Callable[[], bool] = lambda: False
+    ) -> list[dict[str, Any]]:
+        """Return a row for each variant of a cell; one that fails says why, and from when it is `late` on none is made.
+
+        What was made by then is timed all the same, so the floor should come first where that matters.
+        """
         contestants, rows = {}, {}
         if cell.compiled:
             torch._dynamo.reset()
             torch._dynamo.config.recompile_limit = 64  # all variants run the code of the same classes
         for name in variants:
+            if late():
+                break
             rows[name] = self.key(cell) | {"variant": name, "error": None}
             try:
                 contestants[name] = self._contestant(name, cell, cell.batch)
@@ -164,6 +188,10 @@ class Bench:
             rows[name] |= ratios(seconds[name], seconds[FLOOR])
             rows[name] |= {"seconds": sorted(seconds[name])[rounds // 2], "rounds": rounds}
             rows[name]["clock"] = clock_for(self.device, self.threads)
+            if self.launches and not cell.compiled:
+                rows[name]["launches"] = launches_of(contestants[name].step)[0]
+            if self.launches and self.device == "cuda":
+                rows[name] |= kernels_of(contestants[name].step)
             for what in ("saved", "peak"):
                 own, floor = rows[name].get(f"{what}_bytes"), rows[FLOOR].get(f"{what}_bytes")
                 if own and floor:
@@ -185,7 +213,10 @@ class Bench:
 
     def _contestant(self, name: str, cell: Cell, batch: int) -> Contestant:
         model = self._model(name, cell, batch)
-        run = torch.compile(model, dynamic=False, options=COMPILE_OPTIONS.get(name, {})) if cell.compiled else model
+        run: Callable[[torch.Tensor], torch.Tensor] = model
+        if cell.compiled:
+            options = COMPILE_OPTIONS.get(name, {})
+            run = torch.compile(model, dynamic=False, backend=self.backend, options=options or None)
         return self._enter(run, model, cell, batch)
 
     def _model(self, name: str, cell: Cell, batch: int) -> torch.nn.Module:
@@ -236,6 +267,7 @@ def main() -> None:
     store = Store(path, command, [0, 1], device=given.device)
     bench = Bench(store, given.device, given.threads)
     start = time.perf_counter()
+    version = commit()  # of the code that was loaded
     for cell, variants, rounds in races(given.device):
         # The floor's row is stored last: where it is there, all are.
         done = store.done(bench.key(cell) | {"variant": FLOOR}) and not given.again
@@ -251,8 +283,10 @@ def main() -> None:
             for row in rows:
                 row |= {"largest_batch": largest.get(row["variant"]), "memory_gib": given.memory_gib}
         store.drop(bench.key(cell))
+        conditions = {"load": os.getloadavg()[0], "allocator": ALLOCATOR if given.device == "cpu" else None}
+        conditions["commit"] = version
         for row in rows:
-            store.add(row | {"load": os.getloadavg()[0], "allocator": ALLOCATOR if given.device == "cpu" else None})
+            store.add(row | conditions)
         gc.collect()
         print(f"{cell}: {time.perf_counter() - began:.0f} s", flush=True)
     store.finish(

@@ -1,42 +1,27 @@
-"""Operators that launch work, counted by a dispatch mode: the numbers depend on no machine."""
+"""What a run launches: operators, by the count of the package, and kernels of a GPU."""
 
 from __future__ import annotations
 
-from collections import Counter
+import time
 from collections.abc import Callable
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch
 
-# These make or rename a tensor and run no kernel.
-_NO_WORK = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift"}
+from finetune_bn.diagnosis.launches import Launches, launches_of
 
-
-class Launches(TorchDispatchMode):
-    """Counts the operators that launch work while it is on; views, empties and detaches are left out.
-
-    Attributes:
-        by_name: how often each ran.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_name: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in _NO_WORK:
-            self.by_name[name] += 1
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def total(self) -> int:
-        """All of them together."""
-        return sum(self.by_name.values())
+__all__ = ["Launches", "kernels_of", "launches_of"]
 
 
-def launches_of(run: Callable[[], Any]) -> tuple[int, Any]:
-    """Return how many operators `run` launches, and what it returns."""
-    with Launches() as counted:
-        result = run()
-    return counted.total, result
+def kernels_of(run: Callable[[], Any]) -> dict[str, float]:
+    """Return the kernels that `run`, which is warm, launches on a GPU, and the share of its time in which none ran."""
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+    ran = [event for event in profile.events() if event.device_type == torch.profiler.DeviceType.CUDA]
+    busy = sum(event.device_time for event in ran) * 1e-6
+    return {"kernels": len(ran), "idle": max(0.0, 1 - busy / seconds)}

@@ -119,13 +119,17 @@ def without_norms(model: nn.Module, x: Tensor) -> nn.Module:
     return replace_norms(model, lambda bn: nn.Identity())
 
 
-def group_norm(bn: nn.BatchNorm2d) -> nn.Module:
-    """Return PyTorch's GroupNorm of as many of 32 groups as divide the channels; only its cost is of interest here."""
-    return nn.GroupNorm(math.gcd(32, bn.num_features), bn.num_features)
+def group_norm(bn: nn.BatchNorm2d, groups: int = 32) -> nn.Module:
+    """Return PyTorch's GroupNorm of as many groups as divide the channels; only its cost is of interest here."""
+    return nn.GroupNorm(math.gcd(groups, bn.num_features), bn.num_features)
 
 
 def _ours(affine: Affine, fold: FoldMode) -> Callable[[nn.Module, Tensor], nn.Module]:
     return lambda model, x: fbn.convert(model, fbn.Freeze(affine, fold=fold), example_input=x[:2])
+
+
+def _of_groups(groups: int) -> Callable[[nn.Module, Tensor], nn.Module]:
+    return lambda model, x: replace_norms(model, lambda bn: group_norm(bn, groups))
 
 
 VARIANTS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
@@ -139,8 +143,12 @@ VARIANTS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     **{ours(affine, fold): _ours(affine, fold) for affine in AFFINE_KINDS for fold in ("never", "always", "auto")},
     FLOOR: without_norms,
 }
+# GroupNorm by its number of groups, where the channels divide; GROUP is the one of 32.
+GROUP_NORMS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
+    f"GroupNorm, {groups} group{'s' * (groups > 1)}": _of_groups(groups) for groups in (1, 8, 32)
+}
 # These compute something else than the frozen network, on purpose.
-OTHER_FUNCTION = (LIVE, GROUP, FLOOR)
+OTHER_FUNCTION = (LIVE, GROUP, FLOOR, *GROUP_NORMS)
 # Where not all are timed: of our kinds one without and one with a learnable scale, and each peer.
 SHORT = [
     name
@@ -155,7 +163,7 @@ def build(variant: str, base: nn.Module, x: Tensor) -> nn.Module:
     Raises:
         ValueError: it does not compute what the frozen network does.
     """
-    model = VARIANTS[variant](copy.deepcopy(base), x)
+    model = (VARIANTS | GROUP_NORMS)[variant](copy.deepcopy(base), x)
     if variant not in OTHER_FUNCTION:
         with torch.no_grad():
             reference = copy.deepcopy(base).eval()(x[:2])

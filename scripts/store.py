@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -178,6 +179,17 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def commit() -> str | None:
+    """Return the commit that is checked out where this file lies, with a plus behind it where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "..", ":!../results"], check=False)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name.stdout.strip() + "+" * bool(changed.returncode)
 
 
 def device_name(device: str | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from finetune_bn.callbacks.batches import ModuleBatches, flattened, iid_loader
 from finetune_bn.callbacks.decision import Decision, check_beside, rate_of
 from finetune_bn.callbacks.lightning_names import AVERAGING, is_a, own_loader
-from finetune_bn.callbacks.module import check_whole_network, part_of
+from finetune_bn.callbacks.module import check_whole_network, part_of, target_of
 from finetune_bn.callbacks.short_runs import (
     monitored,
     optimizer_maker,
@@ -31,6 +32,8 @@ from finetune_bn.comparison.result import Comparison
 from finetune_bn.comparison.running import MOST_STEPS, run_comparison
 from finetune_bn.comparison.store import FILE, fingerprint, fingerprint_of
 from finetune_bn.comparison.training import Workbench
+from finetune_bn.diagnosis.diagnose import diagnose
+from finetune_bn.diagnosis.overrules import mend_first, overrules, setting_of
 from finetune_bn.diagnosis.rule import Setting, recommend
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.utilities.batch_size import count_images
@@ -39,6 +42,7 @@ from finetune_bn.utilities.randomness import RandomStates
 
 BudgetName = Literal["fast", "good", "best"]
 FOLDER = "policy_auto"  # in the Trainer's default_root_dir
+DIAGNOSED = 128  # images that a diagnosis looks at before a comparison
 _NO_RATE = 1e-3  # for modules without a learning rate that could be set; it is not used
 
 
@@ -98,7 +102,8 @@ def decide(
         whole = whole_steps(trainer, batches)
         rate = rate_of(pl_module)
         bench.optimizer = optimizer_maker(trainer, whole, rate is not None)
-        names = _candidates(trainer, pl_module, module, images, images * batches)[: plan.most]
+        ranked = _ranked(pl_module, module, feed, images, batches, 6 * plan.minutes, say)
+        names = _candidates(trainer, pl_module, module, ranked)[: plan.most]
         base = _NO_RATE if rate is None else rate
         rates = sorted({float(f"{base * factor:.3g}") for factor in (plan.factors if rate is not None else (1.0,))})
         monitor, larger = monitored(trainer)
@@ -202,13 +207,45 @@ def _workbench(trainer: pl.Trainer, pl_module: pl.LightningModule, module: str |
     return bench, feed
 
 
-def _candidates(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, module: str | None, batch: int, images: int
+def _ranked(
+    pl_module: pl.LightningModule,
+    module: str | None,
+    feed: Feed,
+    images: int,
+    batches: int,
+    seconds: float,
+    say: Callable[[str], object],
 ) -> list[str]:
-    """Return the treatments that can be compared, those first that lost least where things were most like here."""
-    ranked = [choice.arm for choice in recommend(Setting(batch, images))]
+    """Return the treatments in the order in which they are expected to do well, by a diagnosis of model and batches.
+
+    Args:
+        pl_module: the module.
+        module: attribute path of the part whose layers are treated.
+        feed: the training batches.
+        images: of a batch.
+        batches: of an epoch.
+        seconds: about so long the diagnosis may take.
+        say: takes what is to be mended first, and why there is no diagnosis.
+    """
+    setting, out = Setting(images, images * batches), dict[Any, Any]()
+    try:
+        few = list(feed.take(0, min(batches, -(-DIAGNOSED // images))))
+        target = target_of(pl_module, module)
+        found = diagnose(target, few, curvature=False, memory=False, seconds=seconds, progress=False)
+        setting, out = dataclasses.replace(setting_of(found), images=images * batches), overrules(found)
+        for reason in (*mend_first(found), *out.values()):
+            say(f"policy auto: {reason.sentence}")
+    except FinetuneBNError as error:
+        say(f"policy auto: no diagnosis ({error}) Treatments are ranked by the sizes of batch and set alone.")
+    return [choice.arm for choice in recommend(setting) if choice.arm not in out] + [
+        arm for arm in ARMS if arm not in out
+    ]
+
+
+def _candidates(trainer: pl.Trainer, pl_module: pl.LightningModule, module: str | None, ranked: list[str]) -> list[str]:
+    """Return the treatments that can be compared, the likely ones first."""
     # Live and frozen are what people ask about: they are in every comparison, behind the best of the ranking.
-    order = dict.fromkeys([*ranked[:1], "live", "none", *ranked, *ARMS])
+    order = dict.fromkeys([*ranked[:1], *(name for name in ("live", "none") if name in ranked), *ranked])
     names = applicable(part_of(pl_module, module), list(order))
     if any(is_a(callback, AVERAGING) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         names = [name for name in names if name != "scheduled"]

@@ -22,13 +22,14 @@ from finetune_bn.errors import BadData, FinetuneBNError, complaint
 from finetune_bn.metric_learning.pk_sampler import Order, PKBatchSampler
 from finetune_bn.metric_learning.resumable_loader import ResumableDataLoader
 from finetune_bn.utilities.checks import choice, number
+from finetune_bn.utilities.labels import labels_of
 
 T = TypeVar("T")
 OnMismatch = Literal["error", "warn"]
 ON_MISMATCH: tuple[OnMismatch, ...] = get_args(OnMismatch)
 ENOUGH_IMAGES = 16  # of a process, for live BatchNorm: with fewer its statistics are noise
+_WHERE = "Say where they are: BatchCompositionGuard(labels=)."
 _TOLD: WeakSet[pl.Trainer] = WeakSet()
-LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class BatchCompositionGuard(Callback):
             return
         self.checked += 1
         promise = self._promise
-        labels = labels_of(batch, self.labels)
+        labels = labels_of(batch, self.labels, _WHERE)
         own = pk_violation(labels, promise.num_labels, promise.images_per_label, promise.order)
         found = [f"{said} (batch {batch_idx}, rank {rank})" for rank, said in enumerate(_of_all_ranks(own)) if said]
         if found:
@@ -172,6 +173,13 @@ def warn_of_small_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) ->
             f"batch_size and learning rate were chosen on one device, divide batch_size by {processes}, or choose the "
             "learning rate anew."
         )
+        if live:
+            rank_zero_warn(
+                f"{len(live)} live BatchNorm layers ({live[0]}, ...) normalize by the images of their own process, and "
+                f"the running statistics that are saved are those of process 0 alone, of one in {processes} images. "
+                f"Freeze them (policy Freeze), {synchronize}or pool the statistics of all processes behind the "
+                "training (callback BatchNormRecalibration)."
+            )
 
 
 def pk_violation(
@@ -194,31 +202,6 @@ def pk_violation(
     table = labels.reshape((num_labels, -1) if order == "grouped" else (-1, num_labels))
     same = table == (table[:, :1] if order == "grouped" else table[:1])
     return "" if bool(same.all()) else f"the right number of each, but not in {order} order"
-
-
-def labels_of(batch: Any, where: int | str | None) -> Tensor:
-    """Return the labels [N] of a batch, looked for at a position or a key; `None` looks at the usual ones.
-
-    Raises:
-        BadData: there are none.
-    """
-    keys = list(batch) if isinstance(batch, dict) else range(len(batch)) if isinstance(batch, (tuple, list)) else []
-    if where is None:
-        usual: Any = LABEL_KEYS if isinstance(batch, dict) else (1,)
-        where = next((key for key in usual if key in keys), None)
-    elif isinstance(where, int) and not isinstance(batch, dict) and where < 0:
-        where += len(keys)
-    labels = batch[where] if where is not None and where in keys else None
-    if isinstance(labels, (list, tuple)) and labels and all(isinstance(label, (int, str)) for label in labels):
-        numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-        labels = torch.tensor([numbers[label] for label in labels])
-    if not isinstance(labels, Tensor) or labels.dim() != 1:
-        given = f"a {type(batch).__name__} of {list(keys)}" if keys else f"a {type(batch).__name__}"
-        allowed = "labels [N], one an image, second in a tuple or under a usual key of a dictionary"
-        raise BadData(
-            complaint("training batch", given, allowed, "Say where they are: BatchCompositionGuard(labels=).")
-        )
-    return labels.detach().cpu()
 
 
 def _of_all_ranks(value: T) -> list[T]:

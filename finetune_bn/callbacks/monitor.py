@@ -7,28 +7,26 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from finetune_bn.callbacks.averaging import check_average_begins, warn_of_idle_average
-from finetune_bn.callbacks.batch_composition import labels_of
 from finetune_bn.callbacks.lightning_names import logged_step
 from finetune_bn.callbacks.module import check_whole_network, part_of
 from finetune_bn.diagnosis.advice import Look, advise, fisher
 from finetune_bn.diagnosis.inspector import Inspector, LayerLook, layer_inputs
-from finetune_bn.diagnosis.leakage import Leakage, measure_leakage, moved
+from finetune_bn.diagnosis.leakage import Leakage, measure_leakage, output_gap
 from finetune_bn.diagnosis.network_call import NetworkCall
 from finetune_bn.errors import BadData, FinetuneBNError, complaint
-from finetune_bn.functional.moments import accumulator
 from finetune_bn.layers.sites import BatchNormSite, find_batch_norms
 from finetune_bn.layers.tracking import TrackingBatchNorm
 from finetune_bn.recalibration.iid_test import Membership
 from finetune_bn.utilities.batches import Chunk
 from finetune_bn.utilities.checks import number
-from finetune_bn.utilities.probe import quietly, tensors_in
+from finetune_bn.utilities.labels import LabelNumbers, labels_of
+from finetune_bn.utilities.probe import quietly
 
 # Batches of which two images are kept until the next look; so many are compared with each other.
 _COMPARED = 12
@@ -162,7 +160,7 @@ class BatchNormMonitor(Callback):
         self._membership, self._kept, self._images_since = Membership(), 0, 0
         self._p_values: list[float] = []
         self._labels: Tensor | None = None
-        self._label_numbers: dict[Any, int] = {}
+        self._label_numbers = LabelNumbers()
         self._other: Chunk | None = None
         self._said: set[str] = set()
 
@@ -196,7 +194,7 @@ class BatchNormMonitor(Callback):
 
     def _find_labels(self, batch: Any, images: int) -> Tensor | None:
         try:
-            labels = labels_of(self._numbered(batch), self.labels)
+            labels = labels_of(self._label_numbers.numbered(batch), self.labels)
         except BadData:
             if self.labels is not None:
                 allowed = "where a training batch holds one label an image"
@@ -207,18 +205,6 @@ class BatchNormMonitor(Callback):
             self._tell(f"the network is called with {images} images, and there are {len(labels)} labels in the batch")
             return None
         return labels
-
-    def _numbered(self, batch: Any) -> Any:
-        """Return a batch whose lists of names or numbers are tensors: one number a name, in all batches."""
-
-        def number(value: Any) -> Any:
-            if not isinstance(value, (list, tuple)) or not value or not all(isinstance(v, (int, str)) for v in value):
-                return value
-            return torch.tensor([self._label_numbers.setdefault(v, len(self._label_numbers)) for v in value])
-
-        if isinstance(batch, dict):
-            return {key: number(value) for key, value in batch.items()}
-        return [number(value) for value in batch] if isinstance(batch, (list, tuple)) else batch
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, chunk: Chunk) -> None:
         self._looks += 1
@@ -269,7 +255,7 @@ class BatchNormMonitor(Callback):
             self._introduce(sites, layers, target, pl_module)
             p_value = self._p_value(lambda kept: run(kept.content), sites, layers)
             self._agree_or_stop(trainer)
-            gap = _gap(in_eval, run(chunk.content, as_in_training=True), len(chunk))
+            gap = output_gap(in_eval, run(chunk.content, as_in_training=True), len(chunk))
         leakage = self._leakage(trainer, pl_module, target, chunk, lambda content: run(content, as_in_training=True))
         return Look(
             images=len(chunk),
@@ -367,17 +353,6 @@ class BatchNormMonitor(Callback):
 
 class _FailedElsewhere(Exception):
     """The look of another process failed."""
-
-
-def _gap(in_eval: Any, in_training: Any, images: int) -> float | None:
-    """Return the largest distance between outputs with a row an image; None where there are none."""
-    pairs = zip(tensors_in(in_eval), tensors_in(in_training), strict=False)
-    gaps = [
-        moved(a.flatten(1).to(accumulator(a)), b.flatten(1).to(accumulator(b)))
-        for a, b in pairs
-        if a.shape == b.shape and a.dim() and len(a) == images and a.is_floating_point()
-    ]
-    return max(gaps, default=None)
 
 
 def _fallbacks(sites: list[BatchNormSite]) -> int:

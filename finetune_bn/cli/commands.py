@@ -20,7 +20,9 @@ import finetune_bn.data
 import finetune_bn.tasks  # noqa: F401
 from finetune_bn import __version__
 from finetune_bn.callbacks import BatchNormConversion
+from finetune_bn.callbacks.processes import warn_of_open_devices
 from finetune_bn.cli.checkpoints import check_class_names, compare, decided_rate, is_local, read_checkpoint
+from finetune_bn.cli.diagnose import Asked, on_one_device
 from finetune_bn.cli.help import VERBS
 from finetune_bn.cli.parser import ConfigByName, HelpForAll, Parser
 from finetune_bn.cli.run_config import SaveRunConfig
@@ -73,7 +75,8 @@ class FinetuneBNCLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         own = {"model", "datamodule"}
-        return LightningCLI.subcommands() | {"plan": own, "recalibrate": own, "export": own, "compare": own}
+        verbs = ("plan", "diagnose", "compare", "recalibrate", "export")
+        return LightningCLI.subcommands() | dict.fromkeys(verbs, own)
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -112,7 +115,7 @@ class FinetuneBNCLI(LightningCLI):
         verb = self.config.get("subcommand")
         options = self.config[verb] if verb is not None else {}
         path = options.get("ckpt_path")
-        if path is None or verb in ("plan", "compare"):
+        if path is None or verb in ("plan", "diagnose", "compare"):
             return
         if options.get("weights_only") is None:
             options["weights_only"] = True  # Lightning's own default unpickles what comes from an address
@@ -138,6 +141,9 @@ class FinetuneBNCLI(LightningCLI):
             if not isinstance(given, Namespace):
                 remedy = "Take the line out, for the defaults, or put settings below it."
                 raise FinetuneBNError(complaint(section, given, "its settings", remedy))
+        self.asked = Asked()
+        if self.subcommand == "diagnose":
+            self.asked = on_one_device(config.trainer)
         if self.subcommand in ONE_DEVICE:
             options = self.config[self.subcommand].trainer
             options.devices, options.num_nodes, options.strategy = 1, 1, "auto"
@@ -180,7 +186,9 @@ class FinetuneBNCLI(LightningCLI):
             raise
 
     def before_fit(self) -> None:
-        """Say before the training what cannot be done after it."""
+        """Say before the training what cannot be done after it, and what several devices make of it."""
+        if self.config["fit"]["trainer"].get("devices") == "auto":
+            warn_of_open_devices(self.trainer.world_size, getattr(self.datamodule, "batch_size", None))
         splits = self.datamodule.contents.splits if isinstance(self.datamodule, ImageDataModule) else {}
         if self.config["fit"]["test_after_fit"] and splits and not splits["test"]:
             rank_zero_warn("test_after_fit: there are no test images, so nothing will be tested after the training.")
@@ -193,6 +201,11 @@ class FinetuneBNCLI(LightningCLI):
                         "no checkpoint would be kept. The last one is kept."
                     )
                     callback.monitor, callback.save_top_k = None, min(callback.save_top_k, 1)
+
+    def before_diagnose(self) -> None:
+        """Hand on what the config asked of the machine: the Trainer has one device of it."""
+        assert isinstance(self.trainer, Trainer)
+        self.trainer.asked = self.asked
 
     def before_validate(self) -> None:
         """Say what is evaluated without a checkpoint."""

@@ -8,6 +8,7 @@ VERBS = {
     "test": "Evaluate a checkpoint on the test images, domain by domain.",
     "predict": "Write classes and scores, or embeddings, of the test images (or of any: see below) to a CSV file.",
     "plan": "Show what would happen to each BatchNorm layer of the model, and why. Trains nothing.",
+    "diagnose": "Say what model, data and batches mean for the BatchNorm layers, and advise. Trains nothing.",
     "compare": "Try treatments of the BatchNorm layers by short trainings, and write the best as a config.",
     "recalibrate": "Give a checkpoint the BatchNorm statistics of the data, and write it to a new file.",
     "export": "Write the network of a checkpoint to a file that needs neither its code nor this package.",
@@ -23,6 +24,7 @@ commands:
 
 To begin with:
   finetune-bn plan --config quickstart                       look first: what happens to each layer
+  finetune-bn diagnose --config quickstart                   what your data and batches mean for it, and advice
   finetune-bn fit --config quickstart                        train on images that come with the package
   finetune-bn init my_images.yaml --data path/to/images      a config for your own; then fit --config my_images.yaml
 

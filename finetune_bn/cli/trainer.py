@@ -16,6 +16,8 @@ from finetune_bn.callbacks import BatchNormConversion, BatchNormRecalibration
 from finetune_bn.callbacks.auto import BudgetName
 from finetune_bn.callbacks.compare_in_trainer import compare_in
 from finetune_bn.callbacks.recalibrate_checkpoint import Split, load_into, recalibrate_checkpoint
+from finetune_bn.cli.diagnose import Asked, diagnose_config, shown
+from finetune_bn.cli.fitting import COUNTED, Fitting, gib_of, state_of
 from finetune_bn.cli.predictions import check_output, write_predictions
 from finetune_bn.cli.run_config import overlay_text
 from finetune_bn.conversion.export import export
@@ -30,7 +32,13 @@ from finetune_bn.utilities.files import to_json, write_atomically
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, and three verbs more."""
+    """Lightning's Trainer, and five verbs more.
+
+    Attributes:
+        asked: what the config asks of the machine, where a verb runs on one device of it.
+    """
+
+    asked = Asked()
 
     @override
     def predict(  # type: ignore[override]
@@ -72,6 +80,8 @@ class Trainer(pl.Trainer):
         format: Literal["text", "json"] = "text",
         output: str | None = None,
         memory: bool = False,
+        batch_size: Literal["auto"] | None = None,
+        memory_gib: list[float] | float | str | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -84,6 +94,10 @@ class Trainer(pl.Trainer):
             output: A file to write to instead of the terminal.
             memory: Also show the bytes that a training step keeps for its backward pass, layer by layer, before and
                 after. For a batch of the data's batch_size and image_size, or else of the model's example_input_array.
+            batch_size: With memory, auto says the largest batch that fits, before and after. Computed from what is kept
+                for backward, the weights, their gradients and the optimizer's state, with a tenth of the memory left
+                free; it was not measured.
+            memory_gib: Memory of the devices for that, in GiB: 8,16,24. Default: that of the GPU, or these.
             ckpt_path: Not read. It may be there so that the run_config.yaml that `fit` leaves can be planned again.
             weights_only: As ckpt_path.
         """
@@ -91,12 +105,21 @@ class Trainer(pl.Trainer):
         if conversion.undecided:
             remedy = "finetune-bn compare finds one; fit decides by itself."
             raise FinetuneBNError(complaint("batch_norm.policy", "auto", "a policy, to plan for it", remedy))
+        if batch_size is not None and not memory:
+            raise FinetuneBNError(complaint("batch_size", batch_size, "auto together with --memory true"))
+        sizes = gib_of(memory_gib)
         model.configure_model()
         the_plan = plan(conversion.target(model), conversion.policy)
         text = the_plan.to_json() if format == "json" else str(the_plan)
         if memory:
             kept = self._memory(model, datamodule, conversion)
-            text = to_json(the_plan.to_dict() | {"memory": kept.to_dict()}) if format == "json" else f"{text}\n\n{kept}"
+            found = the_plan.to_dict() | {"memory": kept.to_dict()}
+            text = f"{text}\n\n{kept}"
+            if batch_size is not None:
+                reports = [self._memory(model, datamodule, conversion, batch) for batch in COUNTED]
+                fitting = Fitting.of(conversion.target(model), reports, state_of(model), sizes)
+                found, text = found | {"fits": fitting.to_dict()}, f"{text}\n\n{fitting}"
+            text = to_json(found) if format == "json" else text
         if output is None:
             print(text)
             return
@@ -107,6 +130,53 @@ class Trainer(pl.Trainer):
         except OSError as error:
             raise FinetuneBNError(complaint("output", output, "a file that can be written", f"{error}.")) from error
         print(f"Plan of {len(the_plan.rows)} layers: {output}")
+
+    def diagnose(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        format: Literal["text", "json", "html"] = "text",
+        output: str | None = None,
+        overlay: str | None = None,
+        max_images: int = 1000,
+        seconds: float = 60.0,
+        curvature: bool = True,
+        memory: bool = True,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Say what model, data and batches mean for the BatchNorm layers, and advise. Trains nothing.
+
+        It runs on one device, whatever the config asks for.
+
+        Args:
+            model: The model of the config.
+            datamodule: The data of the config.
+            format: What to write. text: findings, layers, advice. json: all figures, by diagnosis.schema.json of the
+                docs. html: one page that opens from disk, without any request.
+            output: A file to write to instead of the terminal.
+            overlay: A YAML file for what is advised, to pass as one more --config.
+            max_images: So many training images are looked at.
+            seconds: About so long it may take; what there is no time for is left out, and named.
+            curvature: Whether the curvature of the loss is measured, for the learning rate.
+            memory: Whether memory and launches of the policies are counted.
+            ckpt_path: Not read. It may be there so that the run_config.yaml that `fit` leaves can be diagnosed.
+            weights_only: As ckpt_path.
+        """
+        for name, path in (("output", output), ("overlay", overlay)):
+            if path is not None:
+                check_file(name, path)
+        conversion = next(c for c in self.callbacks if isinstance(c, BatchNormConversion))  # type: ignore[attr-defined]
+        options = {"max_images": max_images, "seconds": seconds, "curvature": curvature, "memory": memory}
+        found, advice = diagnose_config(self, model, datamodule, conversion, self.asked, **options)
+        text = shown(found, advice, format)
+        if overlay is not None:
+            write_atomically(overlay, advice.overlay)
+        if output is None:
+            print(text)
+        else:
+            write_atomically(output, text if text.endswith("\n") else f"{text}\n")
+            print(f"Diagnosis of {len(found.layers)} layers: {output}. Advice: {advice.title}.")
 
     def compare(
         self,
@@ -152,9 +222,17 @@ class Trainer(pl.Trainer):
             print(f"To train with the best: fit --config ... --config {chosen.folder / 'policy.yaml'}")
 
     def _memory(
-        self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None, conversion: BatchNormConversion
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None,
+        conversion: BatchNormConversion,
+        batch: int | None = None,
     ) -> MemoryReport:
-        images = _images(model, datamodule, getattr(datamodule, "batch_size", 1))
+        if batch is not None and not isinstance(getattr(datamodule, "image_size", None), int):
+            allowed = "data with an image_size, to know what images of another batch are like"
+            raise FinetuneBNError(complaint("data", type(datamodule).__name__, allowed))
+        size: int = getattr(datamodule, "batch_size", 1) if batch is None else batch
+        images = _images(model, datamodule, size)
         autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.precision))
         return memory_report(conversion.target(model), images, conversion.policy, autocast=autocast)
 

@@ -1,4 +1,4 @@
-"""When what was seen of a batch matters, and what to do about it, in a sentence: the thresholds are all here."""
+"""When what was seen of a batch matters, in a sentence; thresholds and remedies are those of `remedies.py`."""
 
 from __future__ import annotations
 
@@ -8,35 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from finetune_bn.diagnosis import remedies
 from finetune_bn.diagnosis.inspector import LayerLook
 from finetune_bn.diagnosis.leakage import Leakage
 
-# With fewer independent images the batch mean is off by more than a quarter of what images differ in their means.
-N_EFF = 16.0
-# Images of a batch that differ less from each other than from others, by chance, once in so many trainings.
-P_VALUE = 1e-3
-# A running variance this far off in each layer is felt in the output of a deep network.
-RUNNING_VAR_BIAS = 0.05
-# How far an output may differ between training and eval mode, in distances between two images, at two looks in a row:
-# statistics that were pretrained on other data take some batches to follow. ImageNet's EfficientNet-Lite0 on emoji at
-# 64 pixels comes down to 0.45 at batch 64, and to 0.75 at batch 16 and at 16 labels x 2 images.
-TRAIN_EVAL_GAP = 0.6
-# How far an output may move when the other images of its batch are exchanged, in the same unit. There it is 0.4 to 0.5
-# at batch 64, and 0.7 to 0.9 at 16 labels x 2 images, where training with live layers fails.
-LEAKAGE = 0.6
 # Share of a layer's channels that died since training began.
 DIED = 0.25
-# One layer may be off by chance, and what concerns few of them need not be felt.
-SHARE_OF_LAYERS = 0.25
-
-# From this design effect on, labels and not the size of the batch are worth a word.
-_DEFF = 1.1
-
-# Frozen layers take no step back from weights that grew too far: clipped gradients did not save them, this did.
-_LIMIT = "bound what a step does to a convolution (add StepLimit)"
-_INSTEAD = "Freeze the statistics (BatchNormConversion with policy Freeze), or normalize by batch renorm (Renorm)"
-_FREEZE = f"{_INSTEAD}."
-_GHOST = f"{_INSTEAD} or in ghost groups with one image of each label (Ghost)."
 
 
 @dataclass(frozen=True)
@@ -117,7 +94,7 @@ def advise(look: Look, before: Look | None = None) -> Iterator[tuple[str, str]]:
             "not finite",
             f"NaN or infinite values reach {len(broken)} of {len(look.layers)} layers, as "
             f"{broken[0].name or '(root)'}: the training has diverged. "
-            f"Take a smaller learning rate, or {_LIMIT}.",
+            f"Take a smaller learning rate, or {remedies.LIMIT}.",
         )
     for layer in look.layers:
         if layer.died >= max(1.0, DIED * layer.channels):
@@ -125,16 +102,15 @@ def advise(look: Look, before: Look | None = None) -> Iterator[tuple[str, str]]:
                 "died",
                 f"{layer.died} of {layer.channels} channels of {layer.name or 'the network'} have lost their variance "
                 "since training began: the layer before returns a constant, and no gradient passes. The learning rate "
-                "is too high for it: start again from the pretrained weights with a third of it, or "
-                f"{_LIMIT}.",
+                f"is too high for it: {remedies.SMALLER_RATE}, or "
+                f"{remedies.LIMIT}.",
             )
             break
     if look.single_value_batches:
         yield (
             "single value",
             f"{look.single_value_batches} batches had one value a channel in a layer, which has no variance and was "
-            "normalized by the running statistics. Let the loader drop the last batch (drop_last=True), or take "
-            "larger batches.",
+            f"normalized by the running statistics. {remedies.DROP_LAST}",
         )
 
 
@@ -147,62 +123,60 @@ def _of_batches(look: Look) -> Iterator[tuple[str, str]]:
             "is sorted, and BatchNorm learns the statistics of one label after the other: shuffle it.",
         )
     worth = {layer: _worth(layer) for layer in live}
-    low = [layer for layer in live if worth[layer] < N_EFF]
+    low = [layer for layer in live if worth[layer] < remedies.N_EFF]
     if _many(low, live):
         worst = min(low, key=lambda layer: worth[layer])
         by_labels = worth[worst] < worst.images
         why = f", as images of one label resemble each other (DEFF {worst.deff:.1f})" if by_labels else ""
-        remedy = _GHOST if by_labels else f"{_FREEZE} Or take larger batches."
+        remedy = remedies.BY_LABELS if by_labels else f"{remedies.INSTEAD} {remedies.LARGER}"
         yield (
             "n_eff",
-            f"BatchNorm normalizes by statistics worth fewer than {N_EFF:.0f} independent images in {len(low)} of "
-            f"{len(live)} layers: {worth[worst]:.1f} in {worst.name or 'the network'}, of {worst.images} in the batch"
-            f"{why}. {remedy}",
+            f"BatchNorm normalizes by statistics worth fewer than {remedies.N_EFF:.0f} independent images in "
+            f"{len(low)} of {len(live)} layers: {worth[worst]:.1f} in {worst.name or 'the network'}, of "
+            f"{worst.images} in the batch{why}. {remedy}",
         )
-    if live and look.p_value_so_far is not None and look.p_value_so_far < P_VALUE:
+    if live and look.p_value_so_far is not None and look.p_value_so_far < remedies.P_VALUE:
         yield (
             "p_value",
             f"training batches are not i.i.d.: images of one batch are more alike than those of different batches "
-            f"(p = {look.p_value_so_far:.1g}, permutation test). Shuffle the loader; where batches have to be made "
-            f"that way, BatchNorm should not learn from them. {_GHOST}",
+            f"(p = {look.p_value_so_far:.1g}, permutation test). {remedies.SHUFFLE} {remedies.BY_LABELS}",
         )
     tracking = [layer for layer in look.layers if layer.tracks]
-    off = [layer for layer in tracking if abs(layer.running_var_bias or 0.0) > RUNNING_VAR_BIAS]
+    off = [layer for layer in tracking if abs(layer.running_var_bias or 0.0) > remedies.RUNNING_VAR_BIAS]
     if _many(off, tracking):
         worst = max(off, key=lambda layer: abs(layer.running_var_bias or 0.0))
         yield (
             "running_var",
-            f"running variances will settle more than {100 * RUNNING_VAR_BIAS:.0f} % off those of the data in "
+            f"running variances will settle more than {100 * remedies.RUNNING_VAR_BIAS:.0f} % off those of the data in "
             f"{len(off)} of {len(tracking)} layers ({100 * (worst.running_var_bias or 0.0):+.0f} % in "
             f"{worst.name or 'the network'}), as the images of a batch vary less about their own mean than "
-            "the data do. Evaluate by statistics of i.i.d. images (add BatchNormRecalibration), or freeze the "
-            "pretrained ones (Freeze).",
+            f"the data do. {remedies.RECALIBRATE}",
         )
 
 
 def _of_modes(look: Look, before: Look | None) -> Iterator[tuple[str, str]]:
     gap, leakage = look.train_eval_gap, look.leakage
-    lasting = before is not None and (before.train_eval_gap or 0.0) > TRAIN_EVAL_GAP
-    if lasting and gap is not None and gap > TRAIN_EVAL_GAP:
+    lasting = before is not None and (before.train_eval_gap or 0.0) > remedies.TRAIN_EVAL_GAP
+    if lasting and gap is not None and gap > remedies.TRAIN_EVAL_GAP:
         yield (
             "gap",
             f"the same images have other outputs in training than in eval mode, {100 * gap:.0f} % of the distance "
             "between two images apart: the network is evaluated as another than is trained. Evaluate by statistics of "
             "the data (add BatchNormRecalibration), or train by those of evaluation (policy Freeze or Renorm).",
         )
-    if leakage is not None and leakage.total > LEAKAGE:
+    if leakage is not None and leakage.total > remedies.LEAKAGE:
         yield (
             "leakage",
             f"images leak into each other: the output of an image moves by {100 * leakage.total:.0f} % of the "
             "distance between two images when the others of its batch are exchanged, so a loss can be lowered by "
-            f"what the batch gives away. {_FREEZE}",
+            f"what the batch gives away. {remedies.INSTEAD}",
         )
 
 
 def _worth(layer: LayerLook) -> float:
     """Return n_eff; the number of images where labels are not known, or what they make of it may be chance."""
-    return layer.images if layer.n_eff is None or (layer.deff or 1.0) < _DEFF else layer.n_eff
+    return layer.images if layer.n_eff is None or (layer.deff or 1.0) < remedies.DEFF else layer.n_eff
 
 
 def _many(some: list[LayerLook], of: list[LayerLook]) -> bool:
-    return bool(some) and len(some) >= SHARE_OF_LAYERS * len(of)
+    return bool(some) and len(some) >= remedies.SHARE_OF_LAYERS * len(of)

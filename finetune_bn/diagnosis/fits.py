@@ -34,6 +34,9 @@ class StepMemory:
         weights: parameters and buffers.
         gradients: of the trained parameters.
         optimizer: what the optimizer keeps.
+        most_fixed: at most so much of what is kept does not grow with the batch; None: not known. A layer may begin to
+            keep less from some batch on (a learnable scale that shares backward passes): where the last three batches
+            are on no line, nothing is taken to stay beyond the largest of them. So count three where layers do that.
     """
 
     kept: tuple[tuple[int, int], ...]
@@ -41,6 +44,7 @@ class StepMemory:
     weights: int
     gradients: int
     optimizer: int
+    most_fixed: int | None = None
 
     def kept_for(self, batch: int) -> float:
         """Return the bytes that are kept for the backward pass of a batch."""
@@ -48,7 +52,15 @@ class StepMemory:
             return self.kept[0][1] * batch / self.kept[0][0]
         pairs = list(zip(self.kept, self.kept[1:], strict=False))
         (one, low), (two, high) = next((pair for pair in pairs if batch <= pair[1][0]), pairs[-1])
-        return max(low + (high - low) * (batch - one) / (two - one), 0.0)
+        slope = (high - low) / (two - one)
+        if batch <= two or self.most_fixed is None:
+            return max(low + slope * (batch - one), 0.0)
+        fixed = self.most_fixed
+        if len(pairs) > 1:
+            (zero, lowest), _ = pairs[-2]
+            before = (low - lowest) / (one - zero)
+            fixed = fixed if abs(before - slope) <= 0.02 * abs(slope) else 0  # no line: nothing is known to stay
+        return high + (batch - two) * max(slope, (high - fixed) / two)
 
     def peak(self, batch: int) -> int:
         """Return the bytes of a step of this batch: those of backward, or of the optimizer's step where they are more.
@@ -117,6 +129,8 @@ def step_memory(
         weights=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
         gradients=gradients,
         optimizer=int(state * gradients),
+        # Autocast's copies of the weights; in one precision what is kept is made of the images.
+        most_fixed=0 if given[0].autocast is None else gradients // 2,
     )
 
 

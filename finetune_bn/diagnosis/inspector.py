@@ -127,6 +127,36 @@ def layer_inputs(
     return inputs, output
 
 
+def worth_of(
+    known: Components | None, alive: Tensor, images: int, positions: int, counts: LabelCounts
+) -> tuple[float | None, float | None, float | None]:
+    """Return rho, DEFF and the bias of the running variance of batches like those counted, as far as labels tell.
+
+    Args:
+        known: where the variance of a layer's inputs comes from; None where labels do not tell.
+        alive: which channels count, [C].
+        images: images that the layer normalizes together.
+        positions: values of a channel in one image.
+        counts: the labels of the batches.
+    """
+    group = counts.group_size if counts.batches >= _BATCHES_TO_COUNT else None
+    if known is None or group is None or not alive.any():
+        return None, None, None
+    # Channels count alike, whatever their scale; shares are taken last, of averages, or they would be biased.
+    known = known.among(counts.diversity)
+    label, image, within = (
+        (part / known.variance.clamp_min(torch.finfo(part.dtype).tiny))[alive].mean()
+        for part in (known.label, known.image, known.within)
+    )
+    layer = Components(label.clamp_min(0), image, within)
+    rho = float(layer.rho)
+    if not layer.variance.isfinite() or not 0 <= rho <= 1:
+        return None, None, None
+    settled = layer.expected_running_var(images, positions, group)
+    bias = float(settled / layer.variance - 1) if images * positions > 1 else None
+    return rho, float(design_effect(rho, group)), bias
+
+
 class Inspector:
     """Judges layers by the batches that it is shown now and then.
 
@@ -191,28 +221,13 @@ class Inspector:
         self, name: str, seen: LayerInput, alive: Tensor, labels: Tensor | None, images: int
     ) -> tuple[float | None, float | None, float | None]:
         """Return rho, DEFF and the bias of the running variance, as far as labels tell."""
-        group = self.counts.group_size if self.counts.batches >= _BATCHES_TO_COUNT else None
         new = None if labels is None else Components.estimate(seen.means, seen.within, labels)
         looks, known = self._components.get(name, (0, new))
         if new is not None and known is not None:
             looks = min(looks + 1, _MEMORY)
             known = known.blend(new, 1 / looks)
             self._components[name] = looks, known
-        if known is None or group is None or not alive.any():
-            return None, None, None
-        # Channels count alike, whatever their scale; shares are taken last, of averages, or they would be biased.
-        known = known.among(self.counts.diversity)
-        label, image, within = (
-            (part / known.variance.clamp_min(torch.finfo(part.dtype).tiny))[alive].mean()
-            for part in (known.label, known.image, known.within)
-        )
-        layer = Components(label.clamp_min(0), image, within)
-        rho = float(layer.rho)
-        if not layer.variance.isfinite() or not 0 <= rho <= 1:
-            return None, None, None
-        settled = layer.expected_running_var(images, seen.positions, group)
-        bias = float(settled / layer.variance - 1) if images * seen.positions > 1 else None
-        return rho, float(design_effect(rho, group)), bias
+        return worth_of(known, alive, images, seen.positions, self.counts)
 
     def _drift(
         self, layer: nn.Module, seen: LayerInput, alive: Tensor, deff: float

@@ -108,9 +108,9 @@ def measure_leakage(
     feeder = Feeder(model, forward, device)
     first, second, kept = _two_batches(feeder, batch, other, images)
     sites = find_batch_norms(model)
-    with quietly(model), _as_in_training([site.module for site in sites]):
+    with quietly(model), as_in_training([site.module for site in sites]):
         one = _run(feeder, first, sites, kept)
-    with quietly(model), _as_in_training([site.module for site in sites]):
+    with quietly(model), as_in_training([site.module for site in sites]):
         two = _run(feeder, second, sites, kept)
     rows = [
         LayerLeakage(sites[number].names, sites[number].kind, moved(output, two.layers[number]))
@@ -139,16 +139,21 @@ def _two_batches(feeder: Feeder, batch: Any, other: Any, images: int | None) -> 
 
 
 @contextlib.contextmanager
-def _as_in_training(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Put BatchNorm layers in training mode; what they write into their buffers is undone."""
+def as_in_training(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Put BatchNorm layers in training mode for a block; what they write into their buffers is undone behind it."""
+    # By value: BatchNorm's kernel writes them past the counter of changes.
     buffers = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    modes = [layer.training for layer in layers]
     try:
         for layer in layers:
             layer.training = True
         yield
     finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def _run(feeder: Feeder, chunk: Chunk, sites: Sequence[BatchNormSite], kept: int) -> _Outputs:
@@ -187,3 +192,20 @@ def moved(one: Tensor, two: Tensor) -> float:
     between = (one - one.mean(0)).square().sum(1).mean() * 2 if len(one) > 1 else one.square().sum(1).mean()
     moved = (one - two).square().sum(1).mean()
     return float((moved / between.clamp_min(torch.finfo(one.dtype).tiny)).sqrt())
+
+
+def output_gap(one: Any, other: Any, images: int) -> float | None:
+    """Return the largest distance between what a model returned in two modes for the same images, as `moved`.
+
+    Args:
+        one: the tensors that it returned.
+        other: what it returned in the other mode.
+        images: how many; tensors without a row an image, or of whole numbers, do not count. None where none is left.
+    """
+    pairs = zip(tensors_in(one), tensors_in(other), strict=False)
+    gaps = [
+        moved(a.flatten(1).to(accumulator(a)), b.flatten(1).to(accumulator(b)))
+        for a, b in pairs
+        if a.shape == b.shape and a.dim() and len(a) == images and a.is_floating_point()
+    ]
+    return max(gaps, default=None)

@@ -225,7 +225,8 @@ class _Saved:
         before = self._latest.get(storage, lambda: None)()
         # A layer that shares the backward pass of a convolution keeps its input in its place.
         module = before.module if before is not None else self._running[-1] if self._running else 0
-        packed = _Packed(tensor, module)
+        # Detached: a result that leads to the node that keeps it would hold the graph, and all that is in it, for good.
+        packed = _Packed(tensor.detach(), module)
         self._kept.append(weakref.ref(packed))
         self._latest[storage] = self._kept[-1]
         return packed

@@ -98,6 +98,7 @@ class BatchDiagnosis:
     Attributes:
         batch_size: images of a batch on one device; the median of those looked at.
         devices: devices that train together.
+        synced: whether BatchNorm normalizes over all of them.
         accumulate: batches whose gradients make one step.
         batches: how many were looked at.
         labels: how many different labels were seen.
@@ -115,6 +116,7 @@ class BatchDiagnosis:
 
     batch_size: int
     devices: int = 1
+    synced: bool = False
     accumulate: int = 1
     batches: int = 0
     labels: int | None = None

@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import FinetuneBNError, complaint
 from finetune_bn.layers.frozen import FrozenBatchNorm
-from finetune_bn.layers.sites import find_batch_norms
+from finetune_bn.layers.sites import BatchNormSite, find_batch_norms
 from finetune_bn.layers.statistics import statistics_of, store, why_no_statistics
+from finetune_bn.recalibration.nearest import domain_distances
+from finetune_bn.utilities.batches import Feeder, Forward
 from finetune_bn.utilities.files import write_atomically
+from finetune_bn.utilities.probe import unwrapped
 
 _FORMAT = "finetune_bn.StatisticsBank 1"
 
@@ -34,6 +38,8 @@ class StatisticsBank:
                 bank.keep(domain, model)
         with bank.using("sketch", model):
             evaluate(model)
+
+    Where nobody says which domain a batch is from, `nearest` finds out by its activations.
     """
 
     def __init__(self) -> None:
@@ -74,6 +80,54 @@ class StatisticsBank:
         with self.restoring(model):
             self.use(name, model)
             yield
+
+    def nearest(self, model: nn.Module, batch: Any, forward: Forward | None = None) -> str:
+        """Return the domain that a batch is from, all of it, as its activations tell; nothing is changed.
+
+        The one whose statistics are nearest, see `distances`. It costs a forward pass for each domain.
+
+        Args:
+            model: the model whose statistics were kept.
+            batch: as for `recalibrate`: a tensor [N, ...], or a tuple or dict with one.
+            forward: `(model, batch)` that passes the batch to the model, as for `recalibrate`.
+
+        Raises:
+            FinetuneBNError: the bank is empty, or its layers are not those of the model.
+            BadData: the batch holds no images, or gives activations that are not finite.
+        """
+        return self.names[int(self.distances(model, batch, forward=forward).argmin())]
+
+    def nearest_each(self, model: nn.Module, batch: Any, forward: Forward | None = None) -> list[str]:
+        """Return the domain that each image of a batch is from; as `nearest`, for batches of several domains.
+
+        One image says less than a batch of its domain: where they come in batches, use `nearest`.
+        """
+        chosen = self.distances(model, batch, each=True, forward=forward).argmin(dim=1)
+        return [self.names[number] for number in chosen.tolist()]
+
+    def distances(self, model: nn.Module, batch: Any, *, each: bool = False, forward: Forward | None = None) -> Tensor:
+        """Return how far a batch is from each domain, float64 [domains], in the order of `names`; nothing is changed.
+
+        The mean, over channels and layers, of the Kullback-Leibler divergence of the activations from the domain's
+        statistics, both as normal distributions, while the domain's statistics are in use.
+
+        Args:
+            model: see `nearest`.
+            batch: see `nearest`.
+            each: for each image by itself, [images, domains].
+            forward: see `nearest`.
+
+        Raises:
+            FinetuneBNError: see `nearest`.
+        """
+        if not self._domains:
+            raise FinetuneBNError(complaint("bank", "no domain", "one domain or more", "Fill it with keep."))
+        model = unwrapped(model)
+        for layers in self._domains.values():
+            sites = _sites_of(model, layers)
+        feeder = Feeder(model, forward, None, keep=True)
+        chosen = [sites[name] for name in next(iter(self._domains.values()))]
+        return domain_distances(chosen, feeder, batch, list(self._domains.values()), each=each).cpu()
 
     @staticmethod
     def restoring(model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -181,7 +235,8 @@ def _read(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def _write(model: nn.Module, kept: dict[str, tuple[Tensor, Tensor]]) -> None:
+def _sites_of(model: nn.Module, kept: dict[str, tuple[Tensor, Tensor]]) -> dict[str, BatchNormSite]:
+    """Return the layers of a model by name; raise where they are not those that are kept."""
     sites = {site.names[0]: site for site in find_batch_norms(model)}
     for name, (mean, _) in kept.items():
         trouble = "there is none of that name" if name not in sites else None
@@ -195,6 +250,11 @@ def _write(model: nn.Module, kept: dict[str, tuple[Tensor, Tensor]]) -> None:
     if left:
         trouble = f"the bank has no statistics of {', '.join(left[:3])}{'...' if len(left) > 3 else ''}"
         raise FinetuneBNError(complaint("model", trouble, "the model that the bank is of"))
+    return sites
+
+
+def _write(model: nn.Module, kept: dict[str, tuple[Tensor, Tensor]]) -> None:
+    sites = _sites_of(model, kept)
     for name, (mean, var) in kept.items():
         layer = sites[name].module
         now = statistics_of(layer)

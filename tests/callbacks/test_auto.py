@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import finetune_bn as fbn
 from finetune_bn.callbacks import BatchNormConversion, StepLimit, replay
+from finetune_bn.callbacks import auto as auto_module
 from finetune_bn.callbacks import conversion as conversion_module
 from finetune_bn.callbacks.auto import Chosen
 from finetune_bn.callbacks.decision import Decision
@@ -109,7 +110,12 @@ def decided(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_foreign_module_is_compared_then_trained_with_the_winner(tmp_path: Path) -> None:
+def test_a_foreign_module_is_diagnosed_compared_then_trained_with_the_winner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diagnosed: list[Any] = []
+    genuine = auto_module.diagnose
+    monkeypatch.setattr(auto_module, "diagnose", lambda *a, **k: diagnosed.append(genuine(*a, **k)) or diagnosed[-1])
     module, conversion = Foreign(), BatchNormConversion("auto")
     start = copy.deepcopy(module.state_dict())
     copies: list[float] = []
@@ -128,6 +134,8 @@ def test_a_foreign_module_is_compared_then_trained_with_the_winner(tmp_path: Pat
         trainer = fit(tmp_path, module, conversion)
     finally:
         Foreign.configure_optimizers = untouched  # type: ignore[method-assign]
+    (diagnosis,) = diagnosed
+    assert len(diagnosis.layers) == 2
     assert copies == [0]  # the module itself was not trained before its own training
     assert module.steps == 3
     decision = conversion.decision

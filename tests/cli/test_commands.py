@@ -128,6 +128,32 @@ def test_plan_with_memory_adds_what_a_batch_of_the_data_keeps(capsys: pytest.Cap
     assert 0 < data["memory"]["after"] < data["memory"]["before"]
 
 
+def test_plan_says_the_largest_batch_that_fits_and_which_one_it_chose(capsys: pytest.CaptureFixture[str]) -> None:
+    args = (*PLAN, "--batch_norm.module", "net", "--memory", "true", "--batch_size", "auto", "--memory_gib", "2,1")
+    main([*args])
+    fits = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    assert fits[0] == (
+        "Largest batch, computed and not measured: 10% of the memory left free, the optimizer keeps 2 numbers for each "
+        "weight."
+    )
+    rows = [[int(cell.replace(",", "")) for cell in line.split()] for line in fits[3:5]]
+    assert [row[0] for row in rows] == [1, 2]
+    assert all(0 < before < after for _, before, after in rows)
+    assert fits[5] == f"Chosen: {rows[0][2]}, which fits in 1 GiB: --data.batch_size {rows[0][2]}"
+    main([*args, "--format", "json", "--model.optimizer", "lion"])
+    data = json.loads(capsys.readouterr().out)["fits"]
+    assert data["optimizer_state"] == 1
+    assert data["batch_size"] >= rows[0][2]
+    assert [row["gib"] for row in data["largest_batch"]] == [1, 2]
+
+
+def test_plan_refuses_what_is_no_memory_and_a_batch_size_without_memory() -> None:
+    args = (*PLAN, "--batch_size", "auto")
+    assert "batch_size: got 'auto'; allowed: auto together with --memory true" in error_of(*args)
+    for given in ("8,zero", "0", "[]"):
+        assert "memory_gib: got" in error_of(*args, "--memory", "true", "--memory_gib", given)
+
+
 def test_plan_with_memory_wants_to_know_the_size_of_a_batch() -> None:
     args = ("plan", "--model", "tests.foreign.Net", "--data", "tests.foreign.Data", "--memory", "true")
     assert "data: got 'Data'; allowed: data with an image_size, or a model with an example_input_array" in error_of(

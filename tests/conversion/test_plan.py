@@ -424,3 +424,10 @@ def test_momentum_none_and_other_kinds_are_planned_alike() -> None:
     for norm in (nn.BatchNorm2d(4, momentum=None), nn.SyncBatchNorm(4), nn.BatchNorm2d(4, affine=False)):
         (row,) = fbn.plan(with_norm(norm), FREEZE).rows
         assert (row.policy, row.refused) == (FREEZE, False)
+
+
+def test_the_price_of_group_norm_on_a_gpu_is_said_once_and_only_where_it_is_planned() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    said = "On a GPU GroupNorm takes longer than BatchNorm"
+    assert str(fbn.plan(model, fbn.ToGroupNorm(groups=2))).count(said) == 1
+    assert said not in str(fbn.plan(model, fbn.Freeze("none")))

@@ -121,3 +121,15 @@ def test_any_number_of_layers_is_drawn_and_a_long_table_scrolls(number: int) -> 
     assert page.count('<svg class="plot bars"') == 6
     assert page.count("<rect data-mark") == 6 * number
     assert ('class="wide tall"' in page) == (number > 20)
+
+
+def test_a_notebook_shows_them_with_the_same_sentences_as_print() -> None:
+    for result in (diagnosis(), advice(), comparison()):
+        page = html.unescape(result._repr_html_())
+        assert "<script>alert" not in result._repr_html_()
+        shown = result.shown()
+        assert all(sentence in page for sentence in (shown.title, *shown.lead, *shown.notes))
+        assert str(result).startswith(shown.title)
+        assert json.loads(result.to_json())
+    for result in (diagnosis(), comparison()):
+        assert len(result.plot().get_axes()) >= 1

@@ -75,6 +75,22 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     assert largest_batches(memory, (1, 2)) == ((1.0, memory.largest_batch(1)), (2.0, memory.largest_batch(2)))
 
 
+def test_what_a_layer_saves_from_some_batch_on_is_not_taken_for_a_part_that_stays() -> None:
+    # From 8 images on half of it is kept: by a line through both, no image more would cost anything.
+    steep = StepMemory(((4, 40 * MIB), (8, 40 * MIB)), 0, 0, 0, 0, most_fixed=0)
+    assert steep.kept_for(6) == 40 * MIB
+    assert steep.kept_for(16) == 80 * MIB
+    part = StepMemory(((4, 40 * MIB), (8, 40 * MIB)), 0, 0, 0, 0, most_fixed=8 * MIB)
+    assert part.kept_for(16) == 72 * MIB
+    # Three on no line: what seems to stay may be what a layer began to save.
+    bent = StepMemory(((4, 40 * MIB), (8, 70 * MIB), (16, 100 * MIB)), 0, 0, 0, 0, most_fixed=60 * MIB)
+    assert bent.kept_for(32) == 200 * MIB
+    line = StepMemory(((4, 40 * MIB), (8, 60 * MIB), (16, 100 * MIB)), 0, 0, 0, 0, most_fixed=60 * MIB)
+    assert line.kept_for(32) == 180 * MIB
+    rising = StepMemory(((4, 40 * MIB), (8, 80 * MIB)), 0, 0, 0, 0, most_fixed=8 * MIB)
+    assert rising.kept_for(16) == 160 * MIB
+
+
 def test_where_not_one_image_fits_the_batch_is_0() -> None:
     assert StepMemory(((1, 2**30),), 0, 0, 0, 0).largest_batch(0.5) == 0
     assert StepMemory(((4, 4),), 0, 2**30, 2**28, 2**29).largest_batch(1.5) == 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import finetune_bn as fbn
 from finetune_bn.diagnosis.memory import MemoryReport, memory_report, saved_by_layer, saved_bytes
@@ -213,3 +214,15 @@ def test_the_report_of_a_net_with_activations_in_its_norm_layers_is_what_a_step_
     fbn.convert(model, policy, verify=False).train()
     assert report.after == saved_bytes(model, lambda: model(x))
     assert report.after < 0.9 * report.before
+
+
+@pytest.mark.parametrize("count", [saved_bytes, saved_by_layer])
+def test_nothing_of_the_pass_is_held_afterwards(count: Any) -> None:
+    # A result that a node keeps leads to that node: held as it was, the whole graph stayed in memory.
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Sigmoid())
+    made: list[Any] = []
+    for layer in model:
+        layer.register_forward_hook(lambda layer, args, y: made.append(StorageWeakRef(y.untyped_storage())))
+    assert count(model, lambda: model(torch.randn(2, 3, 8, 8)))
+    assert len(made) == 4
+    assert all(storage.expired() for storage in made)

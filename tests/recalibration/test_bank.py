@@ -176,3 +176,53 @@ def test_a_restoring_that_is_called_off_leaves_the_new_statistics() -> None:
         undo.pop_all()
     gc.collect()
     assert torch.equal(model.bn1.running_mean, after)
+
+
+# Without labels of the domain
+
+
+@pytest.mark.parametrize("affine", [None, "shift", "merged"])
+def test_the_nearest_domain_of_a_batch_and_of_each_image_is_the_one_that_it_is_from(affine: Any) -> None:
+    model = net(affine)
+    bank = filled(model)
+    mixed = torch.cat([domain(1.0)[1][:3], domain(-4.0)[1][:2]])
+    model.train()
+    with untouched(model):
+        assert [bank.nearest(model, domain(shift)[0]) for shift in (1.0, -4.0)] == ["day", "night"]
+        assert bank.nearest_each(model, (mixed, "labels")) == ["day"] * 3 + ["night"] * 2
+        assert bank.nearest_each(model, {"x": mixed}, lambda m, b: m(b["x"])) == ["day"] * 3 + ["night"] * 2
+
+
+def test_distances_are_those_of_the_activations_under_each_domain() -> None:
+    model = net()
+    bank = filled(model)
+    images = domain(1.0)[0]
+    expected = []
+    for name in bank.names:
+        seen: list[Tensor] = []
+        with bank.using(name, model):
+            for layer in (model.bn1, model.bn2):
+                hook = layer.register_forward_pre_hook(lambda module, args, to=seen: to.append(args[0].double()))
+                model(images)
+                hook.remove()
+            divergences = []
+            for x, layer in zip(seen, (model.bn1, model.bn2), strict=True):
+                mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0) + layer.eps
+                old = layer.running_var.double() + layer.eps
+                ratio, shift = var / old, (mean - layer.running_mean.double()).square() / old
+                divergences.append(((ratio - 1 - ratio.log() + shift) / 2).mean())
+        expected.append(torch.stack(divergences).mean())
+    torch.testing.assert_close(bank.distances(model, images), torch.stack(expected), rtol=1e-5, atol=1e-7)
+
+
+def test_an_empty_bank_another_model_and_activations_that_are_not_finite_are_refused() -> None:
+    model = net()
+    with pytest.raises(FinetuneBNError, match="bank: got 'no domain'"):
+        StatisticsBank().nearest(model, domain(1.0)[0])
+    bank = filled(model)
+    with pytest.raises(FinetuneBNError, match="layer 'bn1': there is none of that name"):
+        bank.nearest(nn.Sequential(nn.BatchNorm2d(3)), domain(1.0)[0])
+    with untouched(model), pytest.raises(FinetuneBNError, match="activations with NaN or inf"):
+        bank.nearest(model, torch.full((2, 3, 9, 9), torch.nan))
+    with untouched(model), pytest.raises(FinetuneBNError, match="at least one image"):
+        bank.nearest(model, torch.zeros(0, 3, 9, 9))

@@ -18,7 +18,15 @@ from finetune_bn.utilities.results import Result, Shown
 from finetune_bn.utilities.tables import html_table
 from tests.models import settle
 
-ROWS = {"PlanRow", "LayerRecord", "LayerFit", "LayerMemory", "LayerStatus"}  # of a result, and shown by it
+ROWS = {
+    "PlanRow",
+    "LayerRecord",
+    "LayerFit",
+    "LayerMemory",
+    "LayerStatus",
+    "Finding",
+    "LayerDiagnosis",
+}  # of a result, and shown by it
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,100 @@
+"""What is advised against what, and what it rests on: `diagnose`, `advise` and the monitor say the same.
+
+Figures are those of results/study_small_batch.md, study_metric_learning.md and study_shift.md (EfficientNet-Lite0,
+emoji at 64 pixels, 3 seeds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from finetune_bn.diagnosis.rule import Reason
+
+# With fewer independent images the batch mean is off by more than a quarter of what images differ in their means.
+N_EFF = 16.0
+# Batches that differ less from batches dealt at random, by chance, once in so many.
+P_VALUE = 1e-3
+# A running variance this far off in each layer is felt in the output of a deep network.
+RUNNING_VAR_BIAS = 0.05
+# How far an output may differ between training and eval mode, in distances between two images, at two looks in a row:
+# statistics that were pretrained on other data take some batches to follow. ImageNet's EfficientNet-Lite0 on emoji at
+# 64 pixels comes down to 0.45 at batch 64, and to 0.75 at batch 16 and at 16 labels x 2 images.
+TRAIN_EVAL_GAP = 0.6
+# How far an output may move when the other images of its batch are exchanged, in the same unit. There it is 0.4 to 0.5
+# at batch 64, and 0.7 to 0.9 at 16 labels x 2 images, where training with live layers fails.
+LEAKAGE = 0.6
+# One layer may be off by chance, and what concerns few of them need not be felt.
+SHARE_OF_LAYERS = 0.25
+# From this design effect on, labels and not the size of the batch are worth a word.
+DEFF = 1.1
+# From this shift on (standard deviations, median over layers) recalibration on target images brought points: 0.11 on
+# other vendors, 0.35 to 0.74 under corruptions.
+SHIFT = 0.3
+
+# Frozen layers take no step back from weights that grew too far: clipped gradients did not save them, this did.
+LIMIT = "bound what a step does to a convolution (add StepLimit)"
+FREEZE = "Freeze the statistics (BatchNormConversion with policy Freeze)"
+INSTEAD = f"{FREEZE}, or normalize by batch renorm (Renorm)."
+# Ghost groups of one image a label, often advised for such batches, were no better than live layers.
+BY_LABELS = f"{FREEZE}: with batches of 16 labels x 2 images that brought 18.5 points, ghost groups none."
+LARGER = "Or take larger batches."
+SHUFFLE = "Shuffle the loader; where batches have to be made that way, BatchNorm should not learn from them."
+RECALIBRATE = "Evaluate by statistics of i.i.d. images (add BatchNormRecalibration), or freeze the pretrained ones."
+ONE_MODE = (
+    "Evaluate by statistics of the data (add BatchNormRecalibration), or train by those of evaluation (policy Freeze)."
+)
+SMALLER_RATE = "start again from the pretrained weights with a third of it"
+DROP_LAST = "Let the loader drop the last batch (drop_last=True), or take larger batches."
+SYNC = "Freeze the statistics, set trainer.sync_batchnorm: true, or give each device more images."
+
+# What was measured, by what it speaks for.
+EVIDENCE: Mapping[str, Reason] = {
+    "batch 2": Reason(
+        "At batch 2 frozen layers were 25.3 points ahead of live ones (95 % interval +19.0 to +31.5).",
+        25.3,
+        "results/study_small_batch.md",
+    ),
+    "batch 4": Reason(
+        "At batch 4 frozen layers were 8.5 points ahead of live ones (95 % interval +5.4 to +11.5).",
+        8.5,
+        "results/study_small_batch.md",
+    ),
+    "batch 16": Reason(
+        "At batch 16 frozen and live layers were 1.0 points apart (95 % interval -0.5 to +2.4): undecided.",
+        1.0,
+        "results/study_small_batch.md",
+    ),
+    "P x K": Reason(
+        "With batches of 16 labels x 2 images frozen layers were 18.5 points of Recall@1 ahead of live ones (95 % "
+        "interval +7.1 to +30.0).",
+        18.5,
+        "results/study_metric_learning.md",
+    ),
+    "ghost": Reason(
+        "Ghost groups with one image of each label were 2.5 points behind plain live layers there.",
+        -2.5,
+        "results/study_metric_learning.md",
+    ),
+    "recalibrated first": Reason(
+        "Recalibrating before freezing cost 8.2 points there: pretrained weights fit the statistics that they were "
+        "trained with.",
+        -8.2,
+        "results/study_metric_learning.md",
+    ),
+    "rate": Reason(
+        "At batch 4 the best rate of frozen layers was 2e-4 and that of live ones 1e-3; at 1e-3 frozen layers fell to "
+        "35.7 %.",
+        0.2,
+        "results/study_small_batch.md",
+    ),
+    "limited": Reason(
+        "With limited steps frozen layers kept 68.8 % at 1e-3, where without they fell to 35.7 %.",
+        68.8,
+        "results/study_small_batch.md",
+    ),
+    "shift": Reason(
+        "Statistics of 512 target images brought 18.4 points where a test set had shifted by 0.35 to 0.74 sd.",
+        18.4,
+        "results/study_shift.md",
+    ),
+}

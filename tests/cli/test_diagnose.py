@@ -1,0 +1,136 @@
+"""`finetune-bn diagnose`: what it reads from a config, what it writes, and the schema of its JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("jsonargparse")
+
+from finetune_bn.cli import main
+from finetune_bn.cli.diagnose import on_one_device
+from finetune_bn.diagnosis.advise import TREATMENTS, overlay
+from finetune_bn.diagnosis.rule import ARMS, Arm
+
+SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "use" / "diagnosis.schema.json"
+CONFIG = (
+    *("--model", "ImageClassification", "--model.weights", "none", "--model.backbone", "test_efficientnet"),
+    *("--data", "EmojiData", "--data.image_size", "32", "--data.batch_size", "8", "--data.num_workers", "0"),
+    *("--trainer.accelerator", "cpu", "--trainer.logger", "false"),
+)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty folder, and keep the seed that the command leaves in the environment out of other tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["finetune-bn"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+
+def violations(value: Any, schema: dict[str, Any], where: str = "$") -> list[str]:
+    """Return where a value breaks a JSON schema, as far as ours goes: types, enums, properties, items."""
+    kinds = {
+        "object": dict, "array": list, "string": str, "boolean": bool, "null": type(None), "integer": int,
+        "number": (int, float),
+    }  # fmt: skip
+    allowed = schema.get("type", list(kinds))
+    allowed = [allowed] if isinstance(allowed, str) else allowed
+    fits = any(isinstance(value, kinds[k]) and (k == "boolean" or not isinstance(value, bool)) for k in allowed)
+    found = [] if fits else [f"{where}: {value!r} is no {allowed}"]
+    if "enum" in schema and value not in schema["enum"]:
+        found.append(f"{where}: {value!r} is none of {schema['enum']}")
+    if isinstance(value, dict):
+        properties = schema.get("properties", {})
+        found += [f"{where}: no {name}" for name in schema.get("required", []) if name not in value]
+        if schema.get("additionalProperties") is False:
+            found += [f"{where}: {name} is not in the schema" for name in value if name not in properties]
+        for name, part in value.items():
+            found += violations(part, properties.get(name, {}), f"{where}.{name}")
+    if isinstance(value, list):
+        found += [v for i, part in enumerate(value) for v in violations(part, schema.get("items", {}), f"{where}[{i}]")]
+    return found
+
+
+def test_the_json_keeps_to_its_schema_and_the_overlay_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--format", "json", "--output", "out.json", "--overlay", "advised.yaml", "--max_images", "64")
+    main(["diagnose", *CONFIG, *options, "--trainer.accumulate_grad_batches", "4", "--trainer.devices", "2"])
+    assert "Advice: " in capsys.readouterr().out
+    found = json.loads(Path("out.json").read_text(encoding="utf-8"))
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    assert violations(found, schema) == []
+    assert violations(found | {"more": 1}, schema) == ["$: more is not in the schema"]
+    batches = found["diagnosis"]["batches"]
+    assert (batches["batch_size"], batches["devices"], batches["accumulate"]) == (8, 2, 4)
+    assert found["diagnosis"]["curvature"]["frozen"] is not None  # by the loss of the training step
+    assert found["diagnosis"]["curvature"]["optimizer"] == "adamw"
+    assert Path("advised.yaml").read_text(encoding="utf-8") == found["advice"]["overlay"]
+
+
+def test_a_page_is_written_and_a_folder_that_is_not_there_is_named_before_the_work() -> None:
+    quick = ("--curvature", "false", "--memory", "false", "--max_images", "16")
+    main(["diagnose", *CONFIG, "--format", "html", "--output", "page.html", *quick])
+    assert Path("page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    with pytest.raises(SystemExit) as caught:
+        main(["diagnose", *CONFIG, "--output", "nowhere/out.txt"])
+    assert "output: got 'nowhere/out.txt'" in str(caught.value.code)
+
+
+class Options:
+    """The section `trainer` of a config."""
+
+    def __init__(self, **values: Any) -> None:
+        defaults = {
+            "devices": "auto",
+            "num_nodes": 1,
+            "strategy": "ddp",
+            "sync_batchnorm": False,
+            "accelerator": "auto",
+        }
+        vars(self).update(defaults | values)
+
+
+def test_what_a_config_asks_of_a_machine_is_kept_and_one_device_runs() -> None:
+    options = Options(devices=4, num_nodes=2, sync_batchnorm=True)
+    asked = on_one_device(options)
+    assert (asked.devices, asked.synced, asked.notes) == (8, True, [])
+    assert (options.devices, options.num_nodes, options.strategy) == (1, 1, "auto")
+    assert on_one_device(Options(devices=[0, 2])).devices == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_a_finding() -> None:
+    options = Options(accelerator="gpu", devices=2)
+    (note,) = on_one_device(options).notes
+    assert note.name == "device"
+    assert "no" in note.sentence
+    assert options.accelerator == "cpu"
+
+
+def overlay_of(arm: Any) -> str:
+    """Write what is advised where an arm comes first, and return the file."""
+    path = Path(f"{arm}.yaml")
+    path.write_text(overlay(arm, 5e-5), encoding="utf-8")
+    return str(path)
+
+
+SMALL = (
+    *("--model.backbone", "test_efficientnet", "--model.weights", "none", "--data.image_size", "32"),
+    *("--trainer.accelerator", "cpu", "--data.num_workers", "0"),
+)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_overlay_is_understood_on_top_of_the_quickstart(arm: Arm, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--config", "quickstart", "--config", overlay_of(arm), *SMALL])
+    assert TREATMENTS[arm].policy.describe().partition(",")[0] in capsys.readouterr().out
+
+
+def test_an_overlay_is_trained_with() -> None:
+    main(["fit", "--config", "quickstart", "--config", overlay_of("limited"), *SMALL, "--trainer.fast_dev_run", "true"])
