@@ -80,26 +80,44 @@ class Constants:
 class _Seen:
     """Two tensors, as they are now."""
 
+    __slots__ = ("_eps", "_one", "_two")
+
     def __init__(self, eps: float, one: Tensor, two: Tensor | None) -> None:
-        self._eps, self._one, self._two = eps, one, two
-        self._states = _state(one), _state(two)
+        self._eps = eps
+        self._one, self._two = _State(one), None if two is None else _State(two)
 
     def are(self, eps: float, one: Tensor, two: Tensor | None) -> bool:
         """Tell whether these are the two, and nobody has written to them."""
-        if one is not self._one or two is not self._two or eps != self._eps:
+        if eps != self._eps or not self._one.is_of(one):
             return False
-        return (_state(one), _state(two)) == self._states
+        return two is None if self._two is None else two is not None and self._two.is_of(two)
 
 
-def _state(tensor: Tensor | None) -> object:
-    if tensor is None:
-        return None
-    if tensor.is_inference():
-        return object()  # writes to it are not counted: its state is never that of before
-    place = tensor.data_ptr()
-    # Not by torch.equal: what is launched in a step stays what it is without.
-    numbers = ctypes.string_at(place, tensor.nbytes) if tensor.is_cpu and tensor.is_contiguous() else b""
-    return tensor._version, place, numbers
+class _State:
+    """A tensor and its numbers."""
+
+    __slots__ = ("_counted", "_memory", "_numbers", "_place", "_size", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        # Writes to an inference tensor are not counted: its state is never that of before.
+        self._counted = not tensor.is_inference()
+        self._place, self._size = tensor.data_ptr(), tensor.nbytes
+        self._version = tensor._version if self._counted else 0
+        self._memory = None
+        # Not compared by torch.equal: what is launched in a step stays what it is without. A view of the memory is made
+        # once, as that takes longer than to read it, and is read only while the tensor still lies there.
+        if self._counted and tensor.is_cpu and tensor.is_contiguous() and self._size:
+            self._memory = (ctypes.c_char * self._size).from_address(self._place)
+        self._numbers = b"" if self._memory is None else self._memory.raw
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Tell whether this is the tensor, and nobody has written to it."""
+        if tensor is not self._tensor or not self._counted or tensor._version != self._version:
+            return False
+        if tensor.data_ptr() != self._place or tensor.nbytes != self._size:
+            return False
+        return self._memory is None or self._memory.raw == self._numbers
 
 
 def plain_step() -> bool:
@@ -130,7 +148,7 @@ def batch_norm_in_step(
     """Return `frozen_batch_norm` of the same tensors for a layer that has `constants` of its own."""
     if not torch.is_grad_enabled() or not plain_step() or running_var.is_inference():
         return frozen_batch_norm(x, running_mean, running_var, weight, bias, eps)
-    cudnn = torch.backends.cudnn.enabled
+    cudnn = torch._C._get_cudnn_enabled()  # torch.backends.cudnn.enabled, which costs as much as a launch
     if weight is not None and weight.requires_grad:
         # PyTorch's own backward, but for one image, whose gradient may come in strides that its CPU kernel gets wrong.
         if len(x) < 2 and not x.is_cuda:

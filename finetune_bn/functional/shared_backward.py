@@ -240,7 +240,7 @@ class _Shared(torch.autograd.Function):
         ctx.eps, ctx.geometry, ctx.dtype = eps, producer.geometry, producer.dtype
         ctx.hooks = producer.hooks
         ctx.y, ctx.bias_dtype = weakref.ref(y), None if bias is None else bias.dtype
-        cudnn = torch.backends.cudnn.enabled
+        cudnn = torch._C._get_cudnn_enabled()
         return torch.batch_norm(y, weight, bias, constants.mean, constants.var, False, 0.0, eps, cudnn)
 
     @staticmethod
@@ -300,7 +300,7 @@ def _by_kernels(
     """Return the gradients of x and W, sum(W H) / sqrt(var + eps) and sum G."""
     rows = _rows(kernel)
     assert rows is not None
-    scaled = torch.batch_norm(rows, weight, None, zero, var, False, 0.0, eps, torch.backends.cudnn.enabled)
+    scaled = torch.batch_norm(rows, weight, None, zero, var, False, 0.0, eps, torch._C._get_cudnn_enabled())
     scaled = scaled.as_strided(kernel.shape, kernel.stride())
     scaled = scaled if scaled.dtype == dtype else scaled.to(dtype)
     of_x, of_scaled, _ = torch.ops.aten.convolution_backward.default(
