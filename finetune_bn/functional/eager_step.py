@@ -158,11 +158,14 @@ def batch_norm_in_step(
     if not x.requires_grad and (bias is None or not bias.requires_grad):
         return torch.batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, cudnn)
     scale = constants.scale(weight, running_var, eps, x.dtype, x.dim())
-    return _apply_constant(x, bias, scale, running_mean, running_var, weight, eps, cudnn)  # type: ignore[no-any-return]
+    return _apply_constant(x, bias, scale, (running_mean, running_var, weight, eps, cudnn))  # type: ignore[no-any-return]
 
 
 class _ConstantScale(torch.autograd.Function):
-    """Eval-mode BN whose scale is not trained: backward keeps the scale and no activation."""
+    """Eval-mode BN whose scale is not trained: backward keeps the scale and no activation.
+
+    What is constant comes as one argument: each one of its own is looked at by autograd, in both passes.
+    """
 
     @staticmethod
     def forward(
@@ -170,24 +173,22 @@ class _ConstantScale(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         scale: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        cudnn: bool,
+        constants: tuple[Tensor, Tensor, Tensor | None, float, bool],
     ) -> Tensor:
+        mean, var, weight, eps, cudnn = constants
         ctx.save_for_backward(scale)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return torch.batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, cudnn)
+        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, cudnn)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, need_bias, *_ = ctx.needs_input_grad
+        need = ctx.needs_input_grad
         of_bias = None
-        if need_bias:
+        if need[1]:
             wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-            of_bias = grad.sum([d for d in range(grad.dim()) if d != 1], dtype=wide).to(ctx.bias_dtype)
-        return grad * ctx.saved_tensors[0] if need_x else None, of_bias, None, None, None, None, None, None
+            of_bias = grad.sum(
+                [d for d in range(grad.dim()) if d != 1], dtype=wide
+            )  # autograd casts it to bias's dtype
+        return grad * ctx.saved_tensors[0] if need[0] else None, of_bias, None, None
 
 
 _apply_constant = direct_apply(_ConstantScale)
