@@ -309,6 +309,7 @@ class _Maker:
         return nn.Sequential(self._all(steps), nn.Identity())
 
     def _recomputed(self, steps: tuple[Step, ...]) -> nn.Module:
+        self.before = ""  # torch itself cannot compute again what writes over its input
         return Recomputed(self._all(steps))
 
     def _skip(self, steps: tuple[Step, ...]) -> nn.Module:
