@@ -61,7 +61,6 @@ def timed() -> dict[str, Any]:
     began, clock = time.process_time(), time.perf_counter()
     found = fbn.diagnose(net, batches, optimizer="adamw", lr=1e-3, seconds=3600, progress=False)
     cpu, wall = time.process_time() - began, time.perf_counter() - clock
-    curvature = None if found.curvature is None else found.curvature.to_dict()
     return {
         "sampler": "timed",
         "seed": 0,
@@ -69,7 +68,6 @@ def timed() -> dict[str, Any]:
         "cpu_seconds": cpu,
         "wall_seconds": wall,
         "left_out": list(found.left_out),
-        "curvature": curvature,
         "shift": found.shift,
         "threads": torch.get_num_threads(),
     }

@@ -25,6 +25,13 @@ def test_it_is_the_largest_also_where_another_one_is_more_negative(values: list[
     assert found == pytest.approx(max(values), rel=1e-3)
 
 
+def test_a_direction_that_was_not_found_yet_is_not_taken_for_a_flat_loss() -> None:
+    values = torch.cat([torch.tensor([300.0, -400.0]), torch.zeros(3000)])
+    point = torch.ones(len(values), requires_grad=True)
+    loss = lambda: 0.5 * (values * point**2).sum()  # noqa: E731
+    assert top_eigenvalue(loss, [point], iterations=8) == pytest.approx(300.0, rel=0.05)
+
+
 def test_a_scale_multiplies_the_hessian_on_both_sides() -> None:
     matrix, point = quadratic([9.0, 4.0, 1.0, 0.5])
     point.requires_grad_()
