@@ -23,7 +23,7 @@ COMMANDS = {
     "segmentation": [""],
     "detection": ["", "--detector retinanet"],
     "self_supervised": [""],
-    "video": ["", "--net r3d_18 --steps 6"],
+    "video": ["", "--net r3d_18 --steps 12"],
     "lora": [""],
     "robot_learning": ["", "--norm group_norm"],
     "private": [""],

@@ -145,7 +145,9 @@ class Soak:
         self._run(arguments(cut), cut / "last.log")
         faults += broken(cut)
         if name == "out.ckpt":
-            faults += differences(torch.load(cut / name)["state_dict"], torch.load(whole / name)["state_dict"])
+            faults += differences(
+                *(torch.load(place / name, weights_only=True)["state_dict"] for place in (cut, whole))
+            )
         elif name == "out.onnx":
             faults += [] if digest(cut / name) == digest(whole / name) else ["another file was written"]
         else:
@@ -244,7 +246,7 @@ def newest(folder: Path) -> Path | None:
 
 def steps_of(checkpoint: Path | None) -> int:
     """Return the number of steps behind a checkpoint."""
-    return 0 if checkpoint is None else int(torch.load(checkpoint, weights_only=False)["global_step"])
+    return 0 if checkpoint is None else int(torch.load(checkpoint, weights_only=True)["global_step"])
 
 
 def broken(folder: Path) -> list[str]:
@@ -255,7 +257,7 @@ def broken(folder: Path) -> list[str]:
             continue  # written aside, to be renamed: nobody reads it
         try:
             if path.suffix == ".ckpt":
-                torch.load(path, weights_only=False)
+                torch.load(path, weights_only=True)
             elif path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
             elif path.suffix == ".html" and not path.read_text(encoding="utf-8").rstrip().endswith("</html>"):
@@ -273,7 +275,7 @@ def broken(folder: Path) -> list[str]:
 
 def state_of(place: Path) -> dict[str, Any]:
     """Return what the last checkpoint of a run and its report hold, without names of files."""
-    checkpoint = torch.load(place / "saved" / "epoch=2.ckpt", weights_only=False)
+    checkpoint = torch.load(place / "saved" / "epoch=2.ckpt", weights_only=True)
     callbacks = {k: v for k, v in checkpoint["callbacks"].items() if not k.startswith("ModelCheckpoint")}
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "finetune_bn_run")
     loops = checkpoint["loops"]["fit_loop"]

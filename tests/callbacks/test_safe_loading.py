@@ -158,7 +158,7 @@ def test_every_call_of_torch_load_says_weights_only() -> None:
     for path in (*ROOT.glob("finetune_bn/**/*.py"), *ROOT.glob("scripts/**/*.py")):
         text = path.read_text(encoding="utf-8")
         assert not UNSAFE.search(text), path
-        if "torch.load(" not in text or "scripts" in path.parts:  # a script reads what it wrote itself
+        if "torch.load(" not in text:
             continue
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
