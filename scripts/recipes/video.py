@@ -78,7 +78,7 @@ def main() -> None:
     x, y = clips(2 * args.steps, seed=0)
     net = Tsm() if args.net == "tsm" else r3d_18(weights=None, num_classes=2)
     if args.net == "r3d_18":  # no pretraining here, and so no statistics to freeze
-        fbn.recalibrate(net, [x[:8]], keep_batches=True, progress=False)
+        fbn.recalibrate(net, [clips(8, seed=2)[0]], keep_batches=True, progress=False)
     net = fbn.convert(net, fbn.Freeze("original"), example_input=x[:1])
     print(fbn.status(net))
     # Frozen layers do not scale back what a step made large: a network from scratch wants the smaller steps.
