@@ -238,7 +238,7 @@ def _how_sure(best: Choice, second: Choice) -> str:
     return (
         f"{sure}: it is expected to be {best.expected_loss:.1f} points behind the best treatment (spread over the "
         f"measured settings {best.spread:.1f}), the second {second.expected_loss:.1f}. Those are small networks on "
-        "small pictures: `compare` measures it on yours."
+        "small pictures: compare measures it on yours."
     )
 
 

@@ -16,6 +16,7 @@ from finetune_bn.diagnosis.page import (
     html_verdict,
 )
 from finetune_bn.diagnosis.page_plots import Bars, html_layers
+from finetune_bn.diagnosis.rule import TITLES
 
 Data = Mapping[str, Any]
 Sections = list[tuple[str, str]]
@@ -53,7 +54,7 @@ def advice_sections(advice: Data) -> Sections:
         advice: what `Advice.to_dict` returned.
     """
     reasons = [f"{reason['sentence']} [{reason['source']}]" for reason in advice["reasons"]]
-    second = f"Second choice: {advice['second']['arm']}. {advice['second']['what_would_change']}"
+    second = f"Second choice: {TITLES[advice['second']['arm']]}. {advice['second']['what_would_change']}"
     overlay = (
         html_code(advice["overlay"]) + "<p>Write this to a file, and pass it as one more <code>--config</code>.</p>"
     )
