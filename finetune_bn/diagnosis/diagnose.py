@@ -34,7 +34,7 @@ from finetune_bn.layers.ghost import GhostBatchNorm
 from finetune_bn.layers.renorm import BatchRenorm
 from finetune_bn.layers.sites import BatchNormSite, find_batch_norms, find_lookalikes, why_left_alone
 from finetune_bn.layers.statistics import why_no_statistics
-from finetune_bn.utilities.batches import Chunk, Feeder, Forward, check_batches
+from finetune_bn.utilities.batches import Chunk, Feeder, Forward, check_batches, known_length
 from finetune_bn.utilities.checks import number
 from finetune_bn.utilities.probe import undisturbed, unwrapped
 from finetune_bn.utilities.progress import progress_bar
@@ -304,8 +304,5 @@ def _train_images(loader: Iterable[Any], seen: Seen) -> int | None:
     """Return how many images the training set has, as far as the loader tells."""
     data = getattr(loader, "dataset", None)
     if isinstance(data, Sized):
-        try:
-            return len(data)
-        except (TypeError, NotImplementedError):
-            return None
+        return known_length(data)
     return sum(seen.sizes) if seen.whole else None

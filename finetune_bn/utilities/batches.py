@@ -352,15 +352,15 @@ class Stock:
             return None
         chunk = self._feeder.chunk(batch, self._number)
         if not self._number:
-            total = len(chunk) * _length(self._batches)
+            total = len(chunk) * (known_length(self._batches) or 0)
             self.expected = total if self._limit is None else min(total, self._limit)
         self._number += 1
         return chunk
 
 
-def _length(batches: Iterable[Any]) -> int:
-    """Return how many batches there are; 0 where that is not known, as in a DataLoader over an IterableDataset."""
+def known_length(items: object) -> int | None:
+    """Return how many there are; None where that is not known, as in a DataLoader over an IterableDataset."""
     try:
-        return len(batches) if isinstance(batches, Sized) else 0
+        return len(items) if isinstance(items, Sized) else None
     except (TypeError, NotImplementedError):
-        return 0
+        return None

@@ -81,6 +81,7 @@ def test_an_average_that_would_never_begin_is_an_error_before_the_first_step(cal
 def test_one_that_begins_in_time_is_none(settings: Any, kwargs: Any, tmp_path: Path) -> None:
     run = trainer(tmp_path, EMAWeightAveraging(**settings), BatchNormConversion(), **kwargs)
     run.fit(Foreign(), loader())
+    assert run.global_step == run.max_epochs * run.num_training_batches  # to the end
 
 
 def test_a_validation_of_an_average_that_has_not_begun_is_warned_of_and_a_later_one_is_not(tmp_path: Path) -> None:
