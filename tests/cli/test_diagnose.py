@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
 
+from finetune_bn.callbacks import StepLimit
 from finetune_bn.cli import main
 from finetune_bn.cli.diagnose import on_one_device
 from finetune_bn.diagnosis.advise import TREATMENTS, overlay
@@ -132,5 +133,8 @@ def test_every_overlay_is_understood_on_top_of_the_quickstart(arm: Arm, capsys: 
     assert TREATMENTS[arm].policy.describe().partition(",")[0] in capsys.readouterr().out
 
 
-def test_an_overlay_is_trained_with() -> None:
+def test_an_overlay_is_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[StepLimit] = []
+    monkeypatch.setattr(StepLimit, "on_train_end", lambda self, *_: ended.append(self))
     main(["fit", "--config", "quickstart", "--config", overlay_of("limited"), *SMALL, "--trainer.fast_dev_run", "true"])
+    assert [limit.ratio for limit in ended] == [5e-4]
