@@ -7,9 +7,9 @@ The data of every folder is kept in `.coverage.<folder>` and joined at the end. 
 passed, its data is there, and neither the package nor a file of its tests has changed since. Test files that are new or
 changed are run by themselves and added; a changed package starts all anew, for its line numbers are others.
 
-Code that runs in other processes (ranks, workers, the command as a program) is not counted, nor is what only a GPU or
-`-m slow` runs: the figure is a lower bound. What is left out altogether is named in `[tool.coverage]` of
-pyproject.toml. Table: results/coverage.md.
+Code that runs in other processes (ranks, workers, the command as a program) counts where they end by themselves. What
+only a GPU or `-m slow` runs does not. What is left out altogether is named in `[tool.coverage]` of pyproject.toml.
+Table: results/coverage.md.
 """
 
 from __future__ import annotations
@@ -76,10 +76,17 @@ def to_run(store: Store, part: str) -> tuple[list[Path], bool]:
 
 
 def run(part: str, tests: list[Path], add: bool) -> int:
-    """Run test files under coverage; return pytest's exit status."""
-    command = [sys.executable, "-m", "coverage", "run", f"--data-file={data_of(part)}", *["--append"] * add]
+    """Run test files under coverage, and join what their processes ran to the folder's data; return pytest's status."""
+    data = data_of(part)
+    for old in [*ROOT.glob(f"{data.name}.*"), *([] if add else [data])]:
+        old.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "coverage", "run", f"--data-file={data}"]
     command += ["-m", "pytest", "-q", "-p", "no:xdist", *(str(path.relative_to(ROOT)) for path in tests)]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    found = [str(path) for path in ROOT.glob(f"{data.name}.*")]
+    joined = [sys.executable, "-m", "coverage", "combine", "-q", "--append", f"--data-file={data}", *found]
+    subprocess.run(joined, cwd=ROOT, check=True)
+    return status
 
 
 def account(parts: list[str]) -> dict[str, Any]:
