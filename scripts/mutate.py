@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import functools
 import hashlib
 import subprocess
 import tempfile
@@ -142,14 +143,15 @@ def in_words(node: ast.AST, what: str, new: ast.AST) -> str:
     return f"{what}: `{ast.unparse(node).splitlines()[0]}` -> `{ast.unparse(new).splitlines()[0]}`"
 
 
-def mutants_of(file: str, source: str) -> list[Mutant]:
+@functools.cache
+def mutants_of(file: str, source: str) -> tuple[Mutant, ...]:
     """Return all changes of a file."""
     found, seen = [], Counter[str]()
     for number, (node, what, new) in enumerate(candidates(ast.parse(source))):
         change = in_words(node, what, new)
         found.append(Mutant(file, number, node.lineno, change, seen[change]))  # type: ignore[attr-defined]
         seen[change] += 1
-    return found
+    return tuple(found)
 
 
 def mutated(source: str, number: int) -> str:

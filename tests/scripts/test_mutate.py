@@ -69,8 +69,9 @@ def test_an_edit_of_the_code_leaves_the_other_mutants_of_the_sample_in_their_ord
     assert before != [script.key_of(mutant) for mutant in script.mutants_of("a.py", SOURCE)]
 
 
-@pytest.fixture
-def warm(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def warm(script: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    tmp_path = tmp_path_factory.mktemp("checkout")
     (tmp_path / "finetune_bn").mkdir()
     path = tmp_path / "finetune_bn" / "it.py"
     path.write_text(
@@ -81,7 +82,6 @@ def warm(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     )
     (tmp_path / "test_it.py").write_text(test, encoding="utf-8")
     (tmp_path / "test_fails.py").write_text("def test_f():\n    assert False\n", encoding="utf-8")
-    monkeypatch.setattr(script, "tests_of", lambda _: ["test_it.py"])
     with script.WarmTests(tmp_path, imports=["pytest", "not_installed_here"]) as tests:
         yield tests
 
@@ -90,6 +90,7 @@ def warm(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 def test_a_change_that_a_test_notices_is_killed_another_survives_and_one_that_never_ends_is_stopped(
     script: Any, warm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(script, "tests_of", lambda _: ["test_it.py"])
     path = warm.checkout / "finetune_bn" / "it.py"
     source = path.read_text(encoding="utf-8")
     of = {mutant.change: mutant for mutant in script.mutants_of("it.py", source)}
@@ -102,7 +103,7 @@ def test_a_change_that_a_test_notices_is_killed_another_survives_and_one_that_ne
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_test_file_that_fails_on_the_unchanged_code_stops_the_script_and_one_that_passes_is_run_once(
-    script: Any, warm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Any, warm: Any, tmp_path: Path
 ) -> None:
     store = script.Store(tmp_path / "mutation.json", "python scripts/mutate.py", device="cpu")
     script.control(store, ["test_it.py"], warm)
