@@ -130,7 +130,7 @@ def test_without_an_input_or_with_a_wrong_one_nothing_is_written(tmp_path: Path)
 
 
 def test_a_disk_that_is_full_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     path = tmp_path / "net.pt2"

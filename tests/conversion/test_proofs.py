@@ -14,7 +14,7 @@ from finetune_bn.errors import ConversionMismatch
 
 
 def far_out() -> nn.BatchNorm2d:
-    """Return a layer whose mean is 3,000 standard deviations from 0: scale and shift cancel nearly all of what is fed."""
+    """Return a layer whose mean is 3,000 standard deviations from 0: scale and shift cancel nearly all of its input."""
     bn = nn.BatchNorm2d(4)
     nn.init.constant_(bn.running_mean, 3e3)
     return bn.eval()
