@@ -10,6 +10,7 @@ from typing import Any
 
 import cells
 import study_advice as study
+from compact import FAMILIES, LADDER
 from store import Store
 
 from finetune_bn.diagnosis import rule
@@ -83,7 +84,7 @@ def measured(store: Store, shifts: Mapping[str, Mapping[str, Any]]) -> list[rule
                     iid=setting.sampler == "iid",
                     images_per_label=None if setting.sampler == "iid" else 2.0,
                     log_var=shifts[name]["log_var"],
-                    family=study.FAMILIES[setting.family],
+                    family=FAMILIES[setting.family],
                 ),
                 scores=means,
                 seeds=len(next(iter(arms.values()))),
@@ -104,7 +105,7 @@ def summarize(store: Store) -> dict[str, Any]:
         for arm, by_seed in arms.items():
             values = list(by_seed.values())
             lr = study.chosen_rate(store, name, arm)
-            edge = lr in (study.LADDER[0], study.LADDER[-1])
+            edge = lr in (LADDER[0], LADDER[-1])
             lines[arm] = {"test": fmean(values), "sd": stdev(values), "lr": lr, "at_the_edge": edge}
         table.append({"setting": name, "seeds": len(values), **shifts[name], "arms": lines})
     return {

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import compact
 import study_advice as study
 import study_advice_report as report
 from advice_pictures import Pictures
@@ -91,7 +92,7 @@ def test_a_batch_of_pairs_holds_both_images_of_each_label() -> None:
     setting = next(s for s in study.SETTINGS if s.sampler == "pk")
     labels = torch.arange(setting.images // 2).repeat_interleave(2)
     data: Any = Pictures(torch.zeros(len(labels), 1), labels, *([torch.zeros(0)] * 4), classes=1)
-    batches = list(study.drawn(setting, data, torch.Generator().manual_seed(0)))
+    batches = list(compact.drawn(setting, data, torch.Generator().manual_seed(0)))
     assert len(batches) == setting.steps
     for rows in batches:
         _, counts = labels[rows].unique(return_counts=True)
