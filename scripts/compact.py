@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ FIRST_RUNGS = (3e-4, 1e-3)
 # Images seen in a training, by how many there are: an epoch or more, and enough for the head to be found.
 EPOCHS = {100: 10, 400: 4, 1600: 1}
 CALIBRATE_ON, RECALIBRATE_ON = 256, 512
+DIMENSION = 128  # of embeddings
 FAMILIES = {"lite0": "tf_efficientnet_lite0", "mobilenetv2": "mobilenetv2_100"}
 
 
@@ -44,6 +46,7 @@ class Setting:
         sampler: `iid`, or `pk`: 2 images of each label.
         length: steps of a training, where they are not those by `EPOCHS`.
         side: pixels; images of 64 are enlarged to more.
+        proxies: the loss of `pk` batches is proxy anchor, not NT-Xent.
     """
 
     family: str
@@ -53,12 +56,14 @@ class Setting:
     sampler: str = "iid"
     length: int | None = None
     side: int = 64
+    proxies: bool = False
 
     @property
     def name(self) -> str:
         """Return how tables and rows call it."""
         name = f"{self.family} {self.sampler} {self.batch} of {self.images} {self.pictures}"
         name += "" if self.side == 64 else f" at {self.side} px"
+        name += " by proxies" if self.proxies else ""
         return name if self.length is None else f"{name} in {self.length} steps"
 
     @property
@@ -82,7 +87,7 @@ def network(setting: Setting, seed: int) -> nn.Module:
     """Return the pretrained network with a new head."""
     data = pictures(setting, seed)
     torch.manual_seed(seed)
-    outputs = 128 if setting.sampler == "pk" else data.classes
+    outputs = DIMENSION if setting.sampler == "pk" else data.classes
     return fbn.create_backbone(FAMILIES[setting.family], "package", num_classes=outputs)
 
 
@@ -121,6 +126,7 @@ def train(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     setting: Setting,
     seed: int,
+    objective: Objective,
     before: Callable[[int, nn.Module], nn.Module] = lambda step, net: net,
     gradient: Callable[[nn.Module], None] = lambda net: None,
 ) -> tuple[nn.Module, float]:
@@ -132,6 +138,7 @@ def train(
         schedule: of the optimizer.
         setting: what is trained, and how long.
         seed: order of the images.
+        objective: the loss.
         before: called with the number of each step; returns the network to go on with.
         gradient: called with the network before each step of the optimizer.
     """
@@ -140,7 +147,7 @@ def train(
     loss = torch.zeros(())
     for step, rows in enumerate(drawn(setting, data, order)):
         net = before(step, net)
-        loss = objective(net(data.train[rows]), data.labels[rows], setting)
+        loss = objective(net(data.train[rows]), data.labels[rows])
         optimizer.zero_grad()
         loss.backward()
         gradient(net)
@@ -166,14 +173,42 @@ def drawn(setting: Setting, data: Pictures, order: torch.Generator) -> Iterator[
             yield rows
 
 
-def objective(outputs: Tensor, labels: Tensor, setting: Setting) -> Tensor:
-    """Return the loss of a batch."""
-    if setting.sampler == "iid":
-        return F.cross_entropy(outputs, labels)
-    from pytorch_metric_learning.losses import NTXentLoss
+class Objective(nn.Module):
+    """The loss of a setting: cross-entropy, NT-Xent, or proxy anchor, whose proxies are its parameters.
 
-    loss: Tensor = NTXentLoss(temperature=0.1)(F.normalize(outputs), labels)
-    return loss
+    Args:
+        setting: what is trained.
+        seed: of the images, and of the proxies.
+    """
+
+    def __init__(self, setting: Setting, seed: int) -> None:
+        super().__init__()
+        self.paired = setting.sampler == "pk"
+        if not self.paired:
+            return
+        from pytorch_metric_learning.losses import NTXentLoss, ProxyAnchorLoss
+
+        self.labels: Tensor | None = None
+        if setting.proxies:
+            self.labels = pictures(setting, seed).labels.unique()
+            torch.manual_seed(seed)
+            self.loss = ProxyAnchorLoss(len(self.labels), DIMENSION)
+        else:
+            self.loss = NTXentLoss(temperature=0.1)
+
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of a batch: outputs [N, C], labels [N]."""
+        if not self.paired:
+            return F.cross_entropy(outputs, labels)
+        if self.labels is not None:  # emoji have numbers with gaps, proxies have none
+            labels = torch.searchsorted(self.labels, labels)
+        loss: Tensor = self.loss(F.normalize(outputs), labels)
+        return loss
+
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return the parameter groups of the proxies, with a hundred times the learning rate; none without them."""
+        proxies = list(self.parameters())
+        return [{"params": proxies, "lr": 100 * lr, "weight_decay": 0.0}] if proxies else []
 
 
 def recalibrate(net: nn.Module, setting: Setting, seed: int) -> None:

@@ -21,12 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import arms
 import cells
 import torch
 from compact import (
     CHOOSE,
     FIRST_RUNGS,
     LADDER,
+    Objective,
     Setting,
     missing,
     pictures,
@@ -39,19 +41,21 @@ from store import Store
 from torch import Tensor, nn
 
 import finetune_bn as fbn
+from finetune_bn.layers.group_norm import Eps
 from finetune_bn.layers.sites import find_batch_norms
 from finetune_bn.optim.step_limit import limit_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = (0, 1, 2)
-SCHEDULED, EPS = 0.8, "normalize"
+SCHEDULED = 0.8
+GROUP_NORM: dict[str, Eps] = {"group_norm": "normalize", "group_norm_center": "center", "group_norm_own": "own"}
 POLICIES = {
     "live": fbn.Keep(),
     "none": fbn.Freeze("none"),
     "original": fbn.Freeze("original"),
     "limited": fbn.Freeze("none"),  # with the steps of the optimizer limited
     "scheduled": fbn.Keep(),  # until SCHEDULED of the steps; then recalibrated and frozen
-    "group_norm": fbn.ToGroupNorm(groups=1, eps=EPS),  # calibrated on training images
+    "group_norm": fbn.ToGroupNorm(groups=1, eps="normalize"),  # calibrated on training images
     "affine": fbn.Freeze("original"),  # gamma, beta and the head are trained, and nothing else
 }
 ARMS = (*POLICIES, "recalibrated")  # the last is `live`, its statistics recalibrated after training
@@ -98,12 +102,13 @@ def measure(setting: str, arm: str, lr: float, seed: int) -> dict[str, Any]:
 def train_arm(setting: Setting, arm: str, lr: float, seed: int) -> dict[str, Any]:
     """Train an arm in any setting and return its figures."""
     started = time.perf_counter()
-    net = untrained(setting, seed, EPS if arm == "group_norm" else None)
-    if arm != "group_norm":
+    net = untrained(setting, seed, GROUP_NORM.get(arm))
+    if arm not in GROUP_NORM:
         net = fbn.convert(net, POLICIES[arm], verify=False)
     if arm == "affine":
         fbn.train_only(net, "norm")
-    optimizer, schedule = cells.adamw(net, lr, setting.steps)
+    objective = Objective(setting, seed)
+    optimizer, schedule = cells.adamw(net, lr, setting.steps, objective.groups(lr))
     if arm == "limited":
         limit_steps(optimizer, net)
 
@@ -113,7 +118,7 @@ def train_arm(setting: Setting, arm: str, lr: float, seed: int) -> dict[str, Any
             return fbn.convert(net, fbn.Freeze("none"), verify=False).train()
         return net
 
-    net, loss = train(net, optimizer, schedule, setting, seed, freeze)
+    net, loss = train(net, optimizer, schedule, setting, seed, objective, freeze)
     figures = {"loss": loss, **scores(net, setting, seed)}
     if arm == "live":
         recalibrate(net, setting, seed)
@@ -149,9 +154,7 @@ def shift_of(setting: Setting) -> dict[str, float]:
 
 def tried(store: Store, setting: str, arm: str) -> dict[float, float]:
     """Return the validation figure of the choosing seed by learning rate."""
-    trained, score = ("live", "val/recalibrated") if arm == "recalibrated" else (arm, "val")
-    rows = (r for r in store.rows if (r["setting"], r["arm"], r["seed"]) == (setting, trained, CHOOSE))
-    return {row["lr"]: row[score] for row in rows}
+    return arms.tried(store.rows, setting, arm)
 
 
 def chosen_rate(store: Store, setting: str, arm: str) -> float | None:
@@ -164,7 +167,7 @@ def next_cells(store: Store) -> Iterator[dict[str, Any]]:
     for seeds in (REPORT[:2], REPORT):
         for setting in (s for s in SETTINGS if missing(s) is None):
             for arm in ARMS:
-                trained = "live" if arm == "recalibrated" else arm
+                trained = arms.trained_as(arm)
                 rates = cells.rates_to_try(tried(store, setting.name, arm), LADDER, FIRST_RUNGS)
                 wanted = [(lr, CHOOSE) for lr in rates]
                 lr = chosen_rate(store, setting.name, arm)

@@ -1,4 +1,4 @@
-"""The tables of `study_advice.py`: what each arm reached, what following a rule costs, frozen against live."""
+"""The tables of `study_advice.py`: what each arm reached, what following a rule costs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import cells
 import study_advice as study
 from compact import FAMILIES, LADDER
 from store import Store
@@ -18,7 +17,6 @@ from finetune_bn.utilities.files import write_atomically
 
 SHIPPED = study.ROOT / "finetune_bn" / "diagnosis" / "measured.json"
 GOOD = 1.0  # points: a treatment that is behind the best one by no more is as good
-CHOSEN = "none"  # the frozen arm that is compared with live ones, fixed before the study
 TITLES = {
     "live": "live",
     "recalibrated": "live, recalibrated",
@@ -39,7 +37,6 @@ def write(store: Store, out: Path) -> None:
         write_atomically(SHIPPED, json.dumps(summary["measured"], indent=1) + "\n")
     write_atomically(out / "study_advice.md", arms_table(summary) + "\n")
     write_atomically(out / "study_advice_regret.md", regret_table(summary) + "\n")
-    write_atomically(out / "study_advice_margin.md", margin_table(summary) + "\n")
 
 
 def reached(store: Store, setting: str) -> dict[str, dict[int, float]]:
@@ -112,7 +109,6 @@ def summarize(store: Store) -> dict[str, Any]:
         "shifts": shifts,
         "table": table,
         "regret": regrets(rows),
-        "margin": margins(store),
         "measured": [row.to_dict() for row in rows],
     }
 
@@ -152,25 +148,6 @@ def of_thumb(row: rule.Measured) -> rule.Arm:
     return "none" if small else "live"
 
 
-def margins(store: Store) -> list[dict[str, Any]]:
-    """Return by how much frozen (`none`, fixed in advance) is ahead of the best live arm, by network and batch size.
-
-    The best live arm is the one of `live`, `recalibrated` and `scheduled` that is ahead on the validation images of
-    the choosing seed.
-    """
-    lines = []
-    for name, arms in finished(store).items():
-        setting = study.BY_NAME[name]
-        if (setting.pictures, setting.images, setting.sampler) != ("same", 400, "iid"):
-            continue
-        rival = max(("live", "recalibrated", "scheduled"), key=lambda arm: max(study.tried(store, name, arm).values()))
-        ahead = [arms[CHOSEN][seed] - arms[rival][seed] for seed in arms[CHOSEN]]
-        mean, low, high = cells.interval(ahead)
-        line = {"family": setting.family, "batch": setting.batch, "rival": rival, "seeds": len(ahead)}
-        lines.append(line | {"margin": mean, "low": low, "high": high})
-    return sorted(lines, key=lambda line: (line["family"], line["batch"]))
-
-
 def arms_table(summary: Mapping[str, Any]) -> str:
     """Return what every arm reached, a row a setting."""
     head = ["setting", "shift", "seeds", *(TITLES[arm] for arm in study.ARMS)]
@@ -197,16 +174,4 @@ def regret_table(summary: Mapping[str, Any]) -> str:
     for name, one in sorted(found.items(), key=lambda item: item[1]["mean"]):
         share = f"{one['good']:.0f} % of {one['settings']}"
         lines.append(f"| {name} | {one['mean']:.2f} | {one['sd']:.2f} | {one['worst']:.1f} | {share} |")
-    return "\n".join(lines)
-
-
-def margin_table(summary: Mapping[str, Any]) -> str:
-    """Return frozen against the best live arm."""
-    lines = [
-        "| network | batch | best live arm | frozen is ahead by, points | seeds |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for one in summary["margin"]:
-        ahead = f"{one['margin']:+.1f} ({one['low']:+.1f} to {one['high']:+.1f})"
-        lines.append(f"| {one['family']} | {one['batch']} | {TITLES[one['rival']]} | {ahead} | {one['seeds']} |")
     return "\n".join(lines)

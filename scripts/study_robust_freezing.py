@@ -24,7 +24,7 @@ from typing import Any
 
 import cells
 import torch
-from compact import CHOOSE, FAMILIES, Setting, missing, pictures, scores, train, untrained
+from compact import CHOOSE, FAMILIES, Objective, Setting, missing, pictures, scores, train, untrained
 from compact import LADDER as USUAL
 from store import Store
 from torch import Tensor, nn
@@ -199,7 +199,7 @@ def fine_tune(network: str, way: str, lr: float, seed: int) -> dict[str, Any]:
     schedule = cells.warm_cosine(optimizer, setting.steps, about.warmup)
     if about.ratio is not None:
         limit_steps(optimizer, net, about.ratio)
-    net, loss = train(net, optimizer, schedule, setting, seed, gradient=about.gradient)
+    net, loss = train(net, optimizer, schedule, setting, seed, Objective(setting, seed), gradient=about.gradient)
     figures = {"loss": loss, **scores(net, setting, seed), "drift": drift(net, pictures(setting, seed).train[:64])}
     return figures | {"seconds": time.perf_counter() - started}
 

@@ -71,13 +71,6 @@ def test_regret_is_that_of_advice_which_did_not_see_the_setting(store: Store) ->
     assert blind["advised"][only_one_of_a_kind[0].name] == "live"  # the others say so, and they are wrong here
 
 
-def test_frozen_is_compared_with_the_live_arm_that_validation_prefers(store: Store) -> None:
-    margin = {(one["family"], one["batch"]): one for one in report.summarize(store)["margin"]}
-    one = margin["lite0", 4]
-    assert one["rival"] == "scheduled"  # 55 %, where live has 50 % and recalibrated as much
-    assert one["margin"] == pytest.approx(4.0)
-
-
 def test_tables_are_written_and_a_cell_at_the_edge_of_the_ladder_says_so(store: Store, tmp_path: Path) -> None:
     report.write(store, tmp_path)
     table = (tmp_path / "study_advice.md").read_text()

@@ -99,6 +99,7 @@ def test_every_way_has_the_same_rates_and_the_seed_that_chooses_does_not_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study, "missing", lambda setting: None)
+    monkeypatch.setattr(study, "WAYS", dict(list(study.WAYS.items())[:4]))
     store = Store(tmp_path / "x.json", "python x.py", device="cpu")
     order = []
     while (key := next(study.next_cells(store), None)) and len(order) < 1000:
