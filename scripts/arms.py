@@ -1,13 +1,13 @@
 """Arms in settings of scripts/compact.py: which cells a study lacks, what an arm reached, which of two is ahead.
 
-A study is a list of `Arm`, in the order of importance. Its rows are those of its own file and those of other studies
-that have the same cells, which are not measured again. `live` and `recalibrated` are one training, evaluated twice.
+A study is a list of `Arm`, in the order of importance. Cells that another study has are not measured again: a run takes
+their rows into the file of its own, so that tables follow from that file alone. `live` and `recalibrated` are one
+training, evaluated twice.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ def trained_as(arm: str) -> str:
 
 
 def of_arm(rows: Rows, setting: str, arm: str, part: str) -> dict[tuple[float, int], float]:
-    """Return an arm's figure of validation or test images by learning rate and seed; of a cell's rows the first."""
+    """Return an arm's figure of validation or test images by learning rate and seed."""
     score = f"{part}/recalibrated" if arm == "recalibrated" else part
-    mine = (row for row in reversed(rows) if (row["setting"], row["arm"]) == (setting, trained_as(arm)))
+    mine = (row for row in rows if (row["setting"], row["arm"]) == (setting, trained_as(arm)))
     return {(row["lr"], row["seed"]): row[score] for row in mine}
 
 
@@ -108,10 +108,10 @@ def line(rows: Rows, arm: Arm) -> Row | None:
 
 
 def against(rows: Rows, arm: Arm, other: Arm) -> Row | None:
-    """Return by how much an arm is ahead of another one, seed by seed; None with less than two seeds."""
+    """Return by how much an arm is ahead of another one, seed by seed; None with less than three seeds."""
     mine, theirs = arm.reached(rows), other.reached(rows)
     seeds = sorted(mine.keys() & theirs.keys())
-    if len(seeds) < 2:
+    if len(seeds) < 3:
         return None
     points, low, high = cells.interval([mine[seed] - theirs[seed] for seed in seeds])
     return {
@@ -146,19 +146,31 @@ def commits(rows: Rows) -> Row:
     return dict(Counter(row.get("commit", "before") for row in rows))
 
 
-def shared(sources: Sequence[Path], names: set[str]) -> list[Row]:
-    """Return the rows of other studies that are cells of these settings."""
-    found = [json.loads(path.read_text(encoding="utf-8"))["rows"] for path in sources if path.exists()]
-    return [row for rows in found for row in rows if row["setting"] in names]
+def shared(sources: Sequence[Path], plan: Sequence[Arm]) -> list[Row]:
+    """Return the rows of other studies that are cells of these arms."""
+    found = [Store(path, "", device="cpu").rows for path in sources if path.exists()]
+    names = {(arm.setting.name, trained_as(arm.arm)) for arm in plan}
+    return [row for rows in found for row in rows if (row["setting"], row["arm"]) in names]
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    """Return what a row is a row of."""
+    return row["setting"], row["arm"], row["lr"], row["seed"]
+
+
+def adopt(store: Store, rows: Rows) -> None:
+    """Take rows of other studies into a study's own, where it has none of the same cell."""
+    done = {key_of(row) for row in store.rows}
+    store.rows.extend(row for row in rows if key_of(row) not in done)
 
 
 def next_cells(plan: Sequence[Arm], sources: Sequence[Path], store: Store) -> Iterator[Row]:
     """Yield the cells that can be measured now, most important first; more appear as results come in."""
-    rows = [*store.rows, *shared(sources, {arm.setting.name for arm in plan})]
-    done = {(row["setting"], row["arm"], row["lr"], row["seed"]) for row in rows}
+    adopt(store, shared(sources, plan))
+    done = {key_of(row) for row in store.rows}
     for arm in plan:
         if missing(arm.setting) is None:
-            yield from (cell for cell in arm.wanted(rows) if tuple(cell.values()) not in done)
+            yield from (cell for cell in arm.wanted(store.rows) if key_of(cell) not in done)
 
 
 def run(
@@ -195,5 +207,5 @@ def run(
     if not args.report_only:
         chosen = [arm for arm in plan if not args.only or any(word in arm.setting.name for word in args.only)]
         cells.run(store, partial(next_cells, chosen, others), measure, args.workers, "val")
-    rows = [*store.rows, *shared(others, {arm.setting.name for arm in plan})]
-    store.finish(write(rows, store.path.with_suffix("")) | {"commits": commits(rows)})
+        adopt(store, shared(others, plan))
+    store.finish(write(store.rows, store.path.with_suffix("")) | {"commits": commits(store.rows)})

@@ -11,7 +11,7 @@ Differences are taken seed by seed, with 95 % intervals by Student's t. One whos
 than what seeds and machines move here (2.5 points), is called undecided.
 
 Hardware: 2 CPU cores, an hour beside the rows of study_advice.py. Resumes where it was cut off. Result:
-results/study_small_batch.{json,md,png} and results/study_small_batch_arms.md.
+results/study_small_batch.{json,md,png}, results/study_small_batch_arms.md and results/study_small_batch_rates.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import arms
 import study_advice
 from arms import Arm, Row, Rows
-from compact import FAMILIES, Setting
+from compact import FAMILIES, LADDER, Setting
 
 from finetune_bn.utilities.files import write_atomically
 
@@ -113,7 +113,13 @@ def summarize(rows: Rows) -> Row:
     """Return the figures that README and docs quote."""
     asked = sorted(PLAN, key=lambda arm: (list(FAMILIES).index(arm.setting.family), arm.setting.batch))
     lines = [(arm, arms.line(rows, arm)) for arm in asked]
-    return {"table": [one | {"title": title(arm)} for arm, one in lines if one], "margin": margins(rows)}
+    rates = []
+    for arm in asked:
+        found = {f"{lr:g}": value for lr, value in sorted(arms.tried(rows, arm.setting.name, arm.arm).items())}
+        if found and arm.after is None:
+            rates.append({"family": arm.setting.family, "batch": arm.setting.batch, "arm": arm.arm, "by_rate": found})
+    table = [one | {"title": title(arm)} for arm, one in lines if one]
+    return {"table": table, "margin": margins(rows), "rates": rates}
 
 
 def margin_table(summary: Row) -> str:
@@ -143,6 +149,17 @@ def arms_table(summary: Row) -> str:
             for one in summary["table"]
         ],
     )
+
+
+def rates_table(summary: Row) -> str:
+    """Return what each arm reached on validation images of the choosing seed, by learning rate."""
+    rates = [lr for lr in LADDER if any(f"{lr:g}" in one["by_rate"] for one in summary["rates"])]
+    lines = []
+    for one in summary["rates"]:
+        found = [one["by_rate"].get(f"{lr:g}") for lr in rates]
+        told = ["" if value is None else f"{value:.1f}" for value in found]
+        lines.append([one["family"], one["batch"], TITLES[one["arm"]], *told])
+    return arms.table(["network", "batch", "arm", *(f"at {lr:g}" for lr in rates)], lines)
 
 
 def plot(summary: Row, path: Path) -> None:
@@ -177,8 +194,9 @@ def write(rows: Rows, path: Path) -> Row:
     summary = summarize(rows)
     write_atomically(path.with_suffix(".md"), margin_table(summary))
     write_atomically(path.with_name(f"{path.name}_arms.md"), arms_table(summary))
+    write_atomically(path.with_name(f"{path.name}_rates.md"), rates_table(summary))
     plot(summary, path.with_suffix(".png"))
-    print(margin_table(summary), arms_table(summary), sep="\n")
+    print(margin_table(summary), arms_table(summary), rates_table(summary), sep="\n")
     return summary
 
 

@@ -56,14 +56,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory, advice: Path) -> Measured
                 if key not in order:
                     order.append(key)
                     store.add(key | figures(**key))
-    return order, [*store.rows, *arms.shared([advice], set(study.BY_NAME))]
+    return order, store.rows
 
 
 def test_cells_of_the_study_of_the_advice_are_not_measured_again(measured: Measured, advice: Path) -> None:
     order, _ = measured
     names = [tuple(key.values()) for key in order]
     assert len(set(names)) == len(names) > 100
-    there = {(r["setting"], r["arm"], r["lr"], r["seed"]) for r in arms.shared([advice], set(study.BY_NAME))}
+    there = {(r["setting"], r["arm"], r["lr"], r["seed"]) for r in arms.shared([advice], study.PLAN)}
     assert len(there) > 20
     assert not there & set(names)
     assert [key["seed"] for key in order[:3]] == [2, 3, 4]
@@ -103,11 +103,20 @@ def test_the_tables_have_what_was_measured_and_say_what_is_undecided(measured: M
     assert "| lite0 | 4 | live, recalibrated | 61.8 | frozen | 62.0 | +0.2 (+0.0 to +0.4): undecided | 5 |" in text
     told = (tmp_path / "x_arms.md").read_text()
     assert "| mobilenetv2 | 4 | live, recalibrated, 4 times the epochs | 1600 | 0.001 | 65.9 ± 0.9 | 3 |" in told
+    rates = (tmp_path / "x_rates.md").read_text().splitlines()
+    assert rates[0] == "| network | batch | arm | at 3e-05 | at 0.0001 | at 0.0003 | at 0.001 | at 0.003 |"
+    assert "| lite0 | 4 | frozen, steps limited |  | 56.0 | 60.0 | 56.0 |  |" in rates
+    assert len(rates) == 2 + 2 * 4 * 4
     assert (tmp_path / "x.png").stat().st_size > 0
 
 
-def test_what_is_measured_twice_counts_as_the_study_has_it_and_commits_are_counted() -> None:
-    key = {"setting": "x", "arm": "none", "lr": 1e-3, "seed": 0}
-    rows = [key | {"test": 1.0, "commit": "a"}, key | {"test": 2.0}]
-    assert arms.of_arm(rows, "x", "none", "test") == {(1e-3, 0): 1.0}
-    assert arms.commits(rows) == {"a": 1, "before": 1}
+def test_rows_of_another_study_are_taken_once_and_never_in_place_of_own_ones(tmp_path: Path, advice: Path) -> None:
+    there = arms.shared([advice, tmp_path / "not there.json"], study.PLAN)
+    assert {row["arm"] for row in arms.shared([advice], study.PLAN[:2])} == {"none", "live"}
+    own = Store(tmp_path / "x.json", "python study.py", (), device="cpu")
+    own.add(there[0] | {"test": -1.0, "commit": "a"})
+    arms.adopt(own, there)
+    arms.adopt(own, there)
+    assert len(own.rows) == len(there)
+    assert own.rows[0]["test"] == -1.0
+    assert arms.commits(own.rows) == {"a": 1, "before": len(there) - 1}
