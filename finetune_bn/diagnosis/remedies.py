@@ -79,8 +79,8 @@ EVIDENCE: Mapping[str, Reason] = {
         "results/study_metric_learning.md",
     ),
     "recalibrated first": Reason(
-        "Recalibrating before freezing reached 56.6 % there, freezing alone 64.8 %: pretrained weights fit the statistics "
-        "that they were trained with.",
+        "Recalibrating before freezing reached 56.6 % there, freezing alone 64.8 %: pretrained weights fit the "
+        "statistics that they were trained with.",
         56.6,
         "results/study_metric_learning.md",
     ),

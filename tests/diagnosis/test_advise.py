@@ -20,6 +20,7 @@ from finetune_bn.diagnosis.rule import ARMS, Arm, Choice, Reason, Setting
 
 yaml = pytest.importorskip("yaml")
 
+FACTORS: dict[Arm, float] = {"none": 0.2, "scheduled": 0.5}
 LAYER = LayerDiagnosis(("bn",), "BatchNorm2d", 8, by_batch=True, shift_mean=0.2, log_var=0.1)
 
 
@@ -34,7 +35,10 @@ def diagnosis(**changes: Any) -> Diagnosis:
 
 def ranking(monkeypatch: pytest.MonkeyPatch, *arms: Arm) -> None:
     def recommend(setting: Setting) -> tuple[Choice, ...]:
-        return tuple(Choice(arm, float(i), 0.5, (Reason(arm, float(i), "study"),)) for i, arm in enumerate(arms))
+        return tuple(
+            Choice(arm, float(i), 0.5, (Reason(arm, float(i), "study"),), FACTORS.get(arm, 1.0))
+            for i, arm in enumerate(arms)
+        )
 
     monkeypatch.setattr(module, "recommend", recommend)
 
@@ -55,7 +59,7 @@ def test_an_overlay_is_yaml_with_the_policy_and_a_rate_that_is_a_number(
     advice = advise(diagnosis())
     config = yaml.safe_load(advice.overlay)
     assert config["batch_norm"]["policy"]["class_path"] == type(TREATMENTS[arm].policy).__name__
-    assert config["model"]["init_args"]["lr"] == pytest.approx(1e-3 * TREATMENTS[arm].lr_factor)
+    assert config["model"]["init_args"]["lr"] == pytest.approx(1e-3 * FACTORS.get(arm, 1.0))
     assert isinstance(config["model"]["init_args"]["lr"], float)
     assert ("trainer" in config) is bool(TREATMENTS[arm].callback)
     assert advice.limit_steps is (arm == "limited")
@@ -71,6 +75,14 @@ def test_a_rate_asked_about_for_frozen_layers_stays_what_it_is_for_them(monkeypa
     unknown = advise(diagnosis(curvature=None))
     assert unknown.lr is None
     assert "model" not in yaml.safe_load(unknown.overlay)
+
+
+def test_a_rate_other_than_that_of_live_layers_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranking(monkeypatch, "none", "live")
+    reason = next(reason for reason in advise(diagnosis()).reasons if "learning rate was 0.2 times" in reason.sentence)
+    assert (reason.figure, reason.source) == (0.2, "scripts/study_advice.py")
+    ranking(monkeypatch, "live", "none")
+    assert not any("times that of live" in reason.sentence for reason in advise(diagnosis()).reasons)
 
 
 def test_one_value_a_channel_rules_live_layers_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
