@@ -108,10 +108,10 @@ def line(rows: Rows, arm: Arm) -> Row | None:
 
 
 def against(rows: Rows, arm: Arm, other: Arm) -> Row | None:
-    """Return by how much an arm is ahead of another one, seed by seed; None with less than three seeds."""
+    """Return by how much an arm is ahead of another one, seed by seed; None with less than two seeds."""
     mine, theirs = arm.reached(rows), other.reached(rows)
     seeds = sorted(mine.keys() & theirs.keys())
-    if len(seeds) < 3:
+    if len(seeds) < 2:
         return None
     points, low, high = cells.interval([mine[seed] - theirs[seed] for seed in seeds])
     return {
@@ -125,14 +125,14 @@ def against(rows: Rows, arm: Arm, other: Arm) -> Row | None:
         "points": points,
         "low": low,
         "high": high,
-        "decided": cells.decided(points, low, high),
+        "decided": cells.decided(points, low, high, len(seeds)),
     }
 
 
 def difference(one: Row) -> str:
-    """Return a difference with its interval: bold where there is one, else called undecided."""
+    """Return a difference with its interval: bold where there is one, else with the reason for which it is none."""
     told = f"{one['points']:+.1f} ({one['low']:+.1f} to {one['high']:+.1f})"
-    return f"**{told}**" if one["decided"] else f"{told}: undecided"
+    return f"**{told}**" if one["decided"] else told + cells.why_undecided(one["seeds"])
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:

@@ -48,9 +48,14 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def decided(points: float, low: float, high: float) -> bool:
-    """Tell whether a difference is one: its interval does not hold 0, and it is more than chance moves."""
-    return low * high > 0 and abs(points) >= MOVED_BY_CHANCE
+def decided(points: float, low: float, high: float, seeds: int) -> bool:
+    """Tell whether a difference is one: of three seeds or more, 0 not in its interval, and more than chance moves."""
+    return seeds > 2 and low * high > 0 and abs(points) >= MOVED_BY_CHANCE
+
+
+def why_undecided(seeds: int) -> str:
+    """Return what stands behind a difference that is none; two seeds that happen to agree make an interval tiny."""
+    return ": undecided" if seeds > 2 else ": two seeds"
 
 
 def adamw(

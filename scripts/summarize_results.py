@@ -45,8 +45,8 @@ def summary(results: Path) -> str:
 
 def row(what: str, before: float, after: float, points: float, low: float, high: float, seeds: int) -> str:
     """Return a row of the table; a difference that chance explains is marked."""
-    decided = cells.decided(points, low, high)
-    difference = f"{points:+.1f} ({low:+.1f} to {high:+.1f})" + ("" if decided else ": undecided")
+    difference = f"{points:+.1f} ({low:+.1f} to {high:+.1f})"
+    difference += "" if cells.decided(points, low, high, seeds) else cells.why_undecided(seeds)
     return f"| {what} | {before:.1f} | {after:.1f} | {difference} | {seeds} |"
 
 
