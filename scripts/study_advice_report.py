@@ -1,4 +1,4 @@
-"""The tables of `study_advice.py`: what each arm reached, what following a rule costs, frozen against live."""
+"""The tables of `study_advice.py`: what each arm reached, what following a rule costs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import cells
 import study_advice as study
 import torch
+from compact import FAMILIES, LADDER
 from store import Store
 
 from finetune_bn.diagnosis import rule
@@ -21,7 +21,6 @@ SHIPPED = study.ROOT / "finetune_bn" / "diagnosis" / "measured.json"
 GOOD = 1.0  # points: a treatment that is behind the best one by no more is as good
 OTHER_SEEDS = "the best arm by test figures of the other seeds"
 LUCK = 2000  # draws of the errors of all figures
-CHOSEN = "none"  # the frozen arm that is compared with live ones, fixed before the study
 TITLES = {
     "live": "live",
     "recalibrated": "live, recalibrated",
@@ -42,7 +41,6 @@ def write(store: Store, out: Path) -> None:
         write_atomically(SHIPPED, json.dumps(summary["measured"], indent=1) + "\n")
     write_atomically(out / "study_advice.md", arms_table(summary) + "\n")
     write_atomically(out / "study_advice_regret.md", regret_table(summary) + "\n")
-    write_atomically(out / "study_advice_margin.md", margin_table(summary) + "\n")
 
 
 def reached(store: Store, setting: str) -> dict[str, dict[int, float]]:
@@ -87,7 +85,7 @@ def measured(store: Store, shifts: Mapping[str, Mapping[str, Any]]) -> list[rule
                     iid=setting.sampler == "iid",
                     images_per_label=None if setting.sampler == "iid" else 2.0,
                     log_var=shifts[name]["log_var"],
-                    family=study.FAMILIES[setting.family],
+                    family=FAMILIES[setting.family],
                 ),
                 scores=means,
                 seeds=len(next(iter(arms.values()))),
@@ -109,14 +107,13 @@ def summarize(store: Store) -> dict[str, Any]:
         for arm, by_seed in arms.items():
             values = list(by_seed.values())
             lr = study.chosen_rate(store, name, arm)
-            edge = lr in (study.LADDER[0], study.LADDER[-1])
+            edge = lr in (LADDER[0], LADDER[-1])
             lines[arm] = {"test": fmean(values), "sd": stdev(values), "lr": lr, "at_the_edge": edge}
         table.append({"setting": name, "seeds": len(values), **shifts[name], "arms": lines})
     return {
         "shifts": shifts,
         "table": table,
         "regret": regrets(rows, finished(store), {name: by_validation(store, name) for name in finished(store)}),
-        "margin": margins(store),
         "measured": [row.to_dict() for row in rows],
     }
 
@@ -207,25 +204,6 @@ def of_thumb(row: rule.Measured) -> rule.Arm:
     return "none" if small else "live"
 
 
-def margins(store: Store) -> list[dict[str, Any]]:
-    """Return by how much frozen (`none`, fixed in advance) is ahead of the best live arm, by network and batch size.
-
-    The best live arm is the one of `live`, `recalibrated` and `scheduled` that is ahead on the validation images of
-    the choosing seed.
-    """
-    lines = []
-    for name, arms in finished(store).items():
-        setting = study.BY_NAME[name]
-        if (setting.pictures, setting.images, setting.sampler) != ("same", 400, "iid"):
-            continue
-        rival = max(("live", "recalibrated", "scheduled"), key=lambda arm: max(study.tried(store, name, arm).values()))
-        ahead = [arms[CHOSEN][seed] - arms[rival][seed] for seed in arms[CHOSEN]]
-        mean, low, high = cells.interval(ahead)
-        line = {"family": setting.family, "batch": setting.batch, "rival": rival, "seeds": len(ahead)}
-        lines.append(line | {"margin": mean, "low": low, "high": high})
-    return sorted(lines, key=lambda line: (line["family"], line["batch"]))
-
-
 def arms_table(summary: Mapping[str, Any]) -> str:
     """Return what every arm reached, a row a setting."""
     head = ["setting", "shift", "seeds", *(TITLES[arm] for arm in study.ARMS)]
@@ -255,16 +233,4 @@ def regret_table(summary: Mapping[str, Any]) -> str:
     if "luck" in summary["regret"]:
         one = summary["regret"]["luck"]
         lines.append(f"| the best arm, if it were known (simulated) | {one['mean']:.2f} | | | {one['good']:.0f} % |")
-    return "\n".join(lines)
-
-
-def margin_table(summary: Mapping[str, Any]) -> str:
-    """Return frozen against the best live arm."""
-    lines = [
-        "| network | batch | best live arm | frozen is ahead by, points | seeds |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for one in summary["margin"]:
-        ahead = f"{one['margin']:+.1f} ({one['low']:+.1f} to {one['high']:+.1f})"
-        lines.append(f"| {one['family']} | {one['batch']} | {TITLES[one['rival']]} | {ahead} | {one['seeds']} |")
     return "\n".join(lines)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from finetune_bn.conversion.policies import Freeze
 from finetune_bn.diagnosis import advise as module
 from finetune_bn.diagnosis.advise import TREATMENTS, Advice, advise
 from finetune_bn.diagnosis.overrules import LIVE, setting_of
+from finetune_bn.diagnosis.remedies import EVIDENCE
 from finetune_bn.diagnosis.results import BatchDiagnosis, Curvature, Diagnosis, Finding, LayerDiagnosis
 from finetune_bn.diagnosis.rule import ARMS, Arm, Choice, Reason, Setting
 
@@ -111,3 +114,11 @@ def test_p_x_k_batches_bring_the_study_of_metric_learning(monkeypatch: pytest.Mo
     advice = advise(diagnosis(batches=BatchDiagnosis(32, iid=False, images_per_label=2.0)))
     assert advice.policy == Freeze("none")
     assert {"results/study_metric_learning.md"} <= {reason.source for reason in advice.reasons}
+
+
+@pytest.mark.parametrize("reason", EVIDENCE.values(), ids=EVIDENCE)
+def test_a_figure_of_the_evidence_is_one_that_its_study_printed(reason: Reason) -> None:
+    printed = (Path(__file__).resolve().parents[2] / reason.source).read_text(encoding="utf-8")
+    found = re.findall(r"\d+\.\d", reason.sentence)
+    assert found
+    assert set(found) <= set(re.findall(r"\d+\.\d", printed))
