@@ -200,3 +200,14 @@ def test_compiled_layers_give_the_same_gradients() -> None:
         compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
         actual = torch.autograd.grad(compiled(x).square().sum(), [norm.weight, norm.bias])
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", ["ReLU", *RECOMPUTED])
+def test_gradients_that_are_to_be_differentiated_again_are_those_of_the_formula_too(act: str) -> None:
+    arguments = statistics()
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(SHAPE, dtype=torch.float64)
+    inputs = [x, arguments[2], arguments[3]]
+    found = torch.autograd.grad(ours(x, arguments, act), inputs, grad, create_graph=True)
+    for one, expected in zip(found, references(x, arguments, act, grad)[1:], strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-10, atol=1e-10)
