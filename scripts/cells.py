@@ -12,10 +12,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from store import Store
+from store import Store, commit
 from torch import nn
 
 WARMUP, WEIGHT_DECAY = 0.1, 0.05
+MOVED_BY_CHANCE = 2.5  # points: what other seeds and another machine change in the studies of small trainings
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, by degrees of freedom from 1
 Cell = dict[str, Any]
 
@@ -45,6 +46,16 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     mean = fmean(values)
     half = STUDENT_T[len(values) - 2] * stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
+
+
+def decided(points: float, low: float, high: float, seeds: int) -> bool:
+    """Tell whether a difference is one: of three seeds or more, 0 not in its interval, and more than chance moves."""
+    return seeds > 2 and low * high > 0 and abs(points) >= MOVED_BY_CHANCE
+
+
+def why_undecided(seeds: int) -> str:
+    """Return what stands behind a difference that is none; two seeds that happen to agree make an interval tiny."""
+    return ": undecided" if seeds > 2 else ": two seeds"
 
 
 def adamw(
@@ -101,6 +112,7 @@ def run(
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     pending: dict[str, Any] = {}
+    code = {"commit": commit()}  # what the workers import, now
     last = TextColumn("{task.fields[last]}")
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), last)
     with multiprocessing.get_context("spawn").Pool(workers, _end_with_parent) as pool, Progress(*columns) as progress:
@@ -108,7 +120,7 @@ def run(
         while True:
             for name in [name for name, job in pending.items() if job.ready()]:
                 row = pending.pop(name).get()
-                store.add(row)
+                store.add(row | code)
                 told = f"{name}: {row[score]:.1f} %, {row['seconds']:.0f} s"
                 progress.update(bar, completed=len(store.rows), last=told)
             for key in next_cells(store):

@@ -2,6 +2,7 @@
 
 A mutant is one operator, comparison, constant, condition, keyword or returned value that is another one. It is killed
 where the mirrored tests fail (tests/<folder>/test_<file>.py, and those named in `TESTS`), and survives where they pass.
+Each test file is run on the unchanged code first: one that fails there can kill nothing, and the script stops.
 A sample of all the mutants there are is drawn with a fixed seed, so that the figure means something and a second run
 goes on where the first one was stopped.
 
@@ -16,10 +17,9 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import os
-import random
+import functools
+import hashlib
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -28,14 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from store import Store
+from warm_tests import WarmTests
 
 from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT, SEED = 200, 0
-TIMEOUT = 900  # seconds; a mutant that runs for ever is killed
+TIMEOUT = 600  # seconds; a mutant that runs for ever is killed
 PARTS = ("functional", "conversion/convert.py", "recalibration")
-# Where the mirrored test file is not called after the file, or more than it looks at the code.
+# Where the mirrored test file is not called after the file, or more than it looks at the code; the quickest first.
 TESTS = {
     "functional/fold.py": ["tests/conversion/test_merge.py"],
     "functional/eager_step.py": ["tests/functional/test_shared_backward.py"],
@@ -45,11 +46,12 @@ TESTS = {
     "functional/batch.py": ["tests/functional/test_batch.py", "tests/layers/test_renorm.py"],
     "functional/balancing.py": ["tests/functional/test_balancing.py", "tests/group_norm/test_calibrate.py"],
     "conversion/convert.py": [
-        "tests/conversion/test_convert.py",
         "tests/conversion/test_convert_group_norm.py",
+        "tests/conversion/test_convert.py",
         "tests/conversion/test_convert_tracking.py",
     ],
     "recalibration/settings.py": ["tests/recalibration/test_settings.py", "tests/recalibration/test_recalibrate.py"],
+    "recalibration/nearest.py": ["tests/recalibration/test_bank.py"],
     "recalibration/measured_layer.py": ["tests/recalibration/test_recalibrate.py"],
     "recalibration/measurement.py": [
         "tests/recalibration/test_measurement.py",
@@ -72,12 +74,13 @@ VERDICTS: dict[tuple[str, str], str] = {}
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: the n-th of a file, in walking order."""
+    """One change of a file; `nth` counts those of the same text, `number` all of the file, in walking order."""
 
     file: str
     number: int
     line: int
     change: str
+    nth: int = 0
 
 
 def candidates(tree: ast.Module) -> Iterator[tuple[ast.AST, str, ast.AST]]:
@@ -135,19 +138,32 @@ def _not_code(tree: ast.Module) -> set[int]:
     return found
 
 
-def mutated(source: str, number: int) -> tuple[str, str, int]:
-    """Return the source with its n-th change, the change in words and its line."""
+def in_words(node: ast.AST, what: str, new: ast.AST) -> str:
+    """Return a change as one line."""
+    return f"{what}: `{ast.unparse(node).splitlines()[0]}` -> `{ast.unparse(new).splitlines()[0]}`"
+
+
+@functools.cache
+def mutants_of(file: str, source: str) -> tuple[Mutant, ...]:
+    """Return all changes of a file."""
+    found, seen = [], Counter[str]()
+    for number, (node, what, new) in enumerate(candidates(ast.parse(source))):
+        change = in_words(node, what, new)
+        found.append(Mutant(file, number, node.lineno, change, seen[change]))  # type: ignore[attr-defined]
+        seen[change] += 1
+    return tuple(found)
+
+
+def mutated(source: str, number: int) -> str:
+    """Return the source with its n-th change."""
     tree = ast.parse(source)
-    node, what, new = list(candidates(tree))[number]
-    before = ast.unparse(node).splitlines()[0]
-    line = node.lineno  # type: ignore[attr-defined]
+    node, _, new = list(candidates(tree))[number]
 
     class Put(ast.NodeTransformer):
         def visit(self, each: ast.AST) -> ast.AST:
             return new if each is node else self.generic_visit(each)
 
-    changed = ast.unparse(ast.fix_missing_locations(Put().visit(tree)))
-    return changed, f"{what}: `{before}` -> `{ast.unparse(new).splitlines()[0]}`", line
+    return ast.unparse(ast.fix_missing_locations(Put().visit(tree)))
 
 
 def files() -> list[str]:
@@ -161,17 +177,16 @@ def files() -> list[str]:
 
 
 def sample(count: int, seed: int) -> list[Mutant]:
-    """Return so many mutants of all that there are, in an order drawn by the seed."""
-    every = []
-    for file in files():
-        source = (ROOT / "finetune_bn" / file).read_text(encoding="utf-8")
-        every += [(file, number) for number in range(sum(1 for _ in candidates(ast.parse(source))))]
-    random.Random(seed).shuffle(every)
-    chosen = []
-    for file, number in every[:count]:
-        _, change, line = mutated((ROOT / "finetune_bn" / file).read_text(encoding="utf-8"), number)
-        chosen.append(Mutant(file, number, line, change))
-    return chosen
+    """Return so many mutants of all that there are, in an order drawn by the seed.
+
+    The draw goes by the text of a change: where code is edited, the other mutants stay in the sample, in their order.
+    """
+    every = [m for file in files() for m in mutants_of(file, (ROOT / "finetune_bn" / file).read_text(encoding="utf-8"))]
+
+    def drawn(mutant: Mutant) -> bytes:
+        return hashlib.sha256(f"{seed} {mutant.file} {mutant.change} {mutant.nth}".encode()).digest()
+
+    return sorted(every, key=drawn)[:count]
 
 
 def tests_of(file: str) -> list[str]:
@@ -183,33 +198,45 @@ def tests_of(file: str) -> list[str]:
     return [mirrored] if (ROOT / mirrored).exists() else [f"tests/{folder}"]
 
 
-def verdict(mutant: Mutant, copy_of: Path) -> str:
+def verdict(mutant: Mutant, tests: WarmTests) -> str:
     """Run the tests on a mutant, in a copy of the checkout; return `killed`, `survived` or `timeout`."""
-    path = copy_of / "finetune_bn" / mutant.file
+    path = tests.checkout / "finetune_bn" / mutant.file
     original = path.read_text(encoding="utf-8")
-    path.write_text(mutated(original, mutant.number)[0], encoding="utf-8")
-    options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command = [sys.executable, "-m", "pytest", *options, *tests_of(mutant.file)]
-    environment = os.environ | {"PYTHONPATH": str(copy_of), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    path.write_text(mutated(original, mutant.number), encoding="utf-8")
     try:
-        run = subprocess.run(command, cwd=copy_of, env=environment, capture_output=True, timeout=TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        return "timeout"
+        status = tests.run(tests_of(mutant.file), TIMEOUT)
     finally:
         path.write_text(original, encoding="utf-8")
-    return "survived" if run.returncode == 0 else "killed"
+    return "timeout" if status is None else "survived" if status == 0 else "killed"
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    """Return the figures and the survivors as markdown."""
+def control(store: Store, files: list[str], tests: WarmTests) -> None:
+    """Run test files on the unchanged code, once each; raise where one fails."""
+    for file in files:
+        if not store.done({"control": file}):
+            began = time.monotonic()
+            if (status := tests.run([file], TIMEOUT)) != 0:
+                raise RuntimeError(f"{file} fails on the unchanged code (pytest's status: {status}).")
+            store.add({"control": file, "seconds": round(time.monotonic() - began, 1)})
+
+
+def table(rows: list[dict[str, object]], of: int) -> str:
+    """Return the figures and the survivors as markdown; `of` is how many mutants the sample has."""
     count, killed = len(rows), sum(row["verdict"] != "survived" for row in rows)
-    kinds = Counter(str(row["change"]).partition(":")[0] for row in rows)
-    of = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common())
+    counts = Counter(str(row["change"]).partition(":")[0] for row in rows)
+    kinds = ", ".join(f"{n} x {kind}" for kind, n in counts.most_common())
+    files_hit = Counter(str(row["file"]) for row in rows)
+    killed_in = Counter(str(row["file"]) for row in rows if row["verdict"] != "survived")
     lines = [
         "# Do the tests notice a change of the code?",
         "",
         f"From `python scripts/mutate.py`: {killed} of {count} mutants killed ({killed / count:.0%}). Drawn with",
-        f"seed {SEED} from all changes of {', '.join(PARTS)}: {of}.",
+        f"seed {SEED} from all changes of {', '.join(PARTS)}: {kinds}.",
+        *([f"They are the first {count} of a sample of {of}, in its order."] if count < of else []),
+        "",
+        "| file | mutants | killed |",
+        "|---|---|---|",
+        *(f"| {file} | {n} | {killed_in[file]} |" for file, n in sorted(files_hit.items())),
         "",
         "| survivor | change | what it is |",
         "|---|---|---|",
@@ -222,12 +249,38 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def checkout(folder: Path) -> Path:
+    """Copy the files that git knows of into a folder of this name; return it."""
+    place = folder / "copy"
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], check=True, capture_output=True).stdout
+    for name in filter(None, listed.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes((ROOT / name).read_bytes())
+    return place
+
+
+def report(store: Store, mutants: list[Mutant], output: Path) -> None:
+    """Write the figures of the mutants that were run, as far as there are any."""
+    rows = [found | {"line": m.line} for m in mutants if (found := store.find(**key_of(m))) is not None]
+    if rows:
+        killed = sum(row["verdict"] != "survived" for row in rows)
+        store.finish({"mutants": len(rows), "killed": killed, "share": round(killed / len(rows), 3)})
+        write_atomically(output.with_suffix(".md"), table(rows, len(mutants)))
+
+
+def key_of(mutant: Mutant) -> dict[str, object]:
+    """Return what names a mutant in the results."""
+    return {"file": mutant.file, "change": mutant.change, "nth": mutant.nth}
+
+
 def main() -> None:
-    """Run what is missing of the sample."""
+    """Run what is missing of the sample, in its order."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--show", type=int, help="print a mutant of the sample, and run nothing")
-    parser.add_argument("--again", action="store_true", help="run survivors once more")
+    parser.add_argument("--again", action="store_true", help="run survivors once more, those without a verdict")
+    parser.add_argument("--report-only", action="store_true", help="write the table anew, and run nothing")
     parser.add_argument("--output", default=str(ROOT / "results" / "mutation.json"))
     args = parser.parse_args()
     mutants = sample(args.count, SEED)
@@ -235,28 +288,23 @@ def main() -> None:
         print(mutants[args.show])
         return
     store = Store(args.output, "python scripts/mutate.py", seeds=[SEED], device="cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "copy"
-        place.mkdir()
-        listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], check=True, capture_output=True).stdout
-        for name in filter(None, listed.decode().split("\0")):
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            (place / name).write_bytes((ROOT / name).read_bytes())
-        for mutant in mutants:
-            key = {"file": mutant.file, "number": mutant.number, "change": mutant.change}
-            known = store.find(**key)
-            if known is not None and not (args.again and known["verdict"] == "survived"):
-                continue
-            began = time.monotonic()
-            found = verdict(mutant, place)
-            store.drop(key)
-            store.add(key | {"line": mutant.line, "verdict": found, "seconds": round(time.monotonic() - began, 1)})
-            print(found, f"{mutant.file}:{mutant.line}", mutant.change, flush=True)
-    rows = [store.find(file=m.file, number=m.number, change=m.change) for m in mutants]
-    done = [row for row in rows if row is not None]
-    killed = sum(row["verdict"] != "survived" for row in done)
-    store.finish({"mutants": len(done), "killed": killed, "share": round(killed / len(done), 3)})
-    write_atomically(Path(args.output).with_suffix(".md"), table(done))
+    missing = []
+    for mutant in mutants:
+        known = store.find(**key_of(mutant))
+        judged = (mutant.file, mutant.change) in VERDICTS
+        if known is None or (args.again and known["verdict"] == "survived" and not judged):
+            missing.append(mutant)
+    if missing and not args.report_only:
+        with tempfile.TemporaryDirectory() as folder, WarmTests(checkout(Path(folder))) as tests:
+            for mutant in missing:
+                control(store, tests_of(mutant.file), tests)
+                began = time.monotonic()
+                found = verdict(mutant, tests)
+                store.drop(key_of(mutant))
+                seconds = round(time.monotonic() - began, 1)
+                store.add(key_of(mutant) | {"line": mutant.line, "verdict": found, "seconds": seconds})
+                print(found, f"{mutant.file}:{mutant.line}", mutant.change, f"{seconds} s", flush=True)
+    report(store, mutants, Path(args.output))
 
 
 if __name__ == "__main__":

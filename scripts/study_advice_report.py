@@ -1,15 +1,17 @@
-"""The tables of `study_advice.py`: what each arm reached, what following a rule costs, frozen against live."""
+"""The tables of `study_advice.py`: what each arm reached, what following a rule costs."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import cells
 import study_advice as study
+import torch
+from compact import FAMILIES, LADDER
 from store import Store
 
 from finetune_bn.diagnosis import rule
@@ -17,7 +19,8 @@ from finetune_bn.utilities.files import write_atomically
 
 SHIPPED = study.ROOT / "finetune_bn" / "diagnosis" / "measured.json"
 GOOD = 1.0  # points: a treatment that is behind the best one by no more is as good
-CHOSEN = "none"  # the frozen arm that is compared with live ones, fixed before the study
+OTHER_SEEDS = "the best arm by test figures of the other seeds"
+LUCK = 2000  # draws of the errors of all figures
 TITLES = {
     "live": "live",
     "recalibrated": "live, recalibrated",
@@ -38,7 +41,6 @@ def write(store: Store, out: Path) -> None:
         write_atomically(SHIPPED, json.dumps(summary["measured"], indent=1) + "\n")
     write_atomically(out / "study_advice.md", arms_table(summary) + "\n")
     write_atomically(out / "study_advice_regret.md", regret_table(summary) + "\n")
-    write_atomically(out / "study_advice_margin.md", margin_table(summary) + "\n")
 
 
 def reached(store: Store, setting: str) -> dict[str, dict[int, float]]:
@@ -83,10 +85,11 @@ def measured(store: Store, shifts: Mapping[str, Mapping[str, Any]]) -> list[rule
                     iid=setting.sampler == "iid",
                     images_per_label=None if setting.sampler == "iid" else 2.0,
                     log_var=shifts[name]["log_var"],
-                    family=study.FAMILIES[setting.family],
+                    family=FAMILIES[setting.family],
                 ),
                 scores=means,
                 seeds=len(next(iter(arms.values()))),
+                rates={arm: study.chosen_rate(store, name, arm) for arm in arms},
             )
         )
     return rows
@@ -104,34 +107,48 @@ def summarize(store: Store) -> dict[str, Any]:
         for arm, by_seed in arms.items():
             values = list(by_seed.values())
             lr = study.chosen_rate(store, name, arm)
-            edge = lr in (study.LADDER[0], study.LADDER[-1])
+            edge = lr in (LADDER[0], LADDER[-1])
             lines[arm] = {"test": fmean(values), "sd": stdev(values), "lr": lr, "at_the_edge": edge}
         table.append({"setting": name, "seeds": len(values), **shifts[name], "arms": lines})
     return {
         "shifts": shifts,
         "table": table,
-        "regret": regrets(rows),
-        "margin": margins(store),
+        "regret": regrets(rows, finished(store), {name: by_validation(store, name) for name in finished(store)}),
         "measured": [row.to_dict() for row in rows],
     }
 
 
-def regrets(rows: list[rule.Measured]) -> dict[str, Any]:
-    """Return what following each rule costs, in points behind the best arm of each setting.
+def regrets(
+    rows: list[rule.Measured],
+    by_seed: Mapping[str, Mapping[str, Mapping[int, float]]],
+    compared: Mapping[str, list[str]],
+) -> dict[str, Any]:
+    """Return what following each rule costs, in points behind the arm with the best mean test figure.
 
     The advice for a setting is made from the other settings alone.
+
+    Args:
+        rows: the settings as the rule reads them.
+        by_seed: the test figure by setting, arm and seed.
+        compared: the arms of each setting in the order that validation of the choosing seed puts them into.
     """
     if len(rows) < 3:
         return {}
-    rules: dict[str, list[float]] = {}
+    lost: dict[str, list[float]] = {}
     taken = {}
     for row in rows:
-        others = [other for other in rows if other is not row]
-        followed = {"the advice": rule.recommend(row.setting, others)[0].arm, "rules of thumb": of_thumb(row)}
+        ranked = [choice.arm for choice in rule.recommend(row.setting, [other for other in rows if other is not row])]
+        taken[row.name] = ranked[0]
+        followed = {"the advice": ranked[0], "rules of thumb": of_thumb(row)}
+        followed["all arms compared, one seed"] = compared[row.name][0]
+        for first in (2, 3):
+            followed[f"the first {first} of the advice compared, one seed"] = next(
+                arm for arm in compared[row.name] if arm in ranked[:first]
+            )
         followed |= {f"always {TITLES[arm]}": arm for arm in study.ARMS}
-        taken[row.name] = followed["the advice"]
         for name, arm in followed.items():
-            rules.setdefault(name, []).append(max(row.scores.values()) - row.scores[arm])
+            lost.setdefault(name, []).append(row.lost[arm])
+        lost.setdefault(OTHER_SEEDS, []).append(chosen_on_other_seeds(by_seed[row.name]))
     lines = {
         name: {
             "mean": fmean(values),
@@ -140,34 +157,51 @@ def regrets(rows: list[rule.Measured]) -> dict[str, Any]:
             "good": 100 * fmean(value <= GOOD for value in values),
             "settings": len(values),
         }
-        for name, values in rules.items()
+        for name, values in lost.items()
     }
-    return {"rules": lines, "advised": taken}
+    return {"rules": lines, "advised": taken, "luck": luck(by_seed)}
+
+
+def by_validation(store: Store, setting: str) -> list[str]:
+    """Return the arms of a setting, the one first that is ahead on validation images of the choosing seed."""
+    return sorted(study.ARMS, key=lambda arm: -max(study.tried(store, setting, arm).values()))
+
+
+def chosen_on_other_seeds(arms: Mapping[str, Mapping[int, float]]) -> float:
+    """Return how far behind the best mean an arm is that was chosen, for each seed, by test figures of the others."""
+    found = []
+    for seed in next(iter(arms.values())):
+        others = {name: fmean(v for s, v in scores.items() if s != seed) for name, scores in arms.items()}
+        found.append(arms[max(others, key=lambda name: others[name])][seed])
+    return max(fmean(scores.values()) for scores in arms.values()) - fmean(found)
+
+
+def luck(by_seed: Mapping[str, Mapping[str, Mapping[int, float]]]) -> dict[str, float]:
+    """Return the regret that a rule which knew the best arm would be found to have, because figures have errors.
+
+    Simulated: the measured means are taken for true, and each gets an error as large as that of its setting (the
+    spread of an arm over seeds that is left after what a seed does to all arms).
+    """
+    draw = torch.Generator().manual_seed(0)
+    means, good, noise = [], [], []
+    for arms in by_seed.values():
+        scores = torch.tensor([list(values.values()) for values in arms.values()], dtype=torch.float64)
+        left = scores - scores.mean(1, keepdim=True) - scores.mean(0) + scores.mean()
+        count, seeds = scores.shape
+        error = math.sqrt(left.square().sum().item() / ((count - 1) * (seeds - 1)) / seeds)
+        true = scores.mean(1)
+        seen = true + error * torch.randn(LUCK, count, generator=draw, dtype=torch.float64)
+        lost = seen.max(1).values - seen[:, true.argmax()]
+        means.append(lost.mean().item())
+        good.append((lost <= GOOD).double().mean().item())
+        noise.append(error)
+    return {"mean": fmean(means), "good": 100 * fmean(good), "error": fmean(noise)}
 
 
 def of_thumb(row: rule.Measured) -> rule.Arm:
     """Return what is said everywhere: freeze where the set is small or the batch is, keep what is large."""
     small = row.setting.batch < 16 or (row.setting.images or 0) < 1000
     return "none" if small else "live"
-
-
-def margins(store: Store) -> list[dict[str, Any]]:
-    """Return by how much frozen (`none`, fixed in advance) is ahead of the best live arm, by network and batch size.
-
-    The best live arm is the one of `live`, `recalibrated` and `scheduled` that is ahead on the validation images of
-    the choosing seed.
-    """
-    lines = []
-    for name, arms in finished(store).items():
-        setting = study.BY_NAME[name]
-        if (setting.pictures, setting.images, setting.sampler) != ("same", 400, "iid"):
-            continue
-        rival = max(("live", "recalibrated", "scheduled"), key=lambda arm: max(study.tried(store, name, arm).values()))
-        ahead = [arms[CHOSEN][seed] - arms[rival][seed] for seed in arms[CHOSEN]]
-        mean, low, high = cells.interval(ahead)
-        line = {"family": setting.family, "batch": setting.batch, "rival": rival, "seeds": len(ahead)}
-        lines.append(line | {"margin": mean, "low": low, "high": high})
-    return sorted(lines, key=lambda line: (line["family"], line["batch"]))
 
 
 def arms_table(summary: Mapping[str, Any]) -> str:
@@ -196,16 +230,7 @@ def regret_table(summary: Mapping[str, Any]) -> str:
     for name, one in sorted(found.items(), key=lambda item: item[1]["mean"]):
         share = f"{one['good']:.0f} % of {one['settings']}"
         lines.append(f"| {name} | {one['mean']:.2f} | {one['sd']:.2f} | {one['worst']:.1f} | {share} |")
-    return "\n".join(lines)
-
-
-def margin_table(summary: Mapping[str, Any]) -> str:
-    """Return frozen against the best live arm."""
-    lines = [
-        "| network | batch | best live arm | frozen is ahead by, points | seeds |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for one in summary["margin"]:
-        ahead = f"{one['margin']:+.1f} ({one['low']:+.1f} to {one['high']:+.1f})"
-        lines.append(f"| {one['family']} | {one['batch']} | {TITLES[one['rival']]} | {ahead} | {one['seeds']} |")
+    if "luck" in summary["regret"]:
+        one = summary["regret"]["luck"]
+        lines.append(f"| the best arm, if it were known (simulated) | {one['mean']:.2f} | | | {one['good']:.0f} % |")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """GroupNorm in place of BatchNorm: how much of a pretrained network is left, and how it fine-tunes.
 
-Three parts, of which a run that is cut off has the first ones:
+Two parts, of which a run that is cut off has the first ones:
 
 1. zero_shot: EfficientNet-Lite0, 1 and 2 with ImageNet weights at 128 pixels, converted without training and without
    labels. Agreement of the ImageNet top-1 with the BatchNorm network, cosine of the features, and Recall@1 of the same
@@ -8,18 +8,14 @@ Three parts, of which a run that is cut off has the first ones:
    The cost of a calibration is told in CPU seconds of one thread, and in passes of the BatchNorm network over the same
    images: as that number is the same for networks of any depth, the cost grows as theirs does.
 2. warm_up: the same after distilling the BatchNorm network's features (`distil`), one pass over up to 1,000 images.
-3. fine_tune: the setting of scripts/study_small_batch.py (9 emoji categories, 600 images of 64 pixels, 5 epochs,
-   AdamW), at batch 1, 2, 4 and 16, with its search of a learning rate for each arm; live and frozen BatchNorm at the
-   batch sizes that results/study_small_batch.json has are taken from there. Arms: GroupNorm calibrated on 256 training
-   images without labels, by what eps is; opacus's ModuleValidator.fix, with the layers made plain BatchNorm2d first
-   because it knows no other; GroupNorm without any pretraining.
 
 Rows whose eps is "to 9 v" are of an earlier calibration, which took the smallest error with eps up to nine variances.
 In nearly all layers that was nine, so that they are near to "center"; they stay until those are measured.
-scripts/study_group_norm_modes.py has what eps does on other pictures and in another family.
+scripts/study_group_norm_modes.py has what eps does on other pictures and in another family,
+scripts/study_group_norm_tuned.py how the modes fine-tune.
 
-Needs `pip install "finetune-bn[bench]"`. Hardware: 2 CPU cores, about two hours for the first two parts and batch 2
-and 4. Resumes where it was cut off. Result: results/study_group_norm*.{json,md,png}.
+Needs `pip install "finetune-bn[bench]"`. Hardware: 2 CPU cores, about an hour. Resumes where it was cut off.
+Result: results/study_group_norm.{json,md,png}.
 """
 
 from __future__ import annotations
@@ -33,23 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import cells
-import study_small_batch as small
 import torch
 import torch.nn.functional as F
 from store import Store
-from study_group_norm_report import (
-    BATCHES,
-    CALIBRATED,
-    LADDER,
-    OWN_ARMS,
-    SHARED_ARMS,
-    chosen_rate,
-    markdown,
-    markdown_tuned,
-    plot,
-    summarize,
-    tried_rates,
-)
+from study_group_norm_report import markdown, plot, summarize
 from torch import Tensor, nn
 
 import finetune_bn as fbn
@@ -199,31 +182,9 @@ def warm_up(net: str, eps: str, images: int, seed: int) -> dict[str, Any]:
     return figures(model, net) | {"seconds": seconds, "loss": record.loss_after}
 
 
-def fine_tune(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
-    """Train one cell and return its figures."""
-    from finetune_bn.backbones.create import create_backbone
-
-    if arm in SHARED_ARMS:
-        return small.fine_tune(arm, batch, lr, seed)
-    torch.manual_seed(seed)
-    weights = None if arm == "scratch" else "package"
-    net = create_backbone("tf_efficientnet_lite0", weights, num_classes=9)
-    if arm == "opacus":
-        net = opacus_fix(net)
-    else:
-        policies = {arm: fbn.ToGroupNorm(groups=1, init="sequential", eps=eps) for arm, eps in CALIBRATED.items()}
-        policies["scratch"] = fbn.ToGroupNorm(groups=32, init="reset")
-        net = fbn.convert(net, policies[arm], verify=False)
-    if arm in CALIBRATED:
-        fbn.calibrate_group_norm(net, [small.images(seed)["train"][0]], max_samples=IMAGES)
-    torch.manual_seed(seed)
-    return small.train(net, batch, lr, seed)
-
-
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "zero_shot": zero_shot,
     "warm_up": warm_up,
-    "fine_tune": fine_tune,
 }
 
 
@@ -257,32 +218,16 @@ def warm_up_cells() -> Iterator[dict[str, Any]]:
     yield from ({"part": "warm_up", **dict(zip(names, key, strict=True))} for key in keys)
 
 
-def fine_tune_cells(store: Store) -> Iterator[dict[str, Any]]:
-    """Yield those cells of the third part that can be measured now; more appear as results come in."""
-    for batch in BATCHES:
-        arms = OWN_ARMS if batch in small.BATCHES else (*OWN_ARMS, *SHARED_ARMS)
-        for arm in arms:
-            missing = cells.rates_to_try(tried_rates(store, arm, batch), LADDER, small.FIRST_RUNGS)
-            yield from (_fine_tune_cell(arm, batch, lr, 0) for lr in missing)
-            lr = chosen_rate(store, arm, batch)
-            if lr is not None:
-                yield from (_fine_tune_cell(arm, batch, lr, seed) for seed in SEEDS[1:])
-
-
-def _fine_tune_cell(arm: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
-    return {"part": "fine_tune", "arm": arm, "batch": batch, "lr": lr, "seed": seed}
-
-
 def next_cells(parts: tuple[str, ...], store: Store) -> Iterator[dict[str, Any]]:
     """Yield the cells of these parts that can be measured now, most important first."""
-    sources = {"zero_shot": zero_shot_cells, "warm_up": warm_up_cells, "fine_tune": lambda: fine_tune_cells(store)}
+    sources = {"zero_shot": zero_shot_cells, "warm_up": warm_up_cells}
     yield from (key for part in parts for key in sources[part]() if not store.done(key))
 
 
 def measure(part: str, **key: Any) -> dict[str, Any]:
     """Measure one cell."""
     row = MEASURES[part](**key)
-    return {"score": row.get("agreement", row.get("test_accuracy")), **row}
+    return {"score": row["agreement"], **row}
 
 
 def main() -> None:
@@ -298,9 +243,8 @@ def main() -> None:
     summary = summarize(store)
     store.finish(summary)
     write_atomically(store.path.with_suffix(".md"), markdown(summary))
-    write_atomically(store.path.with_name("study_group_norm_tuned.md"), markdown_tuned(summary))
     plot(summary, store.path.with_suffix(".png"))
-    print(markdown(summary), markdown_tuned(summary), sep="\n")
+    print(markdown(summary))
 
 
 if __name__ == "__main__":

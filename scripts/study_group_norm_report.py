@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import cells
-import study_small_batch as small
 from store import Store
 
-ROOT = Path(__file__).resolve().parent.parent
-BATCHES = (2, 4, 16, 1)
-CALIBRATED = {"group_norm_center": "center", "group_norm_normalize": "normalize", "group_norm_own_eps": "own"}
-OWN_ARMS, SHARED_ARMS = (*CALIBRATED, "opacus", "scratch"), ("live", "none")
-EARLIER = "group_norm_9v"  # measured before the three modes of eps had names
-LADDER = small.LADDER
 MAIN_NET = "tf_efficientnet_lite0"
-
-
-def fine_tuned(store: Store, arm: str, batch: int) -> list[dict[str, Any]]:
-    """Return the rows of an arm; those of live and frozen BatchNorm come from the study of small batches."""
-    rows = [r for r in store.rows if r["part"] == "fine_tune"]
-    if arm in SHARED_ARMS and batch in small.BATCHES:
-        rows = json.loads((ROOT / "results/study_small_batch.json").read_text(encoding="utf-8"))["rows"]
-    return [r for r in rows if (r["arm"], r["batch"]) == (arm, batch)]
-
-
-def tried_rates(store: Store, arm: str, batch: int) -> dict[float, float]:
-    """Return the validation accuracy at seed 0 by learning rate."""
-    return {row["lr"]: row["val_accuracy"] for row in fine_tuned(store, arm, batch) if row["seed"] == 0}
-
-
-def chosen_rate(store: Store, arm: str, batch: int) -> float | None:
-    """Return the arm's learning rate once the search is over: the best rung and both its neighbors were run."""
-    return cells.chosen_rate(tried_rates(store, arm, batch), LADDER, small.FIRST_RUNGS)
 
 
 def summarize(store: Store) -> dict[str, Any]:
@@ -43,7 +16,7 @@ def summarize(store: Store) -> dict[str, Any]:
     near: list[dict[str, Any]] = []
     grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     names = ("part", "net", "init", "groups", "eps", "images")
-    for row in (row for row in store.rows if row["part"] != "fine_tune"):
+    for row in store.rows:
         grouped.setdefault(tuple(row.get(name, "") for name in names), []).append(row)
     for (part, net, init, groups, eps, images), rows in grouped.items():
         line = {"part": part, "net": net, "init": init, "groups": groups, "eps": eps, "images": images}
@@ -54,20 +27,7 @@ def summarize(store: Store) -> dict[str, Any]:
         line["layers"] = rows[0].get("layers")
         line["passes"] = fmean(row["passes"] for row in rows) if "passes" in rows[0] else None
         near.append(line)
-    tuned = []
-    for batch in sorted(BATCHES):
-        for arm in (*SHARED_ARMS, EARLIER, *OWN_ARMS):
-            lr, tried = chosen_rate(store, arm, batch), tried_rates(store, arm, batch)
-            searched = lr is not None
-            if not searched and tried and arm in CALIBRATED:  # told of, though the search is not over
-                lr = max(tried, key=lambda rate: tried[rate])
-            rows = [r for r in fine_tuned(store, arm, batch) if r["lr"] == lr]
-            if rows:
-                values = [row["test_accuracy"] for row in rows]
-                spread = stdev(values) if len(values) > 1 else None
-                line = {"batch": batch, "arm": arm, "lr": lr, "seeds": len(rows), "accuracy": fmean(values)}
-                tuned.append(line | {"sd": spread, "searched": searched})
-    return {"near": near, "fine_tuned": tuned}
+    return {"near": near}
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -95,26 +55,6 @@ def markdown(summary: dict[str, Any]) -> str:
             "" if line["passes"] is None else f"{line['passes']:.1f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def markdown_tuned(summary: dict[str, Any]) -> str:
-    """Return the accuracies after fine-tuning as a table."""
-    names = {
-        "live": "live BatchNorm",
-        "none": "frozen BatchNorm",
-        **{arm: f"GroupNorm, sequential, eps {eps}" for arm, eps in CALIBRATED.items()},
-        EARLIER: "GroupNorm, sequential, eps to 9 v",
-        "opacus": "opacus",
-        "scratch": "GroupNorm, no pretraining",
-    }
-    head = ["batch", "arm", "learning rate", "seeds", "accuracy"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for line in summary["fine_tuned"]:
-        spread = "" if line["sd"] is None else f" ± {line['sd']:.1f}"
-        rate = f"{line['lr']:g}" + ("" if line["searched"] else ", search not over")
-        cells = [str(line["batch"]), names[line["arm"]], rate, str(line["seeds"])]
-        lines.append("| " + " | ".join([*cells, f"{line['accuracy']:.1f}{spread}"]) + " |")
     return "\n".join(lines) + "\n"
 
 

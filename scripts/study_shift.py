@@ -9,7 +9,7 @@ Arms: the source's statistics; those of each test batch (8, 32 or 128 images); r
 the target, of emoji that were trained on, with the source's statistics as a prior worth N images; the same without the
 step that preserves the function ("unprepared"); a mixture of domains recalibrated as one, or a domain at a time
 (StatisticsBank), from the same 1,024 images; frozen with the source's or the target's statistics and fine-tuned on a
-few labeled target images, three learning rates each, the best by validation emoji. Three seeds; a seed sets the split,
+few labeled target images, five learning rates each, the best by validation emoji. Three seeds; a seed sets the split,
 the head and all orders.
 
 Hardware: 2 CPU cores, shared with other work: about 50 minutes. Resumes where it was cut off; the source networks are
@@ -58,7 +58,7 @@ CACHE = ROOT / "runs" / "study_shift"
 SEEDS = (0, 1, 2)
 SOURCE = "noto"
 SHIFTS = (*MAIN, *((kind, severity) for kind in STRENGTHS for severity in SEVERITIES if severity != 5))
-RATES, TUNE_EPOCHS = (3e-5, 1e-4, 2e-4), 3
+RATES, TUNE_EPOCHS = (3e-5, 1e-4, 2e-4, 1e-5, 5e-4), 3
 TRAINING = {"network": "tf_efficientnet_lite0", "vendor": SOURCE, "epochs": 5, "lr": 2e-4, "batch": 16}
 WARMUP, WEIGHT_DECAY = 0.1, 0.05
 RECIPE = hashlib.sha256(json.dumps([TRAINING, WARMUP, WEIGHT_DECAY]).encode()).hexdigest()[:6]

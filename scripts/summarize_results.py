@@ -1,4 +1,4 @@
-"""The six lines that the README opens with, from the results of the studies: results/summary.md.
+"""The lines that the README opens with, from the results of the studies: results/summary.md.
 
 Nothing is measured here. The frozen arm is affine none, which was fixed before the studies; differences are taken seed
 by seed, with 95 % intervals. A difference whose interval holds 0, or that is smaller than what seeds and machines move
@@ -22,7 +22,6 @@ import cells
 from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-MOVED_BY_CHANCE = 2.5  # points: what other seeds and another machine change in the small-batch study
 CORRUPTIONS = ("noise 5", "blur 5", "contrast 5", "inversion 5", "color 5")
 
 
@@ -46,19 +45,19 @@ def summary(results: Path) -> str:
 
 def row(what: str, before: float, after: float, points: float, low: float, high: float, seeds: int) -> str:
     """Return a row of the table; a difference that chance explains is marked."""
-    decided = low * high > 0 and abs(points) >= MOVED_BY_CHANCE
-    difference = f"{points:+.1f} ({low:+.1f} to {high:+.1f})" + ("" if decided else ": undecided")
+    difference = f"{points:+.1f} ({low:+.1f} to {high:+.1f})"
+    difference += "" if cells.decided(points, low, high, seeds) else cells.why_undecided(seeds)
     return f"| {what} | {before:.1f} | {after:.1f} | {difference} | {seeds} |"
 
 
 def small_batches(study: dict[str, Any]) -> list[str]:
-    """Return live against frozen for each batch size."""
-    accuracy = {(line["batch"], line["arm"]): line["test_accuracy"] for line in study["table"]}
+    """Return the best fair live arm against frozen, for each network and batch size."""
     rows = []
-    for batch, margin in study["margin"].items():
-        before, after = accuracy[int(batch), "live"], accuracy[int(batch), margin["arm"]]
-        what = f"accuracy, batch {batch}: live, frozen"
-        rows.append(row(what, before, after, margin["points_above_live"], *margin["interval"], margin["seeds"]))
+    for one in study["margin"]:
+        if one["kind"] in ("best", "long live"):
+            what = f"accuracy, {one['family']}, batch {one['batch']}: {one['other']}; frozen"
+            figures = (one[key] for key in ("before", "after", "points", "low", "high"))
+            rows.append(row(what, *figures, seeds=one["seeds"]))
     return rows
 
 

@@ -111,6 +111,7 @@ def test_a_difference_that_chance_explains_is_called_undecided(
     from summarize_results import row
 
     assert ("undecided" in row("x", 50, 50 + points, points, low, high, 3)) == undecided
+    assert row("x", 50, 50 + points, points, low, high, 2).endswith(": two seeds | 2 |")
 
 
 def figures(text: str) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from finetune_bn.conversion.policies import Freeze, Keep, Policy, ToGroupNorm
 from finetune_bn.diagnosis.overrules import LIVE, mend_first, overrules, setting_of
 from finetune_bn.diagnosis.remedies import EVIDENCE
 from finetune_bn.diagnosis.results import Diagnosis
-from finetune_bn.diagnosis.rule import TITLES, Arm, Choice, Reason, Setting, recommend
+from finetune_bn.diagnosis.rule import STUDY, TITLES, Arm, Choice, Reason, Setting, recommend
 from finetune_bn.utilities.results import Result, Shown
 
 
@@ -22,44 +22,37 @@ class Treatment:
     Attributes:
         policy: what `convert` takes.
         config: the same for a config.
-        lr_factor: its best learning rate, as a multiple of that of live layers.
         callback: what the Trainer gets besides, for a config; empty: nothing.
     """
 
     policy: Policy
     config: str
-    lr_factor: float
     callback: str = ""
 
 
 _AFFINE = "{ class_path: Freeze, init_args: { affine: %s } }"
 TREATMENTS: Mapping[Arm, Treatment] = {
-    "live": Treatment(Keep(), "{ class_path: Keep }", 1.0),
-    "none": Treatment(Freeze("none"), _AFFINE % "none", 0.2),
-    "original": Treatment(Freeze("original"), _AFFINE % "original", 0.2),
-    "limited": Treatment(Freeze("none"), _AFFINE % "none", 0.5, "class_path: StepLimit\ninit_args: { ratio: 5.0e-4 }"),
+    "live": Treatment(Keep(), "{ class_path: Keep }"),
+    "none": Treatment(Freeze("none"), _AFFINE % "none"),
+    "original": Treatment(Freeze("original"), _AFFINE % "original"),
+    "limited": Treatment(Freeze("none"), _AFFINE % "none", "class_path: StepLimit\ninit_args: { ratio: 5.0e-4 }"),
     "scheduled": Treatment(
         Keep(),
         "{ class_path: Keep }",
-        0.5,
         "class_path: BatchNormSchedule\n"
         "init_args: { frozen_fraction: 0.2, policy: { class_path: Freeze, init_args: { affine: none } } }",
     ),
     "recalibrated": Treatment(
         Keep(),
         "{ class_path: Keep }",
-        1.0,
         "class_path: BatchNormRecalibration\ninit_args: { temporary: true, max_samples: 4096 }",
     ),
     "group_norm": Treatment(
         ToGroupNorm(groups=1),
         "{ class_path: ToGroupNorm, init_args: { groups: 1, init: sequential } }",
-        0.2,
         "class_path: GroupNormCalibration",
     ),
-    "affine": Treatment(
-        Freeze("original"), _AFFINE % "original", 1.0, "class_path: TrainOnly\ninit_args: { what: norm }"
-    ),
+    "affine": Treatment(Freeze("original"), _AFFINE % "original", "class_path: TrainOnly\ninit_args: { what: norm }"),
 }
 _FROZEN_FRACTION = 0.2
 # What is tried when it is asked what would change the answer.
@@ -136,16 +129,16 @@ def advise(diagnosis: Diagnosis) -> Advice:
     if not diagnosis.layers:
         return _nothing_to_treat()
     setting, out = setting_of(diagnosis), overrules(diagnosis)
-    ranked = [choice for choice in recommend(setting) if choice.arm not in out]
-    best, second = ranked[0], ranked[1]
+    ranked = recommend(setting)
+    best, second = [choice for choice in ranked if choice.arm not in out][:2]
     treatment = TREATMENTS[best.arm]
-    lr = _rate(diagnosis, treatment)
-    reasons = [*mend_first(diagnosis), *dict.fromkeys(out.values()), *best.reasons, *_evidence(best.arm, setting)]
+    lr = _rate(diagnosis, best, ranked)
+    reasons = [*mend_first(diagnosis), *dict.fromkeys(out.values()), *best.reasons, *_evidence(best, setting)]
     return Advice(
         arm=best.arm,
         title=TITLES[best.arm],
         policy=treatment.policy,
-        lr_factor=treatment.lr_factor,
+        lr_factor=best.lr_factor,
         lr=lr,
         limit_steps=best.arm == "limited",
         recalibrate=best.arm in ("recalibrated", "scheduled"),
@@ -175,18 +168,23 @@ def _nothing_to_treat() -> Advice:
     )
 
 
-def _rate(diagnosis: Diagnosis, treatment: Treatment) -> float | None:
-    """Return the learning rate that the one asked about becomes, from that of live layers to that of this treatment."""
+def _rate(diagnosis: Diagnosis, best: Choice, ranked: Sequence[Choice]) -> float | None:
+    """Return the learning rate that the one asked about becomes, from that of its layers to that of the treatment."""
     asked = None if diagnosis.curvature is None else diagnosis.curvature.lr
     if asked is None:
         return None
     frozen_now = not any(layer.by_batch for layer in diagnosis.layers)
-    of_live = asked / TREATMENTS["none"].lr_factor if frozen_now else asked
-    return float(f"{of_live * treatment.lr_factor:.2g}")
+    of_frozen = next((choice.lr_factor for choice in ranked if choice.arm == "none"), 1.0)
+    of_live = asked / of_frozen if frozen_now else asked
+    return float(f"{of_live * best.lr_factor:.2g}")
 
 
-def _evidence(arm: Arm, setting: Setting) -> Iterator[Reason]:
-    """Yield what other studies say of it."""
+def _evidence(choice: Choice, setting: Setting) -> Iterator[Reason]:
+    """Yield what the study says of its learning rate, and other studies of itself."""
+    arm = choice.arm
+    if choice.lr_factor != 1:
+        times = f"{choice.lr_factor:.2g} times that of live layers"
+        yield Reason(f"Its best learning rate was {times} in settings like yours.", choice.lr_factor, STUDY)
     if arm not in LIVE:
         if setting.iid is False and (setting.images_per_label or 0) > 1:
             yield EVIDENCE["P x K"]

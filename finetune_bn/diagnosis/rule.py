@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any, Literal, get_args
@@ -87,12 +87,14 @@ class Measured:
         setting: what is known of it before a training.
         scores: mean test accuracy or Recall@1 of each treatment over the reporting seeds, in percent.
         seeds: how many these are.
+        rates: best peak learning rate of each treatment, AdamW; empty: not known.
     """
 
     name: str
     setting: Setting
     scores: Mapping[Arm, float]
     seeds: int
+    rates: Mapping[Arm, float] = field(default_factory=dict)
 
     @property
     def lost(self) -> dict[Arm, float]:
@@ -114,12 +116,14 @@ class Choice:
         expected_loss: points that it is expected to be behind the best treatment.
         spread: how much that varies between the settings it rests on, a standard deviation.
         reasons: why it stands where it does.
+        lr_factor: its best learning rate, as a multiple of that of live layers.
     """
 
     arm: Arm
     expected_loss: float
     spread: float
     reasons: tuple[Reason, ...]
+    lr_factor: float = 1.0
 
 
 @cache
@@ -127,7 +131,7 @@ def shipped() -> tuple[Measured, ...]:
     """Return the measured settings that come with the package."""
     text = resources.files("finetune_bn.diagnosis").joinpath("measured.json").read_text(encoding="utf-8")
     rows = json.loads(text)
-    return tuple(Measured(row["name"], Setting(**row["setting"]), row["scores"], row["seeds"]) for row in rows)
+    return tuple(Measured(**row | {"setting": Setting(**row["setting"])}) for row in rows)
 
 
 def distance(a: Setting, b: Setting) -> float:
@@ -146,7 +150,7 @@ def recommend(setting: Setting, measured: Sequence[Measured] | None = None) -> t
     """Rank the treatments for a setting, the one that is expected to lose least first.
 
     Its expected loss is the mean over the measured settings of the points it was behind the best one there, each
-    weighted by exp(-distance / `REACH`).
+    weighted by exp(-distance / `REACH`); the same weights make the learning rate that it is to have.
 
     Args:
         setting: what is known before the training.
@@ -169,8 +173,18 @@ def recommend(setting: Setting, measured: Sequence[Measured] | None = None) -> t
         total = sum(weight for weight, _ in told)
         mean = sum(weight * row.lost[arm] for weight, row in told) / total
         variance = sum(weight * (row.lost[arm] - mean) ** 2 for weight, row in told) / total
-        choices.append(Choice(arm, mean, math.sqrt(variance), _reasons(arm, [row for _, row in told])))
+        reasons = _reasons(arm, [row for _, row in told])
+        choices.append(Choice(arm, mean, math.sqrt(variance), reasons, _lr_factor(arm, told)))
     return tuple(sorted(choices, key=lambda choice: choice.expected_loss))
+
+
+def _lr_factor(arm: Arm, told: Sequence[tuple[float, Measured]]) -> float:
+    """Return the weighted geometric mean of a treatment's best learning rate over that of live layers; 1: not known."""
+    known = [(weight, row.rates) for weight, row in told if arm in row.rates and "live" in row.rates]
+    if not known:
+        return 1.0
+    logs = sum(weight * math.log(rates[arm] / rates["live"]) for weight, rates in known)
+    return math.exp(logs / sum(weight for weight, _ in known))
 
 
 def _reasons(arm: Arm, near: Sequence[Measured]) -> tuple[Reason, ...]:

@@ -1,6 +1,6 @@
-"""Ray Train: the same LightningModule and callback on the workers of a Ray cluster. Written by Ray's documented API.
+"""Ray Train: the same LightningModule and callback on the workers of a Ray cluster.
 
-Not run in this repository, which has no Ray: try it on two workers first. Nothing changes for BatchNorm. Ray's strategy
+Run once with Ray 2.60 and two workers on CPUs; the tests have no Ray. Nothing changes for BatchNorm. Ray's strategy
 is a DDPStrategy, so the layers are converted before they are wrapped, frozen ones have nothing to synchronize, and
 `recalibrate`, P x K batches and retrieval go over the workers' process group.
 """
@@ -46,7 +46,14 @@ class Classifier(pl.LightningModule):
 def train(config: dict) -> None:
     """Run on each worker."""
     pl.seed_everything(0)
-    data = EmojiData(target="category", batch_size=config["batch_size"], mean=(0.5,) * 3, std=(0.5,) * 3)
+    data = EmojiData(
+        target="category",
+        batch_size=config["batch_size"],
+        train_size=config["images"],
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        num_workers=0,
+    )
     trainer = pl.Trainer(
         max_epochs=config["epochs"],
         devices="auto",  # Ray says how many workers there are
@@ -64,12 +71,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--gpu", action="store_true", help="a GPU for each worker")
+    parser.add_argument("--images", type=int, default=600, help="training images")
     parser.add_argument("--storage", default=None, help="where results go: a folder that all nodes see")
     args = parser.parse_args()
     # The batch is that of each worker: for the step of one process of 32 images give each of 8 workers 4.
     ray_trainer = TorchTrainer(
         train,
-        train_loop_config={"lr": 2e-4, "batch_size": max(1, 32 // args.workers), "epochs": 2},
+        train_loop_config={"lr": 2e-4, "batch_size": max(1, 32 // args.workers), "images": args.images, "epochs": 2},
         scaling_config=ScalingConfig(num_workers=args.workers, use_gpu=args.gpu),
         run_config=RunConfig(name="frozen", storage_path=args.storage),
     )

@@ -169,6 +169,8 @@ def test_a_network_for_metric_learning_answers_with_embeddings(tmp_path: Path) -
     assert float(one.vector.norm()) == pytest.approx(1.0, abs=1e-5)
     assert not torch.allclose(one.vector, other.vector)
     torch.testing.assert_close(model.predict(picture("red")).vector, one.vector, rtol=1e-4, atol=1e-5)
+    assert one.to_dict() == {"image": one.image, "vector": one.vector.tolist()}
+    assert str(one) == f"{one.image}: a vector of {net.num_features} numbers"
 
 
 def test_a_bar_is_shown_where_it_is_asked_for(model: fbn.TrainedModel, capsys: pytest.CaptureFixture[str]) -> None:

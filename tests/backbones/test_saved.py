@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import finetune_bn as fbn
 from finetune_bn.backbones import card as cards
 from finetune_bn.backbones.card import Transform
-from finetune_bn.errors import BadData, ConversionMismatch, FinetuneBNError
+from finetune_bn.errors import BadData, ConversionMismatch, FinetuneBNError, MissingDependency
 from finetune_bn.layers import FrozenBatchNorm, GroupNorm
 from tests.models import settle
 from tests.tools import assert_same_state, untouched
@@ -262,6 +262,12 @@ def test_a_file_of_a_later_version_says_what_to_install(file: Path) -> None:
         ({"in_chans": 2**40}, "in_chans=1099511627776, and no tensor in it has as many values"),
         ({"transform": {"size": [10**9, 1], "mean": [0.5], "std": [0.5]}}, "transform.size: got"),
         ({"transform": {"size": [32, 32], "mean": ["x"], "std": [0.5]}}, "transform.mean: got"),
+        (
+            {"transform": {"size": [32, 32], "mean": [0.5, 0.5], "std": [0.5]}},
+            "transform.std: got .* 2 numbers, as in mean",
+        ),
+        ({"transform": {"size": [32, 32], "mean": [0.5], "std": [0.5], "crop_mode": 3}}, "transform.crop_mode: got 3"),
+        ({"num_classes": 1, "classes": ["a"]}, "num_classes: got 1; allowed: 2 or more. Or task='embedding'"),
         ({"unknown": 1}, "unexpected keyword argument 'unknown'"),
         ({"plan": {"model": "x"}}, "plan: got"),
         ({"backbone": "hf-hub:someone/net"}, "backbone: got 'hf-hub:someone/net'"),
@@ -330,6 +336,15 @@ def test_the_settings_of_a_group_norm_cannot_get_lost(tmp_path: Path) -> None:
     rewritten(file, lambda tensors, metadata: tensors.update({name: torch.zeros(3, dtype=torch.uint8)}))
     with pytest.raises(BadData, match=name.rpartition(".")[0]):
         fbn.load(file)
+
+
+def test_without_safetensors_it_is_said_what_to_install_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(MissingDependency, match="pip install safetensors"):
+        fbn.save(network(), tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_device_that_is_not_there_is_named(file: Path) -> None:

@@ -126,6 +126,17 @@ def test_a_head_that_lost_its_bias_is_an_error(tmp_path: Path) -> None:
         create_backbone(TINY, saved(tmp_path, state), num_classes=7)
 
 
+def test_a_renaming_that_fails_on_a_foreign_file_leaves_the_word_to_the_strict_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(state: Any, model: Any) -> Any:
+        raise KeyError("made for another file")
+
+    monkeypatch.setattr(sys.modules[timm.model_entrypoint("test_convnext").__module__], "checkpoint_filter_fn", fails)
+    with pytest.raises(BadData, match=r"missing .* unexpected"):
+        create_backbone("test_convnext", saved(tmp_path, randomized().state_dict()))
+
+
 def test_a_file_without_a_head_leaves_it_random_and_says_so_where_num_classes_is_given(tmp_path: Path) -> None:
     path = saved(tmp_path, randomized(num_classes=0).state_dict())
     with pytest.warns(UserWarning, match=r"no head, fc.weight, fc.bias random"):

@@ -6,13 +6,14 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -239,6 +240,7 @@ def test_a_validation_before_any_training_leaves_the_layers_and_says_so(tmp_path
         ("no layers", "model: got .Foreign.; allowed: a model with BatchNorm layers"),
         ("checkpoint", "policy: got 'auto'; allowed: a policy, as the checkpoint that is resumed holds no decision"),
         ("no validation", "policy auto: got 'no validation loader'"),
+        ("two loaders", "policy auto: got '2 training loaders'; allowed: one training loader"),
     ],
 )
 def test_where_it_cannot_be_decided_it_is_refused_by_name(tmp_path: Path, case: str, match: str) -> None:
@@ -268,9 +270,65 @@ def test_where_it_cannot_be_decided_it_is_refused_by_name(tmp_path: Path, case: 
         enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
     train, val = loaders()
+    train = {"a": train, "b": train} if case == "two loaders" else train
     with pytest.raises(FinetuneBNError, match=match) as error:
         trainer.fit(module, train, None if case == "no validation" else val, ckpt_path=path, weights_only=True)
     assert "\n" not in str(error.value)
+
+
+def test_several_processes_are_refused() -> None:
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp_fork", logger=False, enable_checkpointing=False)
+    with pytest.raises(FinetuneBNError, match=r"policy: got .*'auto' with 2 processes.* allowed: one process"):
+        auto_module.decide(trainer, Foreign(), None, "fast")
+
+
+def test_trainings_are_kept_in_the_runs_folder_or_where_it_is_said_and_not_at_an_address() -> None:
+    def place(root: str, folder: str | None = None, dry: bool = False) -> Path | None:
+        trainer: Any = SimpleNamespace(fast_dev_run=dry, default_root_dir=root)
+        return auto_module._place(trainer, Foreign(), folder, ["data"])
+
+    here = place("runs")
+    assert here is not None
+    assert here.parent == Path("runs/policy_auto")
+    assert here == place("runs")
+    assert place("runs", "mine") == Path("mine")
+    assert place("s3://bucket/runs") is None
+    assert place("runs", dry=True) is None
+
+
+def test_a_validation_loader_without_a_length_counts_no_images() -> None:
+    def counted(*loaders: Any) -> int:
+        trainer: Any = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        trainer.strategy.connect(Foreign())
+        trainer._data_connector.attach_data(Foreign(), val_dataloaders=list(loaders))
+        return auto_module._validation_images(trainer)
+
+    val = loaders()[1]
+    assert counted(val) == 18
+    assert counted(val, val) == 36
+    assert counted(val, [torch.zeros(2, 3, 8, 8)]) == 0
+
+
+def test_without_a_diagnosis_the_sizes_of_batch_and_set_rank_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise FinetuneBNError("the batch is empty")
+
+    monkeypatch.setattr(auto_module, "diagnose", fails)
+    feed: Any = SimpleNamespace(take=lambda first, number: [None] * number)
+    said: list[str] = []
+    ranked = auto_module._ranked(Foreign(), None, feed, 8, 3, 1.0, said.append)
+    assert set(ranked) == set(ARMS)
+    (line,) = said
+    assert "no diagnosis (the batch is empty) Treatments are ranked by the sizes of batch and set alone" in line
+
+
+def test_beside_weight_averaging_no_schedule_is_compared() -> None:
+    averaging = WeightAveraging(lambda *_: None)  # type: ignore[arg-type]
+    for callbacks, there in (([], True), ([averaging], False)):
+        trainer: Any = SimpleNamespace(callbacks=callbacks)
+        names = auto_module._candidates(trainer, Foreign(), None, list(ARMS))
+        assert ("scheduled" in names) == there
+        assert names[0] == next(iter(ARMS))
 
 
 def test_words_that_are_no_budget_or_policy_are_refused() -> None:
@@ -278,6 +336,9 @@ def test_words_that_are_no_budget_or_policy_are_refused() -> None:
         BatchNormConversion("auto", budget="quick")  # type: ignore[arg-type]
     with pytest.raises(FinetuneBNError, match="policy: got 'automatic'"):
         BatchNormConversion("automatic")  # type: ignore[arg-type]
+    for damaged in ({"arm": "live"}, "live", {"arm": "live", "policy": 3, "lr": None, "budget": "fast", "said": ""}):
+        with pytest.raises(FinetuneBNError, match="got"):
+            Decision.from_dict(damaged)
     with pytest.raises(FinetuneBNError, match="decision: got"):
         Decision.from_dict({"arm": "nothing", "policy": fbn.Keep().to_dict(), "lr": None, "budget": "fast", "said": ""})
 

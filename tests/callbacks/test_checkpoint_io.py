@@ -51,6 +51,14 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatc
     assert path.read_bytes() == before
 
 
+def test_an_address_is_written_as_lightning_writes_it() -> None:
+    plugin, path = AtomicCheckpointIO(), "memory://run/a.ckpt"
+    plugin.save_checkpoint(STATE, path)
+    assert plugin.load_checkpoint(path, weights_only=True)["epoch"] == 3
+    with pytest.raises(TypeError, match="storage_options"):
+        plugin.save_checkpoint(STATE, path, storage_options={"key": 1})
+
+
 def test_a_trainer_takes_it_unless_another_plugin_was_chosen() -> None:
     class Own(TorchCheckpointIO):
         """A plugin of the user's."""

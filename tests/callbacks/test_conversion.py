@@ -269,6 +269,27 @@ def test_a_checkpoint_of_another_module_is_an_error_that_says_so(tmp_path: Path)
         trainer(tmp_path, BatchNormConversion()).test(other, loader(), ckpt_path=path, verbose=False)
 
 
+def test_a_checkpoint_of_a_part_that_the_module_does_not_have_is_an_error_that_says_so(tmp_path: Path) -> None:
+    class Renamed(Foreign):
+        def _build(self) -> None:
+            self.net, self.head = make_net(), nn.Linear(6, 3)
+
+    path, _ = saved(tmp_path, fbn.Freeze(), module="backbone")
+    with pytest.raises(NoBatchNormMatched, match="ckpt_path: got 'backbone'; allowed: a checkpoint of the same"):
+        trainer(tmp_path, BatchNormConversion()).test(Renamed(), loader(), ckpt_path=path, verbose=False)
+
+
+def test_a_part_that_is_a_batch_norm_itself_is_replaced_in_its_parent_and_replayed(tmp_path: Path) -> None:
+    path, model = saved(tmp_path, fbn.Freeze("shift"), module="backbone.1")
+    assert [type(layer).__name__ for layer in (model.backbone[1], model.backbone[4])] == [
+        "FrozenBatchNorm2d", "BatchNorm2d"
+    ]  # fmt: skip
+    loaded = Foreign()
+    assert replay(torch.load(path, weights_only=True), loaded)
+    assert isinstance(loaded.backbone[1], FrozenBatchNorm)
+    assert isinstance(loaded.backbone[4], nn.BatchNorm2d)
+
+
 # ---- beside Lightning's own callbacks (each of these moves or resets live BatchNorm)
 
 

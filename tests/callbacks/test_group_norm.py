@@ -157,6 +157,7 @@ def test_without_converted_layers_it_says_so_and_trains() -> None:
     ("make", "message"),
     [
         (lambda: GroupNormCalibration(max_samples=2), "max_samples: got 2"),
+        (lambda: GroupNormCalibration(balance="yes"), "balance: got 'yes'; allowed: true or false"),
         (lambda: GroupNormDistillation(lr=-1), "lr: got -1"),
         (lambda: GroupNormDistillation(max_samples=True), "max_samples: got True"),
     ],

@@ -304,6 +304,18 @@ def test_an_output_that_cannot_be_a_file_is_refused_before_anything_is_read(outp
         recalibrated(tmp_path / "net.ckpt", tmp_path / output)
 
 
+def test_an_address_without_a_place_for_the_new_file_and_several_processes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FinetuneBNError, match="output: got None; allowed: a file, where the checkpoint is an address"):
+        recalibrate_checkpoint(
+            trainer(tmp_path), Foreign(), Data(), "s3://bucket/net.ckpt", None, BatchNormRecalibration()
+        )
+    path = trained(tmp_path)
+    two = trainer(tmp_path, devices=2, strategy="ddp_fork")
+    with pytest.raises(FinetuneBNError, match=r"trainer\.devices: got 2; allowed: 1: a file is written by one process"):
+        recalibrate_checkpoint(two, Foreign(), Data(), path, tmp_path / "new.ckpt", BatchNormRecalibration())
+    assert [file.name for file in tmp_path.glob("*.ckpt")] == ["net.ckpt"]
+
+
 def test_a_domain_needs_a_data_module_that_knows_domains(tmp_path: Path) -> None:
     with pytest.raises(FinetuneBNError, match="domain: got 'noto'; allowed: null, as a Data has no domains"):
         recalibrated(trained(tmp_path), domain="noto")

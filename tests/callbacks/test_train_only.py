@@ -39,6 +39,13 @@ def test_norm_layers_and_head_move_and_nothing_else_and_the_file_says_it_all(
     torch.testing.assert_close(start.eval()(x), model.eval()(x))
 
 
+def test_a_validation_alone_freezes_nothing(tmp_path: Path) -> None:
+    model = Foreign()
+    trainer(tmp_path, TrainOnly(path="part.safetensors")).validate(model, loader(), verbose=False)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_a_part_is_chosen_from_by_its_path_and_the_rest_is_trained_as_before(tmp_path: Path) -> None:
     model, start = Foreign(), Foreign()
     only = TrainOnly("affine", module="backbone")

@@ -119,12 +119,37 @@ class Unsure(Answers):
         (Unsure(), (torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])), "is no classifier that says how many classes"),
         (Answers(), (torch.zeros(2, 3, 8, 8), torch.tensor([0.5, 1.5])), "had images, labels and logits"),
         (Answers(), (torch.zeros(2, 3, 8, 8), torch.zeros(2, 2).long()), "had images, labels and logits"),
+        (Answers(), (torch.zeros(2, 3, 8, 8), [0, 1]), "had images, labels and logits"),
+        (Answers(), [torch.zeros(2, 3, 8, 8)], "had images, labels and logits"),
     ],
 )
 def test_where_there_are_none_it_is_said_why(module: Any, batch: Any, words: str) -> None:
     found, worst = look(module, [batch])
     assert found == []
     assert words in worst.left_out
+
+
+def test_over_processes_each_image_is_shown_once_and_without_a_name() -> None:
+    """A sampler for two processes gives the first images of 13 twice; which file it was, only their process knows."""
+    twice = SimpleNamespace(all_gather=lambda tensor: torch.stack([tensor, tensor]))
+    alone, _ = look(Answers(), DataLoader(Named(), batch_size=5))
+    both, worst = look(Answers(), DataLoader(Named(), batch_size=5), world_size=2, strategy=twice)
+    assert [(image.loss, image.data) for image in both] == [(image.loss, image.data) for image in alone[:2]]
+    assert {image.name for image in both} == {""}
+    assert worst.left_out == ""
+
+
+def test_what_one_process_has_is_shown_where_the_other_has_nothing() -> None:
+    """Each of the three tensors is gathered; the other process has losses of -inf, and zeros."""
+    empty = iter([-math.inf, 0.0, 0.0])
+    other = SimpleNamespace(all_gather=lambda tensor: torch.stack([torch.full_like(tensor, next(empty)), tensor]))
+    alone, _ = look(Answers(), DataLoader(Named(), batch_size=5))
+    found, _ = look(Answers(), DataLoader(Named(), batch_size=5), world_size=2, strategy=other)
+    assert [(image.loss, image.data) for image in found] == [(image.loss, image.data) for image in alone]
+    nobody = SimpleNamespace(all_gather=lambda tensor: torch.stack([tensor, tensor]))
+    found, worst = look(Answers(), [], world_size=2, strategy=nobody)
+    assert found == []
+    assert "had images, labels and logits" in worst.left_out
 
 
 def test_nothing_is_watched_where_none_were_asked_for_or_lightning_only_checks() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ from finetune_bn.conversion.policies import Freeze
 from finetune_bn.diagnosis import advise as module
 from finetune_bn.diagnosis.advise import TREATMENTS, Advice, advise
 from finetune_bn.diagnosis.overrules import LIVE, setting_of
+from finetune_bn.diagnosis.remedies import EVIDENCE
 from finetune_bn.diagnosis.results import BatchDiagnosis, Curvature, Diagnosis, Finding, LayerDiagnosis
 from finetune_bn.diagnosis.rule import ARMS, Arm, Choice, Reason, Setting
 
 yaml = pytest.importorskip("yaml")
 
+FACTORS: dict[Arm, float] = {"none": 0.2, "scheduled": 0.5}
 LAYER = LayerDiagnosis(("bn",), "BatchNorm2d", 8, by_batch=True, shift_mean=0.2, log_var=0.1)
 
 
@@ -31,7 +35,10 @@ def diagnosis(**changes: Any) -> Diagnosis:
 
 def ranking(monkeypatch: pytest.MonkeyPatch, *arms: Arm) -> None:
     def recommend(setting: Setting) -> tuple[Choice, ...]:
-        return tuple(Choice(arm, float(i), 0.5, (Reason(arm, float(i), "study"),)) for i, arm in enumerate(arms))
+        return tuple(
+            Choice(arm, float(i), 0.5, (Reason(arm, float(i), "study"),), FACTORS.get(arm, 1.0))
+            for i, arm in enumerate(arms)
+        )
 
     monkeypatch.setattr(module, "recommend", recommend)
 
@@ -52,7 +59,7 @@ def test_an_overlay_is_yaml_with_the_policy_and_a_rate_that_is_a_number(
     advice = advise(diagnosis())
     config = yaml.safe_load(advice.overlay)
     assert config["batch_norm"]["policy"]["class_path"] == type(TREATMENTS[arm].policy).__name__
-    assert config["model"]["init_args"]["lr"] == pytest.approx(1e-3 * TREATMENTS[arm].lr_factor)
+    assert config["model"]["init_args"]["lr"] == pytest.approx(1e-3 * FACTORS.get(arm, 1.0))
     assert isinstance(config["model"]["init_args"]["lr"], float)
     assert ("trainer" in config) is bool(TREATMENTS[arm].callback)
     assert advice.limit_steps is (arm == "limited")
@@ -68,6 +75,14 @@ def test_a_rate_asked_about_for_frozen_layers_stays_what_it_is_for_them(monkeypa
     unknown = advise(diagnosis(curvature=None))
     assert unknown.lr is None
     assert "model" not in yaml.safe_load(unknown.overlay)
+
+
+def test_a_rate_other_than_that_of_live_layers_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranking(monkeypatch, "none", "live")
+    reason = next(reason for reason in advise(diagnosis()).reasons if "learning rate was 0.2 times" in reason.sentence)
+    assert (reason.figure, reason.source) == (0.2, "scripts/study_advice.py")
+    ranking(monkeypatch, "live", "none")
+    assert not any("times that of live" in reason.sentence for reason in advise(diagnosis()).reasons)
 
 
 def test_one_value_a_channel_rules_live_layers_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,3 +114,11 @@ def test_p_x_k_batches_bring_the_study_of_metric_learning(monkeypatch: pytest.Mo
     advice = advise(diagnosis(batches=BatchDiagnosis(32, iid=False, images_per_label=2.0)))
     assert advice.policy == Freeze("none")
     assert {"results/study_metric_learning.md"} <= {reason.source for reason in advice.reasons}
+
+
+@pytest.mark.parametrize("reason", EVIDENCE.values(), ids=EVIDENCE)
+def test_a_figure_of_the_evidence_is_one_that_its_study_printed(reason: Reason) -> None:
+    printed = (Path(__file__).resolve().parents[2] / reason.source).read_text(encoding="utf-8")
+    found = re.findall(r"\d+\.\d", reason.sentence)
+    assert found
+    assert set(found) <= set(re.findall(r"\d+\.\d", printed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -31,6 +32,19 @@ def test_expected_loss_is_the_mean_weighted_by_nearness() -> None:
     assert by_arm["live"].reasons[0].figure == 10.0
 
 
+def test_the_learning_rate_is_a_weighted_geometric_mean_of_what_was_best_beside_live_layers() -> None:
+    small = replace(SMALL, rates={"live": 1e-3, "none": 1e-4})
+    large = replace(LARGE, rates={"live": 1e-3, "none": 4e-4})
+    asked = Setting(batch=16, images=400, iid=True)  # two doublings and one fourfold from either
+    found = {choice.arm: choice.lr_factor for choice in recommend(asked, [small, large])}
+    assert found["none"] == pytest.approx(0.2)
+    assert found["live"] == 1.0
+    at_small = {choice.arm: choice.lr_factor for choice in recommend(small.setting, [small, large])}
+    assert 0.1 < at_small["none"] < 0.2
+    unknown = {choice.arm: choice.lr_factor for choice in recommend(asked, [SMALL, LARGE])}
+    assert unknown == {"none": 1.0, "live": 1.0}
+
+
 def test_a_treatment_that_was_not_measured_is_not_ranked() -> None:
     assert {choice.arm for choice in recommend(SMALL.setting, [SMALL, LARGE])} == {"live", "none"}
 
@@ -45,7 +59,7 @@ def test_distance_is_symmetric_zero_to_itself_and_ignores_what_is_not_known() ->
 
 def test_the_shipped_settings_rank_and_every_score_is_a_percentage() -> None:
     for row in shipped():
-        assert set(row.scores) <= set(ARMS)
+        assert set(row.scores) == set(row.rates) <= set(ARMS)
         assert all(0.0 <= score <= 100.0 for score in row.scores.values())
         assert min(row.lost.values()) == 0.0
         ranked = recommend(row.setting)

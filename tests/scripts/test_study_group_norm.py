@@ -29,18 +29,12 @@ def near(key: dict[str, Any]) -> dict[str, Any]:
     return row | ({"passes": 4.0} if key.get("init") == "sequential" else {})
 
 
-def tuned(key: dict[str, Any]) -> dict[str, Any]:
-    base = {"group_norm_center": 67.0, "opacus": 30.0}.get(key["arm"], 50.0)
-    value = base - 10 * (key["lr"] != 5e-4) + key["seed"]
-    return {"val_accuracy": value, "test_accuracy": value}
-
-
 def fill(store: Store, *parts: str) -> list[dict[str, Any]]:
     """Measure cell after cell; return them in their order."""
     keys = []
     while len(keys) < 1000 and (key := next(study.next_cells(parts, store), None)):
         keys.append(key)
-        store.add(key | (tuned(key) if key["part"] == "fine_tune" else near(key)))
+        store.add(key | near(key))
     return keys
 
 
@@ -51,26 +45,6 @@ def test_no_cell_comes_twice_and_conversions_without_data_have_no_images(store: 
         if key["part"] == "zero_shot" and key["init"] != "sequential":
             assert (key["images"], key["eps"]) == (0, "own")
     assert {key["net"] for key in keys} == set(study.NETS)
-
-
-def test_each_arm_is_fine_tuned_at_its_own_best_rate_with_all_seeds(store: Store) -> None:
-    keys = fill(store, "fine_tune")
-    assert len({tuple(key.values()) for key in keys}) == len(keys)
-    for batch in report.BATCHES:
-        for arm in report.OWN_ARMS:
-            assert report.chosen_rate(store, arm, batch) == 5e-4
-            rows = [row for row in report.fine_tuned(store, arm, batch) if row["lr"] == 5e-4]
-            assert sorted(row["seed"] for row in rows) == list(study.SEEDS)
-    text = report.markdown_tuned(report.summarize(store))
-    assert "| 2 | GroupNorm, sequential, eps center | 0.0005 | 3 | 68.0 ± 1.0 |" in text
-    assert "| 4 | opacus | 0.0005 | 3 | 31.0 ± 1.0 |" in text
-
-
-def test_a_mode_whose_rate_is_not_found_yet_is_told_of_as_such(store: Store) -> None:
-    key = study._fine_tune_cell("group_norm_own_eps", 2, 2e-4, 0)
-    store.add(key | {"val_accuracy": 70.0, "test_accuracy": 66.04})
-    text = report.markdown_tuned(report.summarize(store))
-    assert "| 2 | GroupNorm, sequential, eps own | 0.0002, search not over | 1 | 66.0 |" in text
 
 
 def test_the_table_has_the_mean_over_seeds_and_the_cost_in_passes(store: Store, tmp_path: Path) -> None:

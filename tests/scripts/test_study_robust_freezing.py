@@ -95,25 +95,33 @@ def test_an_update_is_shortened_where_gradients_are_larger_than_expected_and_els
         torch.testing.assert_close(shortened, adamw, rtol=1e-9, atol=1e-9)
 
 
-def test_every_way_has_the_same_rates_and_the_seed_that_chooses_does_not_report(tmp_path: Path) -> None:
+def test_every_way_has_the_same_rates_and_the_seed_that_chooses_does_not_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "missing", lambda setting: None)
+    monkeypatch.setattr(study, "WAYS", dict(list(study.WAYS.items())[:4]))
     store = Store(tmp_path / "x.json", "python x.py", device="cpu")
     order = []
     while (key := next(study.next_cells(store), None)) and len(order) < 1000:
         order.append(key)
-        value = 60.0 - 10 * abs(study.LADDER.index(key["lr"]) - 3) + (key["seed"] in study.SEEDS) * 5 + key["seed"] % 10
-        store.add(key | {"val_accuracy": value, "drift": 1.0})
-    assert [key["way"] for key in order[: len(study.WAYS)]] == list(study.WAYS)
+        value = 60.0 - 10 * abs(study.LADDER.index(key["lr"]) - 4)
+        store.add(key | {"val": value, "test": value + 5 + key["seed"], "drift": 1.0})
+    ways = len(study.WAYS)
+    assert [key["way"] for key in order[:ways]] == list(study.WAYS)
+    assert {(key["network"], key["lr"]) for key in order[:ways]} == {("lite0", 3e-3)}
+    assert [key["network"] for key in order] == ["lite0"] * (len(order) // 2) + ["mobilenetv2"] * (len(order) // 2)
     rates = {
-        way: {key["lr"] for key in order if (key["way"], key["seed"]) == (way, study.CHOOSING)} for way in study.WAYS
+        (key["network"], key["way"]): {row["lr"] for row in store.rows if row["way"] == key["way"]} for key in order
     }
-    assert set(map(frozenset, rates.values())) == {frozenset({2e-4, 1e-3, 5e-3})}
+    assert set(map(frozenset, rates.values())) == {frozenset({3e-4, 1e-3, 3e-3})}
     for line in study.summarize(store):
         assert (line["lr"], line["values"]) == (1e-3, [65.0, 66.0, 67.0])
-    assert "| AdamW | 50.0 (1.0) | 60.0 (1.0) | 0.001 | 66.0 [63.5, 68.5] |" in study.markdown(store)
+    told = "| lite0 | AdamW | 50.0 (1.0) | 60.0 (1.0) | 50.0 (1.0) | 0.001 | 66.0 (63.5 to 68.5) | 3 |"
+    assert told in study.markdown(store)
 
 
 def test_the_table_has_the_ways_that_were_measured(tmp_path: Path) -> None:
     store = Store(tmp_path / "x.json", "python x.py", device="cpu")
-    store.add({"way": "clip", "lr": 1e-3, "seed": study.CHOOSING, "val_accuracy": 20.04, "drift": 9.96})
+    store.add({"network": "lite0", "way": "clip", "lr": 1e-3, "seed": 100, "val": 20.04, "test": 21.0, "drift": 9.96})
     lines = study.markdown(store).splitlines()
-    assert lines[2:] == ["| AdamW, gradient clipped at 1 |  | 20.0 (10.0) |  |  |"]
+    assert lines[2:] == ["| lite0 | AdamW, gradient clipped at 1 |  | 20.0 (10.0) |  | search not over |  |  |"]
