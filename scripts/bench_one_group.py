@@ -1,6 +1,6 @@
 """GroupNorm of one group by other formulations than PyTorch's kernel: time of forward and backward, and exactness.
 
-One group in a small batch leaves few rows to reduce over: on a GPU PyTorch's kernel then keeps few multiprocessors busy.
+One group in a small batch leaves few rows to reduce over: on a GPU PyTorch's kernel keeps few multiprocessors busy.
 Tried here: LayerNorm over the memory as it lies, then weight and bias; moments by `var_mean`, then one `addcmul`, left
 to autograd; the same with a backward pass of its own, of two reductions and two `addcmul`; and the variance from the
 sum of squares, which is one reduction less careful. Each is compared with `torch.nn.functional.group_norm` in the same
