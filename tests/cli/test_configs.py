@@ -21,6 +21,7 @@ from PIL import Image
 
 from finetune_bn.callbacks import GroupNormCalibration
 from finetune_bn.cli import FinetuneBNCLI, configs, main
+from finetune_bn.errors import FinetuneBNError
 from finetune_bn.layers import FrozenBatchNorm, GroupNorm
 from finetune_bn.tasks import MetricLearning
 
@@ -158,6 +159,16 @@ def test_the_list_has_each_config_with_a_sentence(monkeypatch: pytest.MonkeyPatc
         assert re.search(rf"^  {name}  +\w", text, re.MULTILINE), name
         assert configs.first_sentence(configs.header(path)) in " ".join(text.split())
     assert max(map(len, text.splitlines()[:-1])) <= 100
+
+
+def test_an_installation_without_configs_says_so_and_what_was_typed_itself_or_is_an_address_is_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given in ("https://example.org/a.yaml", "a: 1\nb: 2"):
+        assert configs.find(given) == given
+    monkeypatch.setattr(configs, "_PACKAGE", tmp_path / "package")
+    with pytest.raises(FinetuneBNError, match=r"allowed: a folder of configs.* Install the package again"):
+        configs.packaged()
 
 
 def test_a_local_file_goes_before_the_packaged_config_of_its_name(tmp_path: Path) -> None:

@@ -9,15 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
 
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+
 from finetune_bn.callbacks import StepLimit
 from finetune_bn.cli import main
-from finetune_bn.cli.diagnose import on_one_device
+from finetune_bn.cli.diagnose import _averaging, _loss_of, _optimizer_of, _steps, _training_loader, on_one_device
 from finetune_bn.diagnosis.advise import TREATMENTS, overlay
 from finetune_bn.diagnosis.rule import ARMS, Arm
+from finetune_bn.errors import FinetuneBNError
 
 SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "use" / "diagnosis.schema.json"
 CONFIG = (
@@ -112,6 +117,80 @@ def test_a_gpu_that_is_not_there_is_a_finding() -> None:
     assert note.name == "device"
     assert "no" in note.sentence
     assert options.accelerator == "cpu"
+
+
+class Module(pl.LightningModule):
+    """A foreign module; `kind` is what its step, its loader and its optimizer are like."""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        self.net, self.kind = torch.nn.Linear(2, 2), kind
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.net(batch).sum()
+        return {"dict": {"loss": loss}, "none": {"accuracy": 1.0}}.get(self.kind, loss)
+
+    def train_dataloader(self) -> Any:
+        return [1, 2] if self.kind == "list" else DataLoader(TensorDataset(torch.zeros(4, 2)))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        if self.kind == "trainer":
+            _ = self.trainer.max_epochs
+        forms = {"dict": {"optimizer": optimizer}, "lists": ([optimizer], []), "none": None}
+        return forms.get(self.kind, optimizer)
+
+
+def test_the_optimizer_of_a_module_is_found_in_each_form_or_left_out() -> None:
+    for kind in ("", "dict", "lists"):
+        optimizer, lr = _optimizer_of(Module(kind))
+        assert isinstance(optimizer, torch.optim.SGD)
+        assert lr is None
+    assert _optimizer_of(Module("none")) == (None, None)
+    needs_trainer: Any = Module("trainer")
+    assert _optimizer_of(needs_trainer) == (None, None)
+    needs_trainer.lr = 0.3
+    assert _optimizer_of(needs_trainer) == (None, 0.3)
+    needs_trainer.optimizer_name = "lamb"
+    assert _optimizer_of(needs_trainer) == ("lamb", 0.3)
+
+
+def test_the_loss_of_a_step_is_found_and_a_step_without_one_is_refused() -> None:
+    for kind in ("", "dict"):
+        module = Module(kind)
+        assert torch.equal(_loss_of(module)(module, torch.ones(1, 2)), module.net(torch.ones(1, 2)).sum())
+    with pytest.raises(FinetuneBNError, match="training_step: got 'dict'; allowed: one that returns a loss"):
+        _loss_of(Module("none"))(Module(), torch.ones(1, 2))
+
+
+def test_a_module_that_brings_its_own_loader_is_diagnosed_by_it_and_what_is_no_loader_is_named() -> None:
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert len(_training_loader(trainer, Module(), None)) == 4
+    with pytest.raises(FinetuneBNError, match="train_dataloader: got 'list'; allowed: one DataLoader"):
+        _training_loader(trainer, Module("list"), None)
+
+
+def test_a_training_ends_by_steps_or_by_epochs_whichever_comes_first() -> None:
+    def steps(batches: int | None, together: int, **ends: Any) -> int | None:
+        return _steps(
+            pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **ends), batches, together
+        )
+
+    assert steps(10, 4, max_epochs=3) == 9
+    assert steps(10, 4, max_epochs=3, max_steps=5) == 5
+    assert steps(None, 4, max_epochs=3) is None
+    assert steps(10, 4, max_epochs=-1) is None
+
+
+def test_decay_and_begin_of_averaged_weights_are_read_from_the_callback() -> None:
+    def averaging(*callbacks: Any) -> Any:
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=list(callbacks))
+        return _averaging(trainer)
+
+    assert averaging() is None
+    assert averaging(WeightAveraging()) is None  # the mean of all steps, which has no decay
+    decay, start = averaging(EMAWeightAveraging(decay=0.9, update_starting_at_step=7))
+    assert (round(decay, 6), start) == (0.9, 7)
 
 
 def overlay_of(arm: Any) -> str:

@@ -58,11 +58,13 @@ def test_group_norm_after_another_policy_is_as_from_the_batch_norm(first: fbn.Po
     assert all(p.requires_grad for p in around.parameters())
 
 
-def test_the_same_plan_twice_changes_nothing_and_another_starts_anew() -> None:
-    model, _ = build("plain")
-    fbn.convert(model, fbn.ToGroupNorm(groups=2))
+def test_the_same_plan_twice_changes_nothing_and_another_starts_anew(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = build("plain")
+    fbn.convert(model, fbn.ToGroupNorm(groups=2), example_input=x)
     first = group_norms(model)
-    fbn.convert(model, fbn.ToGroupNorm(groups=2))
+    with caplog.at_level(logging.INFO):
+        fbn.convert(model, fbn.ToGroupNorm(groups=2), example_input=x)
+    assert "changes what the network computes" not in caplog.text
     assert all(a is b for a, b in zip(first, group_norms(model), strict=True))
     fbn.convert(model, fbn.ToGroupNorm(groups=1))
     assert [layer.num_groups for layer in group_norms(model)] == [1] * len(first)

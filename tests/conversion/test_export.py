@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import finetune_bn as fbn
 from finetune_bn.conversion.export import export
-from finetune_bn.errors import ConversionMismatch, MissingDependency
+from finetune_bn.errors import ConversionMismatch, FinetuneBNError, MissingDependency
 from finetune_bn.functional.shared_backward import FoldMode
 from tests.models import IMAGE, build, settle
 from tests.tools import untouched
@@ -127,6 +127,19 @@ def test_without_an_input_or_with_a_wrong_one_nothing_is_written(tmp_path: Path)
         with untouched(model), pytest.raises(fbn.FinetuneBNError, match=f"^example_input: {words}"):
             export(model, tmp_path / "model.pt2", given)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "net.pt2"
+    path.write_bytes(b"old")
+    monkeypatch.setattr("finetune_bn.conversion.export.write_atomically", full)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    with pytest.raises(FinetuneBNError, match=r"output: got .* allowed: a file that can be written.*No space left"):
+        export(model, path, torch.zeros(2, 3, 4, 4))
+    assert path.read_bytes() == b"old"
 
 
 def test_a_program_that_computes_something_else_is_not_written(tmp_path: Path) -> None:

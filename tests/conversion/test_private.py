@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import finetune_bn as fbn
 from finetune_bn.conversion.private import make_private
-from finetune_bn.errors import UnsupportedLayer
+from finetune_bn.errors import MissingDependency, UnsupportedLayer
 from tests.models import settle
 
 opacus = pytest.importorskip("opacus")
@@ -102,6 +103,18 @@ def test_layers_that_mix_images_are_refused_by_name() -> None:
         model = fbn.convert(net("in place"), policy, verify=False)
         with pytest.raises(UnsupportedLayer, match=r"in 2 layers an image depends on others.*bn1, bn2"):
             make_private(model)
+
+
+def test_dropout_within_a_layer_is_refused_by_name_and_without_opacus_it_is_said_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    norm = timm.layers.BatchNormAct2d(4, drop_layer=nn.Dropout)
+    frozen = fbn.convert(nn.Sequential(nn.Conv2d(3, 4, 1), norm), fbn.Freeze("original"), verify=False)
+    with pytest.raises(UnsupportedLayer, match=r"make_private: Dropout within FrozenBatchNormAct2d"):
+        make_private(frozen)
+    monkeypatch.setitem(sys.modules, "opacus.grad_sample", None)
+    with pytest.raises(MissingDependency, match="pip install opacus"):
+        make_private(fbn.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), fbn.Freeze("original")))
 
 
 def test_an_error_within_forward_leaves_no_mode_behind() -> None:

@@ -338,3 +338,12 @@ def test_many_batches_that_stay_whole_go_one_by_one_and_it_is_said() -> None:
         record = fbn.recalibrate(TSM(frames=2), torch.randn(140, 3, 4, 4).split(2), keep_batches=True)
     assert record.mode == "one_pass"
     assert any("more than 64 batches that cannot be joined" in str(w.message) for w in caught)
+
+
+def test_where_it_is_the_memory_that_does_not_suffice_nothing_is_said_of_many_batches() -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        record = fbn.recalibrate(TSM(frames=2), torch.randn(128, 3, 4, 4).split(2), keep_batches=True, memory=1)
+    assert record.mode == "one_pass"
+    assert not any("batches that cannot be joined" in str(w.message) for w in caught)

@@ -118,6 +118,18 @@ def test_one_pass_takes_as_many_images_as_fit_and_1024_at_most(memory: int, larg
     assert measuring(net(), mode="one_pass", batch_size=7)._chunk_size() == 7
 
 
+def test_a_chunk_is_as_large_as_what_waits_three_times_over_has_room_for() -> None:
+    def run(memory: int) -> Measuring:
+        found = measuring(net(), mode="one_pass", memory=memory)
+        with torch.no_grad():
+            found.run(images(16).split(8), ModuleState(found.model), False)
+        return found
+
+    an_image = run(1)._per_image
+    assert run(math.ceil(3 * an_image * 5))._chunk_size() == 5
+    assert run(math.ceil(3 * an_image * 5) - 1)._chunk_size() == 4
+
+
 def test_the_error_is_that_of_images_and_the_target_what_the_error_asks_for() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3)).eval()
     x = torch.randn(64, 3, 1, 1) + torch.zeros(64, 3, 6, 6)  # all positions of an image are alike

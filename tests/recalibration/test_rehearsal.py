@@ -62,10 +62,12 @@ def test_a_plain_network_is_cut_and_its_passes_stand_side_by_side(sizes: tuple[i
     assert found in (PLAIN, Findings())  # parts of different sizes tell nothing of the order
 
 
-def test_it_costs_twelve_images() -> None:
+@pytest.mark.parametrize(("batches", "seen"), [((32, 32), 12), ((3,), 9), ((2,), 6)])
+def test_it_costs_four_images_or_one_small_batch_three_times(batches: tuple[int, ...], seen: int) -> None:
+    """Joined, in two parts, and the parts side by side."""
     Recorder.total = 0
-    look(Recorder(settle(Plain())), list(images(64).split(32)))
-    assert Recorder.total == 12
+    look(Recorder(settle(Plain())), list(images(sum(batches)).split(batches)))
+    assert Recorder.total == seen
 
 
 def test_what_is_kept_between_layers_is_found_and_where() -> None:
