@@ -244,9 +244,7 @@ def _ranked(
 
 def _candidates(trainer: pl.Trainer, pl_module: pl.LightningModule, module: str | None, ranked: list[str]) -> list[str]:
     """Return the treatments that can be compared, the likely ones first."""
-    # Live and frozen are what people ask about: they are in every comparison, behind the best of the ranking.
-    order = dict.fromkeys([*ranked[:1], *(name for name in ("live", "none") if name in ranked), *ranked])
-    names = applicable(part_of(pl_module, module), list(order))
+    names = applicable(part_of(pl_module, module), list(dict.fromkeys(ranked)))
     if any(is_a(callback, AVERAGING) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         names = [name for name in names if name != "scheduled"]
     return names

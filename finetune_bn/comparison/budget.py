@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,9 +129,3 @@ def in_words(speed: Speed | None, arms: int, rates: int, seeds: int, steps: int)
 def duration(seconds: float) -> str:
     """Return seconds in words."""
     return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
-
-
-def likely_first(names: Sequence[str]) -> list[str]:
-    """Return the names of treatments, those first that won most often in the studies of this package."""
-    order = ("none", "live", "limited", "original", "scheduled", "recalibrated", "affine", "group_norm")
-    return sorted(names, key=order.index)
