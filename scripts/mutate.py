@@ -78,11 +78,13 @@ TESTS = {
     "recalibration/measured_layer.py": ["tests/recalibration/test_recalibrate.py"],
     "recalibration/measurement.py": [
         "tests/recalibration/test_measurement.py",
-        "tests/recalibration/test_recalibrate.py",
+        "tests/recalibration/test_stateful.py",
         "tests/recalibration/test_batch_kinds.py",
+        "tests/recalibration/test_recalibrate.py",
     ],
     "recalibration/collector.py": [
         "tests/recalibration/test_collector.py",
+        "tests/recalibration/test_rehearsal.py",
         "tests/recalibration/test_recalibrate.py",
         "tests/recalibration/test_batch_kinds.py",
         "tests/recalibration/test_stateful.py",
@@ -167,6 +169,19 @@ VERDICTS: dict[tuple[str, str], str] = {
         "recalibration/rehearsal.py",
         "constant: `True` -> `False`",
     ): "a check of lengths that the comparison before it has made",
+    (
+        "functional/frozen_act.py",
+        "constant: `17` -> `18`",
+    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
+    (
+        "functional/frozen_act.py",
+        "constant: `1` -> `2`",
+    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
+    ("functional/balancing.py", "constant: `0` -> `1`"): "another row of a matrix whose rows have one length",
+    (
+        "functional/balancing.py",
+        "arithmetic: `1 - _TIE` -> `1 + _TIE`",
+    ): "of two ends that are as good as each other the second is taken, and always the second",
 }
 
 

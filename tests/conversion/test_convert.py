@@ -801,3 +801,13 @@ def test_a_part_wrapped_for_several_processes_is_refused_by_name() -> None:
     whole = nn.Sequential(nn.DataParallel(model))
     with pytest.raises(FinetuneBNError, match=r"model: got 'DataParallel as 0'"):
         fbn.convert(whole, fbn.Freeze())
+
+
+@pytest.mark.parametrize("policy", [fbn.Freeze(), fbn.Freeze("merged"), fbn.ToGroupNorm(groups=2)], ids=str)
+def test_the_network_runs_three_times_in_eval_mode_and_once_in_training(policy: fbn.Policy) -> None:
+    """For the plan, before and after; what is proven once is not proven again."""
+    model, x = build("plain")
+    modes: list[bool] = []
+    model.eval().register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    fbn.convert(model, policy, example_input=x)
+    assert modes == [False, False, False, True]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import finetune_bn as fbn
 from finetune_bn.errors import BadData, FinetuneBNError, UnsupportedLayer
-from finetune_bn.functional.balancing import _LEVELS, balancing_factors
+from finetune_bn.functional.balancing import _LEVELS, _opposing, balancing_factors
 from finetune_bn.group_norm.twin import batch_norm_twin
 from finetune_bn.layers import GroupNorm
 from finetune_bn.layers.balance import absolute_name, multiply_channels, relative_name
@@ -241,3 +241,31 @@ def test_a_wrong_argument_is_one_clear_error() -> None:
     model = fbn.convert(network(), fbn.ToGroupNorm(groups=1), example_input=images(2))
     with pytest.raises(FinetuneBNError, match="balance: got 'yes'"):
         fbn.calibrate_group_norm(model, [images()], balance="yes")  # type: ignore[arg-type]
+
+
+def test_groups_are_balanced_each_by_itself() -> None:
+    m = means(12)
+    covariance, variance = torch.from_numpy(np.cov(m.T, bias=True)), torch.from_numpy(m.var(0))
+    importance = torch.linspace(0.5, 3, 12, dtype=torch.float64)
+    both = balancing_factors(covariance, variance, importance, groups=2)
+    for part in (slice(0, 6), slice(6, 12)):
+        alone = balancing_factors(covariance[part, part], variance[part], importance[part])
+        ratio = both[part] / alone
+        assert torch.equal(ratio, ratio[:1].expand(6)), "but for one power of two that all share"
+
+
+def test_only_ratios_of_importance_count() -> None:
+    m = means(12)
+    covariance, variance = torch.from_numpy(np.cov(m.T, bias=True)), torch.from_numpy(m.var(0))
+    importance = torch.logspace(-3, 0, 12, dtype=torch.float64)
+    large, tiny = (balancing_factors(covariance, variance, importance * scale) for scale in (1.0, 2.0**-40))
+    assert torch.equal(large, tiny)
+
+
+def test_opposing_signs_are_each_against_the_sum_of_those_before_it() -> None:
+    covariance = torch.from_numpy(np.cov(means(8, seed=3).T, bias=True))
+    signs = np.zeros(8)
+    for channel in np.argsort(-covariance.diagonal().numpy(), kind="stable"):
+        signs[channel] = -1.0 if covariance[channel].numpy() @ signs > 0 else 1.0
+    assert _opposing(covariance).tolist() == signs.tolist()
+    assert set(signs) == {-1.0, 1.0}

@@ -189,3 +189,11 @@ def test_a_smaller_last_batch_does_not_look_like_groups() -> None:
 @pytest.mark.parametrize("batches", [[], [[0, 1, 1]], [[3, 3], [3, 3]]], ids=["none", "one", "one label"])
 def test_too_few_batches_or_labels_have_no_group_size(batches: list[list[int]]) -> None:
     assert counted(torch.tensor(batch) for batch in batches).group_size is None
+
+
+def test_two_batches_tell_how_diverse_labels_are() -> None:
+    counts = LabelCounts()
+    counts.add(torch.tensor([0, 0, 1, 1]))
+    assert counts.diversity == 1.0  # of one batch nothing is known
+    counts.add(torch.tensor([1, 1, 0, 0]))
+    assert counts.diversity == pytest.approx(0.5)  # two labels, as often each

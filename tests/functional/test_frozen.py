@@ -15,6 +15,7 @@ from finetune_bn.functional.frozen import (
     at_least_float32,
     canonical_statistics,
     canonicalize,
+    eval_backward,
     frozen_batch_norm,
     is_canonical,
     scale_shift,
@@ -310,3 +311,13 @@ def test_the_table_of_tolerances_covers_every_dtype_a_network_runs_in_and_narrow
     assert list(TOLERANCE) == order
     assert [TOLERANCE[dtype] for dtype in order] == sorted(TOLERANCE.values())
     assert all(TOLERANCE[dtype] > torch.finfo(dtype).eps for dtype in order)
+
+
+def test_of_an_empty_batch_the_gradients_are_zeros_in_their_shapes() -> None:
+    x, weight = torch.zeros(0, 3, 4, 5), torch.ones(3)
+    of_x, of_weight, of_bias = eval_backward(x, x, weight, weight, weight, 1e-5, (True, True, True))
+    assert of_x is not None
+    assert of_x.shape == x.shape
+    for found in (of_weight, of_bias):
+        assert found is not None
+        assert torch.equal(found, torch.zeros(3))

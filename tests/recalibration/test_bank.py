@@ -226,3 +226,40 @@ def test_an_empty_bank_another_model_and_activations_that_are_not_finite_are_ref
         bank.nearest(model, torch.full((2, 3, 9, 9), torch.nan))
     with untouched(model), pytest.raises(FinetuneBNError, match="at least one image"):
         bank.nearest(model, torch.zeros(0, 3, 9, 9))
+
+
+def test_a_layer_that_sees_an_image_as_several_rows_tells_of_a_batch_and_not_of_each_image() -> None:
+    """Which rows are of which image nothing says; where it is the only layer, that is an error."""
+
+    class Tokens(nn.Module):
+        def __init__(self, image_layer: bool) -> None:
+            super().__init__()
+            self.first = nn.BatchNorm1d(8) if image_layer else nn.Identity()
+            self.bn = nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.first(x).transpose(1, 2).flatten(0, 1))
+
+    def images(mean: float) -> Tensor:
+        return mean + torch.randn(16, 8, 5, generator=torch.Generator().manual_seed(0))
+
+    for image_layer in (True, False):
+        model, bank = Tokens(image_layer).eval(), StatisticsBank()
+        for name, mean in (("low", -3.0), ("high", 3.0)):
+            fbn.recalibrate(model, images(mean).split(8))
+            bank.keep(name, model)
+        assert bank.nearest(model, images(3.0)) == "high"
+        assert bank.nearest(model, images(-3.0)) == "low"
+        if image_layer:
+            assert bank.nearest_each(model, images(3.0)) == ["high"] * 16
+        else:
+            with pytest.raises(FinetuneBNError, match="images that reach a layer as rows"):
+                bank.nearest_each(model, images(3.0))
+
+
+def test_a_merged_layer_that_lost_its_statistics_takes_none_of_a_bank() -> None:
+    model = net("merged")
+    bank = filled(model)
+    model.bn2.remember(None)
+    with untouched(model), pytest.raises(FinetuneBNError, match="layer 'bn2'"):
+        bank.nearest(model, domain(1.0)[0])

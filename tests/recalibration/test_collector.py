@@ -230,3 +230,13 @@ def test_an_input_of_the_wrong_dimensions_is_refused_as_batch_norm_refuses_it() 
     model = nn.BatchNorm1d(3).eval()
     with pytest.raises(ValueError, match="expected 2D or 3D input"):
         collector(model, ("",)).one_by_one(chunks(images(2), 2), as_kernel=True)
+
+
+def test_two_values_have_a_variance_to_normalize_a_chunk_by_and_one_has_not() -> None:
+    found = collector(net())
+    before = found.layers[0].before
+    channels = len(before.mean)
+    x = torch.randn(2, channels, 1, generator=torch.Generator().manual_seed(0))
+    by_both = found._of_chunk(0, Moments.of(x), as_kernel=True)
+    np.testing.assert_allclose(by_both.var.numpy(), as_array(x).var((0, 2)), rtol=1e-5)
+    assert found._of_chunk(0, Moments.of(x[:1]), as_kernel=True) is before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from finetune_bn.errors import BadData
 from finetune_bn.functional.moments import Moments
 from finetune_bn.layers.statistics import statistics_of
 from finetune_bn.recalibration.measured_layer import MeasuredLayer
-from finetune_bn.recalibration.measurement import Measuring
+from finetune_bn.recalibration.measurement import MOST_PASSES, Measuring
 from finetune_bn.recalibration.settings import RecalibrationSettings
 from finetune_bn.utilities.batches import Feeder
 from finetune_bn.utilities.module_state import ModuleState
@@ -173,3 +174,38 @@ def test_what_the_next_target_asks_for_grows_with_the_square_of_the_error() -> N
         found.run(images(16).split(8), ModuleState(found.model), False)
     wanted = 16 * (found.largest_error / 0.01) ** 2
     assert wanted * 1.01 <= found._next_target(most=math.inf) <= 1.1 * wanted
+
+
+def test_where_the_memory_is_full_after_just_so_many_kinds_it_is_not_said_that_there_were_more() -> None:
+    def run(memory: int) -> Measuring:
+        found = measuring(net(), memory=memory)
+        # Images of two sizes in turn: none can be joined with the one before.
+        batches = [images(1)[..., : 10 - i % 2] for i in range(MOST_PASSES + 8)]
+        with torch.no_grad():
+            found.run(batches, ModuleState(found.model), False)
+        return found
+
+    plenty = run(10**12)
+    assert any(f"more than {MOST_PASSES} batches" in warning for warning in plenty.warnings)
+    full = run(math.ceil((MOST_PASSES - 0.5) * plenty._per_image))
+    assert not full.exact
+    assert not any("batches that cannot be joined" in warning for warning in full.warnings)
+
+
+def test_two_values_have_a_variance_to_settle_on() -> None:
+    run = measuring(nn.Sequential(settle(nn.BatchNorm2d(3))))
+    x = images(2)[:, :, :1, :1]
+    settled = run._settled(0, Moments.of(x))
+    np.testing.assert_allclose(settled.var.numpy(), as_array(x).var((0, 2, 3), ddof=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_the_images_that_are_asked_for_are_shared_out_whole(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, shares = measuring(net()), []
+    run.ranks = SimpleNamespace(world=world, group=None)  # type: ignore[assignment]
+    for rank in range(world):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
+        shares.append(run._share(17))
+    assert sum(shares) == 17  # type: ignore[arg-type]
+    assert max(shares) - min(shares) <= 1  # type: ignore[type-var, operator]
+    assert run._share(None) is None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import finetune_bn as fbn
 from finetune_bn.layers.statistics import statistics_of
 from finetune_bn.recalibration.measured_layer import MeasuredLayer
-from finetune_bn.recalibration.rehearsal import Findings, Rehearsal
+from finetune_bn.recalibration.rehearsal import Findings, Rehearsal, _limit, _near
 from finetune_bn.utilities.batches import Chunk, Feeder
 from finetune_bn.utilities.lockstep import caller_settings
 from finetune_bn.utilities.module_state import ModuleState
@@ -149,3 +149,13 @@ class Flat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.lin(x).transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_of_half_precision_may_add_up_to_more_than_that_of_float32(dtype: torch.dtype) -> None:
+    x = torch.randn(64, 4, 8, generator=torch.Generator().manual_seed(0))
+    sd = x.movedim(1, 0).flatten(1).std(1).view(1, -1, 1)
+    for share, in_half, in_float32 in ((0.005, True, True), (0.03, True, False), (0.3, False, False)):
+        y = x + share * sd
+        assert _near(y, x, _limit(x.to(dtype)), 0.0) == in_half
+        assert _near(y, x, _limit(x), 0.0) == in_float32

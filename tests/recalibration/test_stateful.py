@@ -68,6 +68,20 @@ def test_a_network_that_keeps_something_has_the_statistics_of_one_batch(
     assert len([w for w in record.warnings if "keeps something between its layers" in w]) == 1
 
 
+def test_preserving_the_function_needs_no_passes_side_by_side_and_looks_for_nothing_between_layers() -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fbn.recalibrate(SkipsInAttributes(), list(images(24).split(8)), how="preserve")
+
+
+def test_a_warning_points_at_the_line_that_called() -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="keeps something between its layers") as caught:
+        fbn.recalibrate(SkipsInAttributes(), list(images(24).split(8)))
+    assert {warning.filename for warning in caught} == {__file__}
+
+
 def test_it_is_named_where_the_network_keeps_it() -> None:
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match=r"keeps something between its layers \(tower.1.at, tower.4.at\)"):
