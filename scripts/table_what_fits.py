@@ -26,10 +26,11 @@ from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 NETS = ("mobilenetv3_large_100", "efficientnet_b0", "regnety_008", "resnet50", "densenet121")
-# A learnable scale keeps less from some batch on: two counts do not tell what others keep. `plan` counts three.
-POLICIES = {"none": fbn.Freeze("none")}
+POLICIES = {"none": fbn.Freeze("none"), "original": fbn.Freeze("original"), "GroupNorm": fbn.ToGroupNorm()}
 PRECISIONS = {"fp32": None, "bf16 autocast": torch.bfloat16}
 COUNTED, CHECKED = (4, 8), 12
+# A learnable scale keeps less from some batch on, layer by layer: two counts do not tell what larger batches keep.
+MORE_COUNTED = {"original": (4, 8, 16)}
 CHECK = ("mobilenetv3_large_100", "resnet50")
 SIZE = 224
 PARTS = ("working", "weights", "gradients", "optimizer", "most_fixed")
@@ -49,12 +50,12 @@ def count(net: str, size: int, precision: str, policy: str, batches: tuple[int, 
     ]
     rows = []
     for name, after in (("live", False), (policy, True)):
-        memory = step_memory(model, reports[:2], after=after)
+        memory = step_memory(model, reports[: len(MORE_COUNTED.get(policy, COUNTED))], after=after)
         row = {"net": net, "size": size, "precision": precision, "policy": name, **memory.to_dict()}
         row["largest_batch"] = [list(pair) for pair in largest_batches(memory)]
-        if len(reports) > 2:
-            counted = reports[2].after if after else reports[2].before
-            row |= {"checked": batches[2], "line_of_counted": memory.kept_for(batches[2]) / (counted or 1)}
+        if batches[-1] == CHECKED:
+            counted = reports[-1].after if after else reports[-1].before
+            row |= {"checked": CHECKED, "line_of_counted": memory.kept_for(CHECKED) / (counted or 1)}
         rows.append(row)
     return rows
 
@@ -63,8 +64,11 @@ def table(store: Store) -> str:
     """Return the table as Markdown."""
     lines = ["| net, precision | layers | " + " | ".join(f"{gib:g} GiB" for gib in MEMORIES_GIB) + " | MiB an image |"]
     lines.append("|---" * (len(MEMORIES_GIB) + 3) + "|")
-    order = {net: place for place, net in enumerate(NETS)}
-    for row in sorted(store.rows, key=lambda row: order.get(row["net"], len(order))):
+    order = {name: place for place, name in enumerate((*NETS, *PRECISIONS, "live", *POLICIES))}
+    ordered = sorted(
+        store.rows, key=lambda row: [order.get(row[what], len(order)) for what in ("net", "precision", "policy")]
+    )
+    for row in ordered:
         memory = StepMemory(tuple(map(tuple, row["kept"])), *(row[name] for name in PARTS))
         cells = [f"{batch:,}" for _, batch in largest_batches(memory)]
         name = f"{row['net']}, {row['precision']}"
@@ -73,6 +77,8 @@ def table(store: Store) -> str:
     off = [abs(row["line_of_counted"] - 1) for row in store.rows if row.get("line_of_counted")]
     text = f"\nLargest batch at {SIZE} px, AdamW, {HEADROOM:.0%} of the memory left free. Computed, not measured: "
     text += f"bytes kept for backward counted at batches of {COUNTED[0]} and {COUNTED[1]} images on a CPU"
+    for policy, batches in MORE_COUNTED.items():
+        text += f", for {policy} of {batches[-1]} as well"
     if off:
         text += f" (at {CHECKED} images the line through both is within {100 * max(off):.1f} %)"
     return "\n".join(lines) + "\n" + text + ".\n"
@@ -94,7 +100,8 @@ def main() -> None:
                 if store.done(cell | {"policy": policy}):
                     continue
                 check = policy == "none" and precision == "fp32" and net in CHECK
-                for row in count(net, SIZE, precision, policy, (*COUNTED, CHECKED) if check else COUNTED):
+                batches = (*COUNTED, CHECKED) if check else MORE_COUNTED.get(policy, COUNTED)
+                for row in count(net, SIZE, precision, policy, batches):
                     if not store.done(cell | {"policy": row["policy"]}):
                         store.add(row | {"commit": version})
                 write_atomically(path.with_suffix(".md"), table(store))

@@ -84,40 +84,35 @@ class _Seen:
 
     def __init__(self, eps: float, one: Tensor, two: Tensor | None) -> None:
         self._eps = eps
-        self._one, self._two = _State(one), None if two is None else _State(two)
+        self._one, self._two = _state_of(one), None if two is None else _state_of(two)
 
     def are(self, eps: float, one: Tensor, two: Tensor | None) -> bool:
         """Tell whether these are the two, and nobody has written to them."""
-        if eps != self._eps or not self._one.is_of(one):
+        # Asked by each layer in each step: one call, in which the same is written down twice.
+        tensor, version, place, size, memory, numbers = self._one
+        if one is not tensor or eps != self._eps or one._version != version or one.data_ptr() != place:
             return False
-        return two is None if self._two is None else two is not None and self._two.is_of(two)
-
-
-class _State:
-    """A tensor and its numbers."""
-
-    __slots__ = ("_counted", "_memory", "_numbers", "_place", "_size", "_tensor", "_version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        # Writes to an inference tensor are not counted: its state is never that of before.
-        self._counted = not tensor.is_inference()
-        self._place, self._size = tensor.data_ptr(), tensor.nbytes
-        self._version = tensor._version if self._counted else 0
-        self._memory = None
-        # Not compared by torch.equal: what is launched in a step stays what it is without. A view of the memory is made
-        # once, as that takes longer than to read it, and is read only while the tensor still lies there.
-        if self._counted and tensor.is_cpu and tensor.is_contiguous() and self._size:
-            self._memory = (ctypes.c_char * self._size).from_address(self._place)
-        self._numbers = b"" if self._memory is None else self._memory.raw
-
-    def is_of(self, tensor: Tensor) -> bool:
-        """Tell whether this is the tensor, and nobody has written to it."""
-        if tensor is not self._tensor or not self._counted or tensor._version != self._version:
+        if one.nbytes != size or (memory is not None and memory.raw != numbers):
             return False
-        if tensor.data_ptr() != self._place or tensor.nbytes != self._size:
+        if two is None or self._two is None:
+            return two is None and self._two is None
+        tensor, version, place, size, memory, numbers = self._two
+        if two is not tensor or two._version != version or two.data_ptr() != place or two.nbytes != size:
             return False
-        return self._memory is None or self._memory.raw == self._numbers
+        return memory is None or memory.raw == numbers
+
+
+def _state_of(tensor: Tensor) -> tuple[Tensor | None, int, int, int, ctypes.Array[ctypes.c_char] | None, bytes]:
+    """Return a tensor and its numbers: itself, its version, where it lies, its size, a view of the memory, a copy."""
+    place, size = tensor.data_ptr(), tensor.nbytes
+    if tensor.is_inference():
+        return None, 0, place, size, None, b""  # writes to it are not counted: its state is never that of before
+    if not (tensor.is_cpu and tensor.is_contiguous() and size):
+        return tensor, tensor._version, place, size, None, b""
+    # Not compared by torch.equal: what is launched in a step stays what it is without. A view of the memory is made
+    # once, as that takes longer than to read it, and is read only while the tensor still lies there.
+    memory = (ctypes.c_char * size).from_address(place)
+    return tensor, tensor._version, place, size, memory, memory.raw
 
 
 def plain_step() -> bool:
@@ -132,7 +127,11 @@ def plain_step() -> bool:
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Return `function.apply` without what transforms of `torch.func` need; for use in a `plain_step`."""
+    """Return `function.apply` without what transforms of `torch.func` need; for use in a `plain_step`.
+
+    Its backward pass is called directly as well, where PyTorch asks each time anew by which name it goes.
+    """
+    function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
     return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return, misc]
 
 
@@ -155,40 +154,49 @@ def batch_norm_in_step(
             return frozen_batch_norm(x, running_mean, running_var, weight, bias, eps)
         known = constants.of(running_mean, running_var, eps)
         return torch.batch_norm(x, weight, bias, known.mean, known.var, False, 0.0, eps, cudnn)
-    if not x.requires_grad and (bias is None or not bias.requires_grad):
+    if bias is not None and bias.requires_grad:
+        scale = constants.scale(weight, running_var, eps, x.dtype, x.dim())
+        return _apply_shift(x, bias, (scale, running_mean, running_var, weight, eps, cudnn))  # type: ignore[no-any-return]
+    if not x.requires_grad:
         return torch.batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, cudnn)
     scale = constants.scale(weight, running_var, eps, x.dtype, x.dim())
-    return _apply_constant(x, bias, scale, (running_mean, running_var, weight, eps, cudnn))  # type: ignore[no-any-return]
+    return _apply_constant(x, (scale, running_mean, running_var, weight, bias, eps, cudnn))  # type: ignore[no-any-return]
 
 
-class _ConstantScale(torch.autograd.Function):
-    """Eval-mode BN whose scale is not trained: backward keeps the scale and no activation.
+class _Constant(torch.autograd.Function):
+    """Eval-mode BN of which nothing is trained: backward keeps the scale and no activation.
 
-    What is constant comes as one argument: each one of its own is looked at by autograd, in both passes.
+    What is constant comes as one argument: each one of its own is looked at by autograd, in both passes. Nor is the
+    scale put away as a saved tensor: the layer has it in any case, and nobody writes to it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        scale: Tensor,
-        constants: tuple[Tensor, Tensor, Tensor | None, float, bool],
+        ctx: Any, x: Tensor, constants: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float, bool]
     ) -> Tensor:
-        mean, var, weight, eps, cudnn = constants
-        ctx.save_for_backward(scale)
+        ctx.scale, mean, var, weight, bias, eps, cudnn = constants
         return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, cudnn)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad
-        of_bias = None
-        if need[1]:
-            wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-            of_bias = grad.sum(
-                [d for d in range(grad.dim()) if d != 1], dtype=wide
-            )  # autograd casts it to bias's dtype
-        return grad * ctx.saved_tensors[0] if need[0] else None, of_bias, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.scale, None
 
 
-_apply_constant = direct_apply(_ConstantScale)
+class _ConstantScale(torch.autograd.Function):
+    """Eval-mode BN whose shift is trained and whose scale is not, as `_Constant`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor, constants: tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool]
+    ) -> Tensor:
+        ctx.scale, mean, var, weight, eps, cudnn = constants
+        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, cudnn)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        of_bias = grad.sum([d for d in range(grad.dim()) if d != 1], dtype=wide)  # autograd casts it to bias's dtype
+        return grad * ctx.scale if ctx.needs_input_grad[0] else None, of_bias, None
+
+
+_apply_constant, _apply_shift = direct_apply(_Constant), direct_apply(_ConstantScale)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -39,6 +40,8 @@ FOLD_MODES: tuple[FoldMode, ...] = get_args(FoldMode)
 _FEWEST, _OF_WEIGHT = 1 << 18, 1 / 8
 # Autocast's copy of so small a weight is kept: to make it again is a launch.
 _SMALL = 1 << 16
+_convolution_backward = torch.ops.aten.convolution_backward.default
+_batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _OTHERS = {3: (0, 2), 4: (0, 2, 3), 5: (0, 2, 3, 4)}  # all dimensions but the channels'
 
 
@@ -125,7 +128,7 @@ def producer_of(y: Tensor, weight: Tensor | None, mode: FoldMode) -> Convolution
     if kernel.numel() > _SMALL and type(kernel.grad_fn).__name__ == "ToCopyBackward0":
         leaf = _leaf(kernel.grad_fn)  # autocast made a copy: the Parameter needs no memory of its own
         kernel = kernel if leaf is None else leaf
-    if _rows(kernel) is None or weight.dtype not in (kernel.dtype, torch.float32):
+    if _row_order(kernel) is None or weight.dtype not in (kernel.dtype, torch.float32):
         return None  # in backward a kernel takes both, and takes them so alone
     hooks_of_y = _hooks_of(y, node)
     if _any(hooks_of_y):
@@ -162,19 +165,22 @@ def shared_batch_norm(
     elif producer.weight.dtype != producer.dtype:
         _Recast(producer.weight, producer.dtype, producer.node)
     known = constants.of(running_mean, running_var, eps)
-    return _apply_shared(y, producer.x, producer.weight, producer.bias, weight, bias, known, eps, producer)  # type: ignore[no-any-return]
+    return _apply_shared(y, producer.x, producer.weight, producer.bias, weight, bias, (known, eps, producer))  # type: ignore[no-any-return]
 
 
 def _hooks_of(y: Tensor, node: Any) -> Hooks:
     """Return the hooks of a tensor and of the node that made it, those too that are put there later.
 
-    Registering one is the way to them; where they are outlives the tensor.
+    Registering one is the way to those of a node; of the tensor it is done as `register_hook` does it, without the one.
+    Where they are outlives the tensor.
     """
-    handles = y.register_hook(_nothing), node.register_hook(_nothing), node.register_prehook(_nothing)  # type: ignore[no-untyped-call]
-    found = tuple(handle.hooks_dict_ref() for handle in handles)
-    for handle in handles:
-        handle.remove()
-    return found
+    if y._backward_hooks is None:
+        y._backward_hooks = OrderedDict()
+        node._register_hook_dict(y)
+    after, before = node.register_hook(_nothing), node.register_prehook(_nothing)
+    found = after.hooks_dict_ref(), before.hooks_dict_ref()
+    del found[0][after.id], found[1][before.id]
+    return y._backward_hooks, *found
 
 
 def _any(hooks: Hooks) -> bool:
@@ -231,54 +237,52 @@ class _Shared(torch.autograd.Function):
         conv_bias: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-        constants: Known,
-        eps: float,
-        producer: Convolution,
+        constants: tuple[Known, float, Convolution],
     ) -> Tensor:
         ctx.save_for_backward(x, kernel, conv_bias, weight)
-        ctx.constants = constants
-        ctx.eps, ctx.geometry, ctx.dtype = eps, producer.geometry, producer.dtype
-        ctx.hooks = producer.hooks
+        known, eps, producer = constants
         ctx.y, ctx.bias_dtype = weakref.ref(y), None if bias is None else bias.dtype
+        # Nothing that holds x: what is saved is let go after backward, and this is not.
+        ctx.constants = known, eps, producer.geometry, producer.dtype, producer.hooks
         cudnn = torch._C._get_cudnn_enabled()
-        return torch.batch_norm(y, weight, bias, constants.mean, constants.var, False, 0.0, eps, cudnn)
+        return torch.batch_norm(y, weight, bias, known.mean, known.var, False, 0.0, eps, cudnn)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, kernel, conv_bias, weight = ctx.saved_tensors
-        mean, var, zero, offset = ctx.constants
-        need_y, need_x, need_kernel, need_conv_bias, need_weight, need_bias, *_ = ctx.needs_input_grad
+        (mean, var, zero, offset), eps, geometry, dtype, hooks = ctx.constants
+        need_y, need_x, need_kernel, need_conv_bias, need_weight, need_bias, _ = ctx.needs_input_grad
         y = ctx.y()
         if y is not None and need_y:  # somebody holds it, and may ask for its gradient
             if y._version:
                 what = "the output of a convolution, which is the input of a frozen BatchNorm layer"
                 raise RuntimeError(_WRITTEN.format(what))
-        elif need_y and _any(ctx.hooks):
+        elif need_y and _any(hooks):
             if torch.is_grad_enabled():
                 raise RuntimeError(_LATE_HOOKS)
-            of_dtype = kernel.to(ctx.dtype), None if conv_bias is None else conv_bias.to(ctx.dtype)
-            y = torch.ops.aten.convolution.default(x, *of_dtype, *ctx.geometry)
+            of_dtype = kernel.to(dtype), None if conv_bias is None else conv_bias.to(dtype)
+            y = torch.ops.aten.convolution.default(x, *of_dtype, *geometry)
         if y is not None and need_y:
-            found = eval_backward(grad, y, weight, mean, var, ctx.eps, (need_y, need_weight, need_bias))
-            return found[0], None, None, None, found[1], found[2], *[None] * 3
+            found = eval_backward(grad, y, weight, mean, var, eps, (need_y, need_weight, need_bias))
+            return found[0], None, None, None, found[1], found[2], None
         compute = _differentiable if torch.is_grad_enabled() else _by_kernels
-        of_x, of_kernel, of_weight, total = compute(
-            grad, x, kernel, weight, zero, var, ctx.eps, ctx.geometry, ctx.dtype, need_x
-        )
+        of_x, of_kernel, of_weight, total = compute(grad, x, kernel, weight, zero, var, eps, geometry, dtype, need_x)
         if conv_bias is not None:
-            rsigma = torch.rsqrt(at_least_float32(var) + ctx.eps)
+            rsigma = torch.rsqrt(at_least_float32(var) + eps)
             offset = (at_least_float32(conv_bias) - at_least_float32(mean)) * rsigma
         if offset is not None:
-            of_weight = torch.addcmul(of_weight, offset, total.to(of_weight.dtype))
-        of_conv_bias = (at_least_float32(weight) * rsigma * total).to(conv_bias.dtype) if need_conv_bias else None
+            of_weight = torch.addcmul(
+                of_weight, offset, total if total.dtype == of_weight.dtype else total.to(of_weight.dtype)
+            )
+        # Autograd casts the gradients of weight and bias to their dtypes.
         return (
             None,
             of_x,
             of_kernel if need_kernel else None,
-            of_conv_bias,
-            of_weight.to(weight.dtype),
-            total.to(ctx.bias_dtype) if need_bias else None,
-            *[None] * 3,
+            (at_least_float32(weight) * rsigma * total).to(conv_bias.dtype) if need_conv_bias else None,
+            of_weight,
+            total if need_bias else None,
+            None,
         )
 
 
@@ -298,22 +302,21 @@ def _by_kernels(
     need_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Return the gradients of x and W, sum(W H) / sqrt(var + eps) and sum G."""
-    rows = _rows(kernel)
-    assert rows is not None
+    order = _row_order(kernel)
+    assert order is not None
+    rows = _rows(kernel, order)
     scaled = torch.batch_norm(rows, weight, None, zero, var, False, 0.0, eps, torch._C._get_cudnn_enabled())
-    scaled = scaled.as_strided(kernel.shape, kernel.stride())
+    scaled = _as_kernel(scaled, kernel, order)
     scaled = scaled if scaled.dtype == dtype else scaled.to(dtype)
-    of_x, of_scaled, _ = torch.ops.aten.convolution_backward.default(
-        grad, x, scaled, None, *geometry, [need_x, True, False]
-    )
+    of_x, of_scaled, _ = _convolution_backward(grad, x, scaled, None, *geometry, [need_x, True, False])
     # The convolution's own sum of the gradient, that of its bias, is less exact on a CPU, and in half precision.
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     total = grad.sum(_OTHERS[grad.dim()], dtype=wide)
-    of_scaled = _rows(of_scaled if of_scaled.dtype == kernel.dtype else of_scaled.to(kernel.dtype), kernel)
-    of_rows, of_weight, _ = torch.ops.aten.native_batch_norm_backward.default(
+    of_scaled = _rows(of_scaled if of_scaled.dtype == kernel.dtype else of_scaled.to(kernel.dtype), order)
+    of_rows, of_weight, _ = _batch_norm_backward(
         of_scaled, rows, weight, zero, var, zero, var, False, eps, [True, True, False]
     )
-    return of_x, of_rows.as_strided(kernel.shape, kernel.stride()), of_weight, total
+    return of_x, _as_kernel(of_rows, kernel, order), of_weight, total
 
 
 def _differentiable(
@@ -332,7 +335,7 @@ def _differentiable(
     rsigma = torch.rsqrt(at_least_float32(var) + eps)
     per_row = [-1] + [1] * (kernel.dim() - 1)
     scale = (at_least_float32(weight) * rsigma).view(per_row)
-    of_x, of_scaled, _ = torch.ops.aten.convolution_backward.default(
+    of_x, of_scaled, _ = _convolution_backward(
         grad, x, (kernel * scale).to(dtype), None, *geometry, [need_x, True, False]
     )
     of_scaled = at_least_float32(of_scaled)
@@ -344,20 +347,28 @@ def _differentiable(
     )
 
 
-def _rows(kernel: Tensor, like: Tensor | None = None) -> Tensor | None:
-    """Return a weight as [1, C, elements of a channel], in the order in which `like` (itself) lies in memory.
-
-    None where the channels do not lie one behind the other.
-    """
-    like = kernel if like is None else like
-    if like.is_contiguous():
-        return kernel.contiguous().view(1, kernel.shape[0], -1)
+def _row_order(kernel: Tensor) -> torch.memory_format | None:
+    """Return the memory format of a weight whose channels lie one behind the other; None where they do not."""
+    if kernel.is_contiguous():
+        return torch.contiguous_format
     if kernel.dim() in (4, 5):
         order = torch.channels_last if kernel.dim() == 4 else torch.channels_last_3d
-        if like.is_contiguous(memory_format=order):
-            last = kernel.contiguous(memory_format=order).movedim(1, -1)
-            return last.view(1, kernel.shape[0], -1)
+        if kernel.is_contiguous(memory_format=order):
+            return order
     return None
+
+
+def _rows(kernel: Tensor, order: torch.memory_format) -> Tensor:
+    """Return a weight as [1, C, elements of a channel], in the order in which they lie in memory."""
+    kernel = kernel.contiguous(memory_format=order)
+    if order is not torch.contiguous_format:
+        kernel = kernel.movedim(1, -1)
+    return kernel.view(1, kernel.shape[0], -1)
+
+
+def _as_kernel(rows: Tensor, kernel: Tensor, order: torch.memory_format) -> Tensor:
+    """Return rows as a weight of the shape and strides of `kernel`."""
+    return rows.view_as(kernel) if order is torch.contiguous_format else rows.as_strided(kernel.shape, kernel.stride())
 
 
 def _leaf(node: Any) -> Tensor | None:

@@ -152,15 +152,29 @@ class FrozenBatchNorm(nn.Module):
             if not isinstance(x, Tensor):
                 return as_leaf(self, x)
             self._check_input_dim(x)
-            return self._normalized(x, producer_of(x, self.weight, self.fold))
+            mean, var, weight, bias = self._tensors()
+            if weight is None or not weight.requires_grad:
+                return batch_norm_in_step(x, mean, var, weight, bias, self.eps, self._constants)
+            return self._normalized(x, producer_of(x, weight, self.fold))
         self._check_input_dim(x)
         return frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
 
     def _normalized(self, x: Tensor, producer: Convolution | None) -> Tensor:
-        tensors = (self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-        if producer is None:
-            return batch_norm_in_step(x, *tensors, self._constants)
-        return shared_batch_norm(x, producer, *tensors, self._constants)
+        mean, var, weight, bias = self._tensors()
+        if producer is None or weight is None:
+            return batch_norm_in_step(x, mean, var, weight, bias, self.eps, self._constants)
+        return shared_batch_norm(x, producer, mean, var, weight, bias, self.eps, self._constants)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        # By attribute each of them takes as long as a small launch.
+        buffers = self._buffers
+        try:
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            weight = buffers["weight"] if "weight" in buffers else self._parameters["weight"]
+            bias = buffers["bias"] if "bias" in buffers else self._parameters["bias"]
+        except KeyError:  # parametrized, pruned or sharded by others
+            return self.running_mean, self.running_var, self.weight, self.bias
+        return mean, var, weight, bias  # type: ignore[return-value]
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:

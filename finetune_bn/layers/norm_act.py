@@ -12,7 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_bn.errors import MissingDependency
 from finetune_bn.functional.frozen import frozen_batch_norm, in_forward_mode, in_transform
-from finetune_bn.functional.frozen_act import frozen_batch_norm_act, frozen_batch_norm_relu, relu_tells_input
+from finetune_bn.functional.frozen_act import (
+    FEWEST_IN_ONE_STEP,
+    frozen_batch_norm_act,
+    frozen_batch_norm_relu,
+    relu_tells_input,
+)
 from finetune_bn.functional.shared_backward import producer_of
 from finetune_bn.layers.frozen import (
     Affine,
@@ -111,8 +116,10 @@ class FrozenBatchNormAct2d(ActsBehind, FrozenBatchNorm2d):
     def _in_one_step(self, x: Tensor) -> Tensor | None:
         """Return the output where backward can do with one tensor instead of two, see `frozen_act`; None else."""
         trained = torch.is_grad_enabled() and self.weight is not None and self.weight.requires_grad
+        if not trained or (self.fold == "auto" and x.numel() < FEWEST_IN_ONE_STEP):
+            return None
         captured = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-        if not trained or captured or in_transform() or in_forward_mode():
+        if captured or in_transform() or in_forward_mode():
             return None
         act = type(self.act)
         known = act is nn.ReLU or act in (nn.SiLU, nn.Hardswish)

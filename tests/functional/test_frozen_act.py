@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import finetune_bn as fbn
 from finetune_bn.functional.frozen_act import (
+    FEWEST_IN_ONE_STEP,
     RECOMPUTED,
     frozen_batch_norm_act,
     frozen_batch_norm_relu,
@@ -103,7 +104,9 @@ def test_the_input_is_kept_where_the_weight_is_small_beside_the_bias(
 def layer(affine: str = "original", act: type[nn.Module] = nn.ReLU) -> FrozenBatchNormAct2d:
     timm = pytest.importorskip("timm.layers")
     bn = settle(timm.BatchNormAct2d(5, act_layer=act))
-    return FrozenBatchNormAct2d.from_batch_norm(bn, affine)  # type: ignore[arg-type]
+    norm = FrozenBatchNormAct2d.from_batch_norm(bn, affine)  # type: ignore[arg-type]
+    norm.fold = "always"  # by itself it does so for large activations
+    return norm
 
 
 def kept(norm: nn.Module) -> float:
@@ -118,6 +121,18 @@ def test_a_layer_keeps_one_tensor_with_relu_and_two_with_silu(affine: str) -> No
     assert 1 <= kept(layer(affine)) < 1.1  # the output, which the convolution keeps
     assert 2 <= kept(layer(affine, nn.SiLU)) < 2.1  # the input, and the output that the convolution keeps
     assert 2 <= kept(layer(affine, nn.Tanh)) < 2.1  # as autograd does it
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
+def test_left_to_itself_a_layer_saves_memory_where_the_activation_is_large_and_time_where_it_is_small(
+    act: type[nn.Module],
+) -> None:
+    norm = layer(act=act)
+    norm.fold = "auto"
+    for images, large in ((1, False), (FEWEST_IN_ONE_STEP // (5 * 64 * 64) + 1, True)):
+        x = torch.randn(images, 5, 64, 64, requires_grad=True)
+        assert (x.numel() >= FEWEST_IN_ONE_STEP) is large
+        assert (norm(x * 1).grad_fn.name() in ("_ReLUBackward", "_RecomputedBackward")) is large  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, -1e-9])
@@ -185,7 +200,7 @@ def test_preactivation_nets_keep_at_most_three_quarters_of_live_batch_norm() -> 
     x = torch.randn(2, 3, 64, 64)
     live = saved_bytes(model, lambda: model.eval()(x))
     for affine in ("original", "merged"):
-        for fold in ("auto", "never"):
+        for fold in ("always", "never"):
             fbn.convert(model, fbn.Freeze(affine, fold=fold), verify=False)  # type: ignore[arg-type]
             assert saved_bytes(model, lambda: model(x)) <= 0.75 * live
         fbn.revert(model, verify=False)
@@ -200,3 +215,14 @@ def test_compiled_layers_give_the_same_gradients() -> None:
         compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
         actual = torch.autograd.grad(compiled(x).square().sum(), [norm.weight, norm.bias])
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", ["ReLU", *RECOMPUTED])
+def test_gradients_that_are_to_be_differentiated_again_are_those_of_the_formula_too(act: str) -> None:
+    arguments = statistics()
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(SHAPE, dtype=torch.float64)
+    inputs = [x, arguments[2], arguments[3]]
+    found = torch.autograd.grad(ours(x, arguments, act), inputs, grad, create_graph=True)
+    for one, expected in zip(found, references(x, arguments, act, grad)[1:], strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-10, atol=1e-10)

@@ -142,3 +142,16 @@ def test_the_contrast_kept_is_how_the_output_grows_with_an_images_contrast(eps: 
     step = 1e-4
     measured = (np.log(size(1 + step)) - np.log(size(1 - step))) / (np.log1p(step) - np.log1p(-step))
     assert contrast_kept(2.0, eps) == pytest.approx(measured, abs=1e-6)
+
+
+def test_the_error_is_relative_to_the_spread_and_none_for_a_batch_norm_that_returns_a_constant() -> None:
+    x, zeros = images((6, 8, 3, 3)).double(), torch.zeros(8, dtype=torch.float64)
+
+    def moments(y: Tensor) -> GroupMoments:
+        return GroupMoments.of_sums(ImagePairs.of(x, y, zeros, zeros).sums(zeros, 2, EPS), zeros)
+
+    ones = torch.ones(8, dtype=torch.float64)
+    of_group_norm = moments(F.group_norm(x, 2, eps=EPS))
+    assert of_group_norm.error(ones, zeros) < 1e-6
+    assert of_group_norm.error(zeros, of_group_norm.y_mean) == pytest.approx(1.0)  # that of a constant
+    assert moments(torch.full_like(x, 3.0)).error(ones, zeros) == 0.0

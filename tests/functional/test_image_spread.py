@@ -97,3 +97,28 @@ def test_images_that_resemble_their_batch_are_found_and_channels_without_spread_
 def test_one_batch_or_batches_of_one_cannot_be_compared(batches: list[int]) -> None:
     with pytest.raises(FinetuneBNError, match="batch: got"):
         batch_membership_p_value(torch.randn(6, 3), batches)
+
+
+def test_two_images_are_enough_for_a_spread_and_one_is_not() -> None:
+    x = draw(2, 3, 5, 0.4, torch.Generator().manual_seed(0))
+    spread, moments = spread_of(x, 2)
+    assert spread.variance_per_image(moments.mean, moments.var()) is not None
+    one, moments = spread_of(x[:1], 1)
+    assert one.variance_per_image(moments.mean, moments.var()) is None
+
+
+def test_a_channel_far_from_zero_that_only_rounding_moves_counts_as_constant() -> None:
+    x = draw(8, 2, 5, 0.4, torch.Generator().manual_seed(0)).double()
+    x[:, 1] = 1e4 + 1e-3 * x[:, 1]  # variance 1e-6, below eps of float32 times the square of the mean
+    spread, moments = spread_of(x, 8)
+    found = spread.variance_per_image(moments.mean, moments.var())
+    assert found is not None
+    assert (found[:, 0] > 0).all()
+    assert (found[:, 1] == 0).all()
+
+
+def test_two_batches_are_enough_to_tell_whether_they_differ() -> None:
+    features = torch.cat([torch.randn(8, 3, generator=torch.Generator().manual_seed(0)) + offset for offset in (0, 5)])
+    assert batch_membership_p_value(features, [0] * 8 + [1] * 8, permutations=199) == pytest.approx(1 / 200)
+    with pytest.raises(FinetuneBNError, match="images of two batches or more"):
+        batch_membership_p_value(features, [0] * 16)

@@ -127,3 +127,11 @@ def test_uneven_ranks_agree_to_the_bit_and_with_one_process() -> None:
         assert count == whole.count
         np.testing.assert_allclose(mean, whole.mean.numpy(), rtol=1e-6)
         np.testing.assert_allclose(m2, whole.m2.numpy(), rtol=1e-5)
+
+
+def test_a_mean_is_in_range_up_to_the_given_ratio_to_the_standard_deviation() -> None:
+    x = torch.tensor([[-1.0], [1.0]]) + 3.0  # mean 3, biased standard deviation 1
+    moments = Moments.of(x)
+    assert moments.mean_is_in_range(9.0)  # 3 squared: the bound itself is in range
+    assert not moments.mean_is_in_range(8.9)
+    assert moments.mean_is_in_range(100.0)

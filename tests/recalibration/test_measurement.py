@@ -153,3 +153,23 @@ def test_too_few_images_are_an_error(batches: list[Tensor], match: str) -> None:
     model = net()
     with pytest.raises(BadData, match=match), torch.no_grad():
         measuring(model).run(batches, ModuleState(model), False)
+
+
+@pytest.mark.parametrize(("number", "enough"), [(8, True), (7, False)])
+def test_as_many_images_as_are_asked_for_are_enough(number: int, enough: bool) -> None:
+    found = measuring(net())
+    with torch.no_grad():
+        if enough:
+            found.run([images(number)], ModuleState(found.model), False)
+            assert found.images == number
+            return
+        with pytest.raises(BadData, match="7 images"):
+            found.run([images(number)], ModuleState(found.model), False)
+
+
+def test_what_the_next_target_asks_for_grows_with_the_square_of_the_error() -> None:
+    found = measuring(net(), tolerance=0.01)
+    with torch.no_grad():
+        found.run(images(16).split(8), ModuleState(found.model), False)
+    wanted = 16 * (found.largest_error / 0.01) ** 2
+    assert wanted * 1.01 <= found._next_target(most=math.inf) <= 1.1 * wanted

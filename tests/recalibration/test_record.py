@@ -117,3 +117,9 @@ def test_the_table_names_all_layers_those_left_alone_and_the_warnings_in_lined_u
 
 def test_tensors_are_not_in_the_repr() -> None:
     assert "tensor" not in repr(record(row()))
+
+
+def test_of_one_layer_the_shift_is_its_own() -> None:
+    one = row()
+    assert record(one).shift == pytest.approx(one.shift)
+    assert record().shift == 0.0

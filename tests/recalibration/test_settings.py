@@ -45,3 +45,7 @@ def test_whole_numbers_of_numpy_are_taken_as_plain_ones() -> None:
     )
     assert (settings.max_samples, settings.batch_size, settings.prior, settings.min_samples) == (64, 4, 2.0, 3)
     assert {type(settings.max_samples), type(settings.batch_size), type(settings.min_samples)} == {int}
+
+
+def test_eight_images_are_asked_for_where_nothing_is_said() -> None:
+    assert RecalibrationSettings().min_samples == 8
