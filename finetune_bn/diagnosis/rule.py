@@ -153,7 +153,8 @@ def recommend(setting: Setting, measured: Sequence[Measured] | None = None) -> t
     """Rank the treatments for a setting, the one that is expected to lose least first.
 
     Its expected loss is the mean over the measured settings of the points it was behind the best one there, each
-    weighted by exp(-distance / `REACH`), and by `PRIOR` spread over all of them; the same weights make the learning rate that it is to have.
+    weighted by exp(-distance / `REACH`), and by `PRIOR` spread over all of them; the same weights make the learning
+    rate that it is to have.
 
     Args:
         setting: what is known before the training.
