@@ -34,7 +34,10 @@ STUDY = "scripts/study_advice.py"
 # count alike; batches of P labels x K images are another world, and count as four doublings.
 PER_DOUBLING, PER_FOURFOLD, PER_SD, PER_SAMPLER = 1.0, 1.0, 2.0, 4.0
 # A setting this far away has a third of the say of an equal one.
-REACH = 2.0
+REACH = 1.0
+# All settings together have as much say besides as so many equal ones: the nearest few are measured with errors of a
+# point and more. This and `REACH` were chosen on the settings themselves.
+PRIOR = 2.0
 NAMED = 3  # settings that a reason names
 
 
@@ -150,7 +153,8 @@ def recommend(setting: Setting, measured: Sequence[Measured] | None = None) -> t
     """Rank the treatments for a setting, the one that is expected to lose least first.
 
     Its expected loss is the mean over the measured settings of the points it was behind the best one there, each
-    weighted by exp(-distance / `REACH`); the same weights make the learning rate that it is to have.
+    weighted by exp(-distance / `REACH`), and by `PRIOR` spread over all of them; the same weights make the learning
+    rate that it is to have.
 
     Args:
         setting: what is known before the training.
@@ -167,7 +171,11 @@ def recommend(setting: Setting, measured: Sequence[Measured] | None = None) -> t
     near = sorted(rows, key=lambda row: distance(setting, row.setting))
     choices = []
     for arm in ARMS:
-        told = [(math.exp(-distance(setting, row.setting) / REACH), row) for row in near if arm in row.scores]
+        told = [
+            (math.exp(-distance(setting, row.setting) / REACH) + PRIOR / len(rows), row)
+            for row in near
+            if arm in row.scores
+        ]
         if not told:
             continue
         total = sum(weight for weight, _ in told)

@@ -116,10 +116,12 @@ class FrozenBatchNormAct2d(ActsBehind, FrozenBatchNorm2d):
     def _in_one_step(self, x: Tensor) -> Tensor | None:
         """Return the output where backward can do with one tensor instead of two, see `frozen_act`; None else."""
         trained = torch.is_grad_enabled() and self.weight is not None and self.weight.requires_grad
-        if not trained or (self.fold == "auto" and x.numel() < FEWEST_IN_ONE_STEP):
+        if not trained:
             return None
         captured = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
         if captured or in_transform() or in_forward_mode():
+            return None
+        if self.fold == "auto" and x.numel() < FEWEST_IN_ONE_STEP:  # asked last: of a size a trace warns
             return None
         act = type(self.act)
         known = act is nn.ReLU or act in (nn.SiLU, nn.Hardswish)

@@ -12,7 +12,7 @@ from finetune_bn.diagnosis.rule import ARMS, Measured, Setting, distance, recomm
 from finetune_bn.errors import FinetuneBNError
 
 SMALL = Measured("small", Setting(batch=4, images=100, shift=0.5, iid=True), {"live": 50.0, "none": 60.0}, 3)
-LARGE = Measured("large", Setting(batch=64, images=1600, shift=0.5, iid=True), {"live": 75.0, "none": 70.0}, 3)
+LARGE = Measured("large", Setting(batch=64, images=1600, shift=0.5, iid=True), {"live": 75.0, "none": 60.0}, 3)
 
 
 @pytest.mark.parametrize("row", [SMALL, LARGE])
@@ -24,9 +24,9 @@ def test_where_a_setting_was_measured_its_winner_is_advised(row: Measured) -> No
 def test_expected_loss_is_the_mean_weighted_by_nearness() -> None:
     asked = Setting(batch=8, images=100, iid=True)
     far = 3.0 + math.log(16, 4)  # three doublings of the batch, 16 times the images
-    near, distant = math.exp(-1.0 / 2.0), math.exp(-far / 2.0)
+    near, distant = math.exp(-1.0) + 1.0, math.exp(-far) + 1.0  # the say of all settings is spread over the two
     by_arm = {choice.arm: choice for choice in recommend(asked, [LARGE, SMALL])}
-    assert by_arm["none"].expected_loss == pytest.approx(5.0 * distant / (near + distant))
+    assert by_arm["none"].expected_loss == pytest.approx(15.0 * distant / (near + distant))
     assert by_arm["live"].expected_loss == pytest.approx(10.0 * near / (near + distant))
     assert by_arm["live"].reasons[0].sentence.count("small")  # the nearest one is named first
     assert by_arm["live"].reasons[0].figure == 10.0
@@ -40,7 +40,7 @@ def test_the_learning_rate_is_a_weighted_geometric_mean_of_what_was_best_beside_
     assert found["none"] == pytest.approx(0.2)
     assert found["live"] == 1.0
     at_small = {choice.arm: choice.lr_factor for choice in recommend(small.setting, [small, large])}
-    assert 0.1 < at_small["none"] < 0.2
+    assert 0.1 < at_small["none"] < found["none"]
     unknown = {choice.arm: choice.lr_factor for choice in recommend(asked, [SMALL, LARGE])}
     assert unknown == {"none": 1.0, "live": 1.0}
 
