@@ -133,5 +133,7 @@ def test_a_mean_is_in_range_up_to_the_given_ratio_to_the_standard_deviation() ->
     x = torch.tensor([[-1.0], [1.0]]) + 3.0  # mean 3, biased standard deviation 1
     moments = Moments.of(x)
     assert moments.mean_is_in_range(9.0)  # 3 squared: the bound itself is in range
+    two = torch.tensor([2.0])
+    assert Moments.of_statistics(two, torch.ones(1), 2).mean_is_in_range(4.0)  # no number here is rounded
     assert not moments.mean_is_in_range(8.9)
     assert moments.mean_is_in_range(100.0)

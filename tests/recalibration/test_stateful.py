@@ -102,6 +102,9 @@ def test_nothing_is_left_of_what_the_passes_kept() -> None:
     skips = SkipsInAttributes()
     recalibrated(skips, images().split(8))
     assert not [name for name in vars(skips) if name.startswith("skip_")]
+    stateful_nets._AT = 1
+    recalibrated(Levels(stateful_nets.CountsInGlobal), images().split(8))
+    assert stateful_nets._AT == 1
     stack = stateful_nets.SkipsOnGlobalStack()
     recalibrated(stack, images().split(8))
     assert stateful_nets._STACK == []
