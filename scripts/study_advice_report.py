@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from finetune_bn.utilities.files import write_atomically
 SHIPPED = study.ROOT / "finetune_bn" / "diagnosis" / "measured.json"
 GOOD = 1.0  # points: a treatment that is behind the best one by no more is as good
 OTHER_SEEDS = "the best arm by test figures of the other seeds"
+NESTED = "the advice, its two constants chosen without the setting too"
+GRID = tuple(itertools.product((0.5, 1.0, 2.0, 4.0), (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)))  # of `REACH` and `PRIOR`
 LUCK = 2000  # draws of the errors of all figures
 TITLES = {
     "live": "live",
@@ -134,7 +137,7 @@ def regrets(
     """
     if len(rows) < 3:
         return {}
-    lost: dict[str, list[float]] = {}
+    lost: dict[str, list[float]] = {NESTED: nested(rows)}
     taken = {}
     for row in rows:
         ranked = [choice.arm for choice in rule.recommend(row.setting, [other for other in rows if other is not row])]
@@ -160,6 +163,30 @@ def regrets(
         for name, values in lost.items()
     }
     return {"rules": lines, "advised": taken, "luck": luck(by_seed)}
+
+
+def nested(rows: list[rule.Measured]) -> list[float]:
+    """Return what the advice costs in each setting, with the constants that cost least in the others.
+
+    Cross-validation within cross-validation: the constants for a setting are chosen by leaving each of the others out
+    in turn, and the setting itself is in none of these.
+    """
+    found = []
+    for row in rows:
+        others = [other for other in rows if other is not row]
+        cost = {
+            constants: fmean(
+                _followed(other, [third for third in others if third is not other], *constants) for other in others
+            )
+            for constants in GRID
+        }
+        found.append(_followed(row, others, *min(GRID, key=lambda constants: cost[constants])))
+    return found
+
+
+def _followed(row: rule.Measured, others: list[rule.Measured], reach: float, prior: float) -> float:
+    """Return what the advice made from other settings costs in one."""
+    return row.lost[rule.recommend(row.setting, others, reach, prior)[0].arm]
 
 
 def by_validation(store: Store, setting: str) -> list[str]:

@@ -149,16 +149,20 @@ def distance(a: Setting, b: Setting) -> float:
     return total
 
 
-def recommend(setting: Setting, measured: Sequence[Measured] | None = None) -> tuple[Choice, ...]:
+def recommend(
+    setting: Setting, measured: Sequence[Measured] | None = None, reach: float = REACH, prior: float = PRIOR
+) -> tuple[Choice, ...]:
     """Rank the treatments for a setting, the one that is expected to lose least first.
 
     Its expected loss is the mean over the measured settings of the points it was behind the best one there, each
-    weighted by exp(-distance / `REACH`), and by `PRIOR` spread over all of them; the same weights make the learning
-    rate that it is to have.
+    weighted by exp(-distance / reach), and by `prior` spread over all of them; the same weights make the learning rate
+    that it is to have.
 
     Args:
         setting: what is known before the training.
         measured: the settings to learn from; None for those that come with the package.
+        reach: distance at which a setting has a third of the say of an equal one.
+        prior: as how many equal settings all of them together count besides.
 
     Raises:
         FinetuneBNError: there is no measured setting, or the batch is no positive number.
@@ -172,7 +176,7 @@ def recommend(setting: Setting, measured: Sequence[Measured] | None = None) -> t
     choices = []
     for arm in ARMS:
         told = [
-            (math.exp(-distance(setting, row.setting) / REACH) + PRIOR / len(rows), row)
+            (math.exp(-distance(setting, row.setting) / reach) + prior / len(rows), row)
             for row in near
             if arm in row.scores
         ]

@@ -16,6 +16,8 @@ import study_advice_report as report
 from advice_pictures import Pictures
 from store import Store
 
+from finetune_bn.diagnosis import rule
+
 SETTINGS = study.SETTINGS[:4]
 BEST_RATE = {"affine": 1e-2, "live": 3e-3}  # the search has to leave the first rungs for these
 
@@ -71,6 +73,19 @@ def test_regret_is_that_of_advice_which_did_not_see_the_setting(store: Store) ->
     order = {name: report.by_validation(store, name) for name in found}
     blind = report.regrets(only_one_of_a_kind + rest, found, order)
     assert blind["advised"][only_one_of_a_kind[0].name] == "live"  # the others say so, and they are wrong here
+
+
+def test_the_nested_advice_knows_nothing_of_the_setting_that_it_is_tested_on() -> None:
+    def row(name: str, batch: int, none: float, live: float) -> rule.Measured:
+        return rule.Measured(name, rule.Setting(batch, 400), {"none": none, "live": live}, seeds=5)
+
+    # Nearest neighbours and overall means disagree, so that the constants decide.
+    rows = [row(f"{batch}", batch, 60.0, 50.0 if batch < 16 else 61.0) for batch in (1, 2, 4, 8, 16, 32, 64, 128)]
+    found = report.nested(rows)
+    assert [found[2], found[7]] == [0.0, 0.0]  # those near it are like it, and the others say that this counts
+    # Whatever is measured there, the same arm is advised: what it costs is the other one's lead alone.
+    rows[2] = row("4", 4, 50.0, 61.0)
+    assert report.nested(rows)[2] == pytest.approx(11.0)
 
 
 def test_a_choice_by_the_other_seeds_costs_what_luck_had_promised() -> None:
