@@ -4,9 +4,11 @@ A mutant is one operator, comparison, constant, condition, keyword or returned v
 where the mirrored tests fail (tests/<folder>/test_<file>.py, and those named in `TESTS`), and survives where they pass.
 Each test file is run on the unchanged code first: one that fails there can kill nothing, and the script stops.
 A sample of all the mutants there are is drawn with a fixed seed, so that the figure means something and a second run
-goes on where the first one was stopped.
+goes on where the first one was stopped. Once tests are written for the survivors of a sample, its figure says little of
+the rest: another seed draws others, none of them in the samples of the seeds before it.
 
     python scripts/mutate.py                    # the sample of `COUNT` mutants
+    python scripts/mutate.py --seed 1           # others, for which no test was written
     python scripts/mutate.py --show 17          # the difference that a mutant makes
 
 Survivors are listed in results/mutation.md, each with the verdict of somebody who looked at it (`VERDICTS`).
@@ -33,7 +35,7 @@ from warm_tests import WarmTests
 from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
-COUNT, SEED = 200, 0
+COUNT = 200
 TIMEOUT = 600  # seconds; a mutant that runs for ever is killed
 PARTS = ("functional", "conversion/convert.py", "recalibration")
 # Where the mirrored test file is not called after the file, or more than it looks at the code; the quickest first.
@@ -299,16 +301,17 @@ def files() -> list[str]:
 
 
 def sample(count: int, seed: int) -> list[Mutant]:
-    """Return so many mutants of all that there are, in an order drawn by the seed.
+    """Return so many mutants of all that there are, in an order drawn by the seed; none that a lower seed draws.
 
     The draw goes by the text of a change: where code is edited, the other mutants stay in the sample, in their order.
     """
+    taken = {mutant for earlier in range(seed) for mutant in sample(COUNT, earlier)}
     every = [m for file in files() for m in mutants_of(file, (ROOT / "finetune_bn" / file).read_text(encoding="utf-8"))]
 
     def drawn(mutant: Mutant) -> bytes:
         return hashlib.sha256(f"{seed} {mutant.file} {mutant.change} {mutant.nth}".encode()).digest()
 
-    return sorted(every, key=drawn)[:count]
+    return sorted((mutant for mutant in every if mutant not in taken), key=drawn)[:count]
 
 
 def tests_of(file: str) -> list[str]:
@@ -342,8 +345,8 @@ def control(store: Store, files: list[str], tests: WarmTests) -> None:
             store.add({"control": file, "seconds": round(time.monotonic() - began, 1)})
 
 
-def table(rows: list[dict[str, object]], of: int) -> str:
-    """Return the figures and the survivors as markdown; `of` is how many mutants the sample has."""
+def table(rows: list[dict[str, object]], of: int, seed: int = 0) -> str:
+    """Return the figures and the survivors as markdown; `of` is how many mutants the seed's sample has."""
     count, killed = len(rows), sum(row["verdict"] != "survived" for row in rows)
     counts = Counter(str(row["change"]).partition(":")[0] for row in rows)
     kinds = ", ".join(f"{n} x {kind}" for kind, n in counts.most_common())
@@ -352,8 +355,8 @@ def table(rows: list[dict[str, object]], of: int) -> str:
     lines = [
         "# Do the tests notice a change of the code?",
         "",
-        f"From `python scripts/mutate.py`: {killed} of {count} mutants killed ({killed / count:.0%}). Drawn with",
-        f"seed {SEED} from all changes of {', '.join(PARTS)}: {kinds}.",
+        f"From `python scripts/mutate.py{f' --seed {seed}' * bool(seed)}`: {killed} of {count} mutants killed ({killed / count:.0%}). Drawn with",
+        f"seed {seed} from all changes of {', '.join(PARTS)}: {kinds}.",
         *([f"They are the first {count} of a sample of {of}, in its order."] if count < of else []),
         "",
         "| file | mutants | killed |",
@@ -382,13 +385,13 @@ def checkout(folder: Path) -> Path:
     return place
 
 
-def report(store: Store, mutants: list[Mutant], output: Path) -> None:
+def report(store: Store, mutants: list[Mutant], output: Path, seed: int) -> None:
     """Write the figures of the mutants that were run, as far as there are any."""
     rows = [found | {"line": m.line} for m in mutants if (found := store.find(**key_of(m))) is not None]
     if rows:
         killed = sum(row["verdict"] != "survived" for row in rows)
         store.finish({"mutants": len(rows), "killed": killed, "share": round(killed / len(rows), 3)})
-        write_atomically(output.with_suffix(".md"), table(rows, len(mutants)))
+        write_atomically(output.with_suffix(".md"), table(rows, len(mutants), seed))
 
 
 def key_of(mutant: Mutant) -> dict[str, object]:
@@ -400,16 +403,18 @@ def main() -> None:
     """Run what is missing of the sample, in its order."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=COUNT)
+    parser.add_argument("--seed", type=int, default=0, help="of the sample; from 1 on, none of the samples before")
     parser.add_argument("--show", type=int, help="print a mutant of the sample, and run nothing")
     parser.add_argument("--again", action="store_true", help="run survivors once more, those without a verdict")
     parser.add_argument("--report-only", action="store_true", help="write the table anew, and run nothing")
-    parser.add_argument("--output", default=str(ROOT / "results" / "mutation.json"))
+    parser.add_argument("--output", type=Path, help="default: results/mutation.json, mutation_1.json for seed 1")
     args = parser.parse_args()
-    mutants = sample(args.count, SEED)
+    output = args.output or ROOT / "results" / f"mutation{f'_{args.seed}' * bool(args.seed)}.json"
+    mutants = sample(args.count, args.seed)
     if args.show is not None:
         print(mutants[args.show])
         return
-    store = Store(args.output, "python scripts/mutate.py", seeds=[SEED], device="cpu")
+    store = Store(output, f"python scripts/mutate.py --seed {args.seed}", seeds=[args.seed], device="cpu")
     missing = []
     for mutant in mutants:
         known = store.find(**key_of(mutant))
@@ -426,7 +431,7 @@ def main() -> None:
                 seconds = round(time.monotonic() - began, 1)
                 store.add(key_of(mutant) | {"line": mutant.line, "verdict": found, "seconds": seconds})
                 print(found, f"{mutant.file}:{mutant.line}", mutant.change, f"{seconds} s", flush=True)
-    report(store, mutants, Path(args.output))
+    report(store, mutants, output, args.seed)
 
 
 if __name__ == "__main__":

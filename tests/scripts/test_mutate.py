@@ -53,6 +53,13 @@ def test_the_sample_is_drawn_from_all_files_and_is_the_same_each_time(script: An
     assert all((SCRIPTS.parent / test).exists() for file in script.files() for test in script.tests_of(file))
 
 
+def test_another_seed_draws_none_of_those_that_tests_were_written_for(script: Any) -> None:
+    first, second, third = (set(script.sample(script.COUNT, seed)) for seed in range(3))
+    assert len(first) == len(second) == len(third) == script.COUNT
+    assert not first & second
+    assert not third & (first | second)
+
+
 def test_an_edit_of_the_code_leaves_the_other_mutants_of_the_sample_in_their_order(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
