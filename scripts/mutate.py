@@ -355,7 +355,7 @@ def table(rows: list[dict[str, object]], of: int, seed: int = 0) -> str:
     lines = [
         "# Do the tests notice a change of the code?",
         "",
-        f"From `python scripts/mutate.py{f' --seed {seed}' * bool(seed)}`: {killed} of {count} mutants killed ({killed / count:.0%}). Drawn with",
+        f"From `{command(seed)}`: {killed} of {count} mutants killed ({killed / count:.0%}). Drawn with",
         f"seed {seed} from all changes of {', '.join(PARTS)}: {kinds}.",
         *([f"They are the first {count} of a sample of {of}, in its order."] if count < of else []),
         "",
@@ -394,6 +394,11 @@ def report(store: Store, mutants: list[Mutant], output: Path, seed: int) -> None
         write_atomically(output.with_suffix(".md"), table(rows, len(mutants), seed))
 
 
+def command(seed: int) -> str:
+    """Return how a sample is run."""
+    return "python scripts/mutate.py" + f" --seed {seed}" * bool(seed)
+
+
 def key_of(mutant: Mutant) -> dict[str, object]:
     """Return what names a mutant in the results."""
     return {"file": mutant.file, "change": mutant.change, "nth": mutant.nth}
@@ -414,7 +419,7 @@ def main() -> None:
     if args.show is not None:
         print(mutants[args.show])
         return
-    store = Store(output, f"python scripts/mutate.py --seed {args.seed}", seeds=[args.seed], device="cpu")
+    store = Store(output, command(args.seed), seeds=[args.seed], device="cpu")
     missing = []
     for mutant in mutants:
         known = store.find(**key_of(mutant))
