@@ -96,9 +96,15 @@ class Arm:
         return {"setting": self.setting.name, "arm": trained_as(self.arm), "lr": lr, "seed": seed}
 
 
-def line(rows: Rows, arm: Arm) -> Row | None:
-    """Return what an arm reached, for a table; None with less than two seeds."""
-    values = list(arm.reached(rows).values())
+def common(rows: Rows, plan: Sequence[Arm], setting: Setting) -> set[int]:
+    """Return the seeds that all arms of a setting have which have two or more: a table compares these alone."""
+    found = [set(reached) for arm in plan if arm.setting == setting and len(reached := arm.reached(rows)) > 1]
+    return set.intersection(*found) if found else set()
+
+
+def line(rows: Rows, arm: Arm, among: set[int] | None = None) -> Row | None:
+    """Return what an arm reached with these seeds, or all, for a table; None with less than two."""
+    values = [value for seed, value in arm.reached(rows).items() if among is None or seed in among]
     if len(values) < 2:
         return None
     lr = arm.rate(rows)
@@ -107,10 +113,10 @@ def line(rows: Rows, arm: Arm) -> Row | None:
     return told | {"test": fmean(values), "sd": stdev(values)}
 
 
-def against(rows: Rows, arm: Arm, other: Arm) -> Row | None:
-    """Return by how much an arm is ahead of another one, seed by seed; None with less than two seeds."""
+def against(rows: Rows, arm: Arm, other: Arm, among: set[int] | None = None) -> Row | None:
+    """Return by how much an arm is ahead of another one, seed by seed, of these or all; None with less than two."""
     mine, theirs = arm.reached(rows), other.reached(rows)
-    seeds = sorted(mine.keys() & theirs.keys())
+    seeds = sorted(seed for seed in mine.keys() & theirs.keys() if among is None or seed in among)
     if len(seeds) < 2:
         return None
     points, low, high = cells.interval([mine[seed] - theirs[seed] for seed in seeds])
@@ -161,7 +167,10 @@ def key_of(row: Row) -> tuple[Any, ...]:
 def adopt(store: Store, rows: Rows) -> None:
     """Take rows of other studies into a study's own, where it has none of the same cell."""
     done = {key_of(row) for row in store.rows}
-    store.rows.extend(row for row in rows if key_of(row) not in done)
+    for row in rows:
+        if key_of(row) not in done:
+            done.add(key_of(row))
+            store.rows.append(row)
 
 
 def next_cells(plan: Sequence[Arm], sources: Sequence[Path], store: Store) -> Iterator[Row]:
@@ -207,5 +216,5 @@ def run(
     if not args.report_only:
         chosen = [arm for arm in plan if not args.only or any(word in arm.setting.name for word in args.only)]
         cells.run(store, partial(next_cells, chosen, others), measure, args.workers, "val")
-        adopt(store, shared(others, plan))
+    adopt(store, shared(others, plan))
     store.finish(write(store.rows, store.path.with_suffix("")) | {"commits": commits(store.rows)})

@@ -27,18 +27,24 @@ def rates_to_try(tried: Mapping[float, float], ladder: Sequence[float], first: S
     Args:
         tried: the score of each rate that was tried; higher is better.
         ladder: all rates, ascending.
-        first: the rates it starts with; it goes on while a neighbor of the best one was not tried.
+        first: the rates it starts with; it goes on while a neighbor of the best one was not tried, and of each that is
+            as good: rates at which a training collapses all end at the share of the largest class.
     """
     missing = [lr for lr in first if lr not in tried]
     if missing:
         return missing
-    best = ladder.index(max(tried, key=lambda lr: tried[lr]))
-    return [ladder[i] for i in (best - 1, best + 1) if 0 <= i < len(ladder) and ladder[i] not in tried]
+    near = {i + side for i, lr in enumerate(ladder) if lr in _best(tried) for side in (-1, 1)}
+    return [ladder[i] for i in sorted(near) if 0 <= i < len(ladder) and ladder[i] not in tried]
+
+
+def _best(tried: Mapping[float, float]) -> list[float]:
+    top = max(tried.values())
+    return [lr for lr, score in tried.items() if score == top]
 
 
 def chosen_rate(tried: Mapping[float, float], ladder: Sequence[float], first: Sequence[float]) -> float | None:
-    """Return the best rate once the search is over."""
-    return None if rates_to_try(tried, ladder, first) else max(tried, key=lambda lr: tried[lr])
+    """Return the best rate once the search is over; the smallest of those that are as good."""
+    return None if rates_to_try(tried, ladder, first) else min(_best(tried))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

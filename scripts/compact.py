@@ -71,7 +71,7 @@ class Setting:
         """Return the length of a training."""
         if self.length is not None:
             return self.length
-        doubled = 2 if self.batch >= 32 else 1  # fewer than 50 steps do not find a head
+        doubled = 2 if self.batch >= 32 else 1  # a few steps do not find a head
         return doubled * EPOCHS[self.images] * self.images // self.batch
 
 

@@ -190,6 +190,8 @@ def main() -> None:
     torch.set_num_threads(1)
     store = Store(args.out / "study_advice.json", "python scripts/study_advice.py", (CHOOSE, *REPORT), "cpu")
     if not args.report_only:
+        plan = [arms.Arm(setting, arm, REPORT) for setting in SETTINGS for arm in ARMS]
+        arms.adopt(store, arms.shared([args.out / "study_small_batch.json"], plan))
         cells.run(store, next_cells, measure, args.workers, "val")
     study_advice_report.write(store, args.out)
 

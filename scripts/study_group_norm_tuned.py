@@ -44,8 +44,9 @@ def summarize(rows: Rows) -> Row:
     table = []
     for arm in sorted(PLAN, key=lambda arm: (list(FAMILIES).index(arm.setting.family), arm.setting.batch)):
         frozen = Arm(arm.setting, "none")
-        if one := arms.line(rows, arm):
-            ahead = None if arm == frozen else arms.against(rows, arm, frozen)
+        seeds = arms.common(rows, PLAN, arm.setting)
+        if one := arms.line(rows, arm, seeds):
+            ahead = None if arm == frozen else arms.against(rows, arm, frozen, seeds)
             table.append(one | {"title": TITLES[arm.arm], "against_frozen": ahead})
     return {"table": table}
 

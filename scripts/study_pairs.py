@@ -54,9 +54,10 @@ def summarize(rows: Rows) -> Row:
     """Return the figures that the docs quote."""
     table = []
     for arm in PLAN:
-        if one := arms.line(rows, arm):
+        seeds = arms.common(rows, PLAN, arm.setting)
+        if one := arms.line(rows, arm, seeds):
             frozen = next(x for x in PLAN if (x.setting, x.arm) == (arm.setting, "none"))
-            ahead = None if arm is frozen else arms.against(rows, frozen, arm)
+            ahead = None if arm is frozen else arms.against(rows, frozen, arm, seeds)
             table.append(one | {"setting": arm.setting.name, "frozen_against_it": ahead})
     return {"table": table}
 

@@ -112,7 +112,7 @@ def title(arm: Arm) -> str:
 def summarize(rows: Rows) -> Row:
     """Return the figures that README and docs quote."""
     asked = sorted(PLAN, key=lambda arm: (list(FAMILIES).index(arm.setting.family), arm.setting.batch))
-    lines = [(arm, arms.line(rows, arm)) for arm in asked]
+    lines = [(arm, arms.line(rows, arm, arms.common(rows, PLAN, arm.setting))) for arm in asked]
     rates = []
     for arm in asked:
         found = {f"{lr:g}": value for lr, value in sorted(arms.tried(rows, arm.setting.name, arm.arm).items())}

@@ -73,6 +73,34 @@ def images(labels: torch.Tensor) -> Pictures:
     return Pictures(torch.rand(len(labels), 3, 64, 64), labels, none, none, none, none, classes=9)
 
 
+def test_a_table_compares_arms_on_the_seeds_that_all_of_them_have(tmp_path: Path) -> None:
+    setting = Setting("lite0", 4, 400, "same")
+    plan = [arms.Arm(setting, name, (0, 1, 2, 3, 4)) for name in ("none", "limited", "affine")]
+    rows = [
+        {"setting": setting.name, "arm": name, "lr": lr, "seed": CHOOSE, "val": 60.0 - abs(lr - 1e-3), "test": 0.0}
+        for name in ("none", "limited", "affine")
+        for lr in (3e-4, 1e-3, 3e-3)
+    ]
+    # Seeds 3 and 4 are hard, and one of the arms has not seen them; the third arm has a single seed, and no line.
+    for name, tests in (("none", (68.0, 69.0, 70.0, 60.0, 61.0)), ("limited", (67.0, 68.0, 69.0)), ("affine", (50.0,))):
+        rows += [
+            {"setting": setting.name, "arm": name, "lr": 1e-3, "seed": seed, "val": 0.0, "test": test}
+            for seed, test in enumerate(tests)
+        ]
+    seeds = arms.common(rows, plan, setting)
+    assert seeds == {0, 1, 2}
+    lines = [arms.line(rows, arm, seeds) for arm in plan]
+    assert [(line["test"], line["seeds"]) if line else None for line in lines] == [(69.0, 3), (68.0, 3), None]
+    assert arms.line(rows, plan[0])["test"] == pytest.approx(65.6)
+
+
+def test_a_cell_that_two_other_studies_have_is_taken_once(tmp_path: Path) -> None:
+    cell = {"setting": "x", "arm": "none", "lr": 1e-3, "seed": 0}
+    store = Store(tmp_path / "x.json", "python x.py", device="cpu")
+    arms.adopt(store, [cell | {"test": 1.0}, cell | {"test": 1.0}, cell | {"seed": 1, "test": 2.0}])
+    assert [row["seed"] for row in store.rows] == [0, 1]
+
+
 def test_proxies_are_one_for_each_emoji_and_trained_beside_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pytorch_metric_learning")
     data = images(torch.tensor([7, 7, 3, 3, 900, 900]))

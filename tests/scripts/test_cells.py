@@ -36,6 +36,20 @@ def test_the_search_goes_on_while_the_best_rate_is_at_an_edge_and_ends_at_the_la
     assert cells.chosen_rate(scores, LADDER, FIRST) == peak
 
 
+@pytest.mark.parametrize("order", [(2.0, 5.0, 10.0), (10.0, 5.0, 2.0)])
+def test_a_plateau_of_collapsed_trainings_does_not_end_the_search_in_whichever_order_they_came(
+    order: tuple[float, ...],
+) -> None:
+    scores = dict.fromkeys(order, 14.7)  # all collapsed; 1 is the only rate that works
+    while missing := cells.rates_to_try(scores, LADDER, FIRST):
+        scores[missing[-1]] = 60.0 if missing[-1] == 1.0 else 14.7
+    assert cells.chosen_rate(scores, LADDER, FIRST) == 1.0
+    # Of two that are as good as each other it is the smaller one, whichever was first, with both sides looked at.
+    scores = {lr: 50.0 if lr in (2.0, 5.0) else 40.0 for lr in order}
+    assert cells.rates_to_try(scores, LADDER, FIRST) == [1.0]
+    assert cells.chosen_rate(scores | {1.0: 40.0}, LADDER, FIRST) == 2.0
+
+
 def test_vectors_are_not_decayed_what_is_constant_is_left_out_and_others_keep_their_rate() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
     net[2].requires_grad_(False)

@@ -115,13 +115,43 @@ def test_every_way_has_the_same_rates_and_the_seed_that_chooses_does_not_report(
     }
     assert set(map(frozenset, rates.values())) == {frozenset({3e-4, 1e-3, 3e-3})}
     for line in study.summarize(store):
-        assert (line["lr"], line["values"]) == (1e-3, [65.0, 66.0, 67.0])
-    told = "| lite0 | AdamW | 50.0 (1.0) | 60.0 (1.0) | 50.0 (1.0) | 0.001 | 66.0 (63.5 to 68.5) | 3 |"
+        assert (line["lr"], line["values"]) == (1e-3, {0: 65.0, 1: 66.0, 2: 67.0})
+    told = "| lite0 | AdamW | 50.0 (1.0) | 60.0 (1.0) | 50.0 (1.0) | 0.001 | 66.0 |  | 3 |"
     assert told in study.markdown(store)
+
+
+def test_a_way_is_compared_with_adamw_seed_by_seed_and_a_drift_that_is_no_number_is_told(tmp_path: Path) -> None:
+    store = Store(tmp_path / "x.json", "python x.py", device="cpu")
+    for way, tests in (("none", (50.0, 60.0, 70.0)), ("clip", (54.0, 65.0, 74.5))):
+        for lr in (1e-4, *study.FIRST_RUNGS):
+            drift = float("nan") if lr == 3e-3 else 1.0
+            val = 60.0 if lr == 3e-4 else 14.7
+            store.add({"network": "lite0", "way": way, "lr": lr, "seed": 100, "val": val, "test": 0.0, "drift": drift})
+        for seed, test in enumerate(tests):
+            store.add(
+                {"network": "lite0", "way": way, "lr": 3e-4, "seed": seed, "val": 0.0, "test": test, "drift": 1.0}
+            )
+    told = "| 60.0 (1.0) | 14.7 (1.0) | 14.7 (no number) | 0.0003 | 64.5 | **+4.5 (+3.3 to +5.7)** | 3 |"
+    assert f"| lite0 | AdamW, gradient clipped at 1 {told}" in study.markdown(store)
+
+
+def test_a_decay_that_is_not_decoupled_leaves_the_weights_as_large_as_adamws_does() -> None:
+    def left(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> float:
+        p.data.fill_(1.0)
+        for _ in range(400):
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+        return float(p.detach().mean())
+
+    p = nn.Parameter(torch.ones(4, 4))
+    groups = [{"params": [p], "weight_decay": study.cells.WEIGHT_DECAY}]
+    for name in ("sgd", "larc", "none"):
+        assert left(study.WAYS[name].optimizer([dict(group) for group in groups], 1e-2), p) > 0.8
+    assert left(torch.optim.SGD(groups, lr=1e-2, momentum=0.9), p) < 0.2  # as it was
 
 
 def test_the_table_has_the_ways_that_were_measured(tmp_path: Path) -> None:
     store = Store(tmp_path / "x.json", "python x.py", device="cpu")
     store.add({"network": "lite0", "way": "clip", "lr": 1e-3, "seed": 100, "val": 20.04, "test": 21.0, "drift": 9.96})
     lines = study.markdown(store).splitlines()
-    assert lines[2:] == ["| lite0 | AdamW, gradient clipped at 1 |  | 20.0 (10.0) |  | search not over |  |  |"]
+    assert lines[2:] == ["| lite0 | AdamW, gradient clipped at 1 |  | 20.0 (10.0) |  | search not over |  |  |  |"]
