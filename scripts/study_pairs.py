@@ -50,8 +50,21 @@ def measure(setting: str, arm: str, lr: float, seed: int) -> dict[str, Any]:
     return study_advice.train_arm(BY_NAME[setting], arm, lr, seed)
 
 
+def margins(rows: Rows) -> list[Row]:
+    """Return how far frozen layers are ahead of the live arm that validation of the choosing seed prefers."""
+    found = []
+    for setting in SETTINGS:
+        mine = {arm.arm: arm for arm in PLAN if arm.setting == setting}
+        live = [mine["live"], mine["recalibrated"]]
+        if all(arm.rate(rows) for arm in live):
+            best = max(live, key=lambda arm: arm.validation(rows))
+            if one := arms.against(rows, mine["none"], best):
+                found.append(one | {"setting": setting.name, "other": TITLES[best.arm]})
+    return found
+
+
 def summarize(rows: Rows) -> Row:
-    """Return the figures that the docs quote."""
+    """Return the figures that README and docs quote."""
     table = []
     for arm in PLAN:
         seeds = arms.common(rows, PLAN, arm.setting)
@@ -59,7 +72,7 @@ def summarize(rows: Rows) -> Row:
             frozen = next(x for x in PLAN if (x.setting, x.arm) == (arm.setting, "none"))
             ahead = None if arm is frozen else arms.against(rows, frozen, arm, seeds)
             table.append(one | {"setting": arm.setting.name, "frozen_against_it": ahead})
-    return {"table": table}
+    return {"table": table, "margin": margins(rows)}
 
 
 def markdown(summary: Row) -> str:

@@ -29,13 +29,13 @@ def summary(results: Path) -> str:
     """Return the table and the sentence behind it, as Markdown."""
     read = {
         name: json.loads((results / f"{name}.json").read_text(encoding="utf-8"))["summary"]
-        for name in ("study_small_batch", "study_metric_learning", "study_shift", "bench_saved_bytes")
+        for name in ("study_small_batch", "study_pairs", "study_shift", "bench_saved_bytes")
     }
     lines = [
         "| measured | before | after | difference, 95 % interval | seeds |",
         "|---|---|---|---|---|",
         *small_batches(read["study_small_batch"]),
-        retrieval(read["study_metric_learning"]),
+        *retrieval(read["study_pairs"]),
         corruptions(read["study_shift"]),
         "",
         memory(read["bench_saved_bytes"]),
@@ -61,14 +61,15 @@ def small_batches(study: dict[str, Any]) -> list[str]:
     return rows
 
 
-def retrieval(study: dict[str, Any]) -> str:
-    """Return live against frozen for NT-Xent with batches of 16 labels x 2 images."""
-    found = {line["arm"]: line["values"] for line in study["table"] if (line["loss"], line["k"]) == ("ntxent", 2)}
-    live, frozen = found["live"], found["none"]
-    differences = cells.interval([a - b for a, b in zip(frozen, live, strict=True)])
-    return row(
-        "Recall@1, 16 labels x 2 images: live, frozen", fmean(live), fmean(frozen), *differences, seeds=len(live)
-    )
+def retrieval(study: dict[str, Any]) -> list[str]:
+    """Return the best live arm against frozen for NT-Xent with batches of 16 labels x 2 images, for each network."""
+    rows = []
+    for one in study["margin"]:
+        what = f"Recall@1, {one['family']}, 16 labels x 2 images: {one['other']}; frozen"
+        what += ", 128 px" * ("128 px" in one["setting"]) + ", proxy anchor" * ("proxies" in one["setting"])
+        figures = (one[key] for key in ("before", "after", "points", "low", "high"))
+        rows.append(row(what, *figures, seeds=one["seeds"]))
+    return rows
 
 
 def corruptions(study: dict[str, Any]) -> str:

@@ -189,17 +189,15 @@ def _evidence(choice: Choice, setting: Setting) -> Iterator[Reason]:
         if setting.iid is False and (setting.images_per_label or 0) > 1:
             yield EVIDENCE["P x K"]
             yield EVIDENCE["ghost"]
+            yield EVIDENCE["recalibrated first"]
         elif setting.batch <= 8:
             yield EVIDENCE["batch 2" if setting.batch <= 2 else "batch 4"]
         if arm in ("none", "original"):
             yield EVIDENCE["rate"]
-            yield EVIDENCE["recalibrated first"]
         if arm == "limited":
             yield EVIDENCE["limited"]
     elif setting.batch >= 16:
         yield EVIDENCE["batch 16"]
-    if (setting.shift or 0.0) > 0.3:
-        yield EVIDENCE["shift"]
 
 
 def _what_would_change(setting: Setting, arm: Arm, out: set[Arm]) -> str:
