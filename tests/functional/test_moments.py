@@ -45,6 +45,22 @@ def test_a_mean_of_10000_with_sd_001_keeps_its_digits_however_it_is_cut(pieces: 
     assert not np.allclose(naive.numpy(), var, rtol=0.1)
 
 
+@pytest.mark.parametrize(
+    ("layout", "shape"), [(torch.channels_last, (9, 2, 3, 3)), (torch.channels_last_3d, (5, 2, 2, 3, 3))]
+)
+def test_a_large_mean_keeps_its_digits_in_channels_last_too(
+    layout: torch.memory_format, shape: tuple[int, ...]
+) -> None:
+    # Where values do not lie channel by channel torch's kernel counts, in the dtype of x, and then is not believed.
+    x = (100_000 + 0.5 * torch.randn(shape)).contiguous(memory_format=layout)
+    mean, var = reference(x)
+    moments = Moments.of(x)
+    np.testing.assert_allclose(moments.mean.numpy(), mean, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(moments.var().numpy(), var, rtol=1e-6)
+    by_kernel, _ = torch.batch_norm_update_stats(x, None, None, 0.0)
+    assert not np.allclose(by_kernel.double().numpy(), mean, rtol=0, atol=1e-6)
+
+
 def test_any_order_and_any_grouping_gives_the_same() -> None:
     parts = [Moments.of(torch.randn(n, 4, 2, 2) * n) for n in (1, 2, 7, 3, 11)]
     forward, backward = merge_all(parts), merge_all(parts[::-1])

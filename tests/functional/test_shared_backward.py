@@ -283,6 +283,22 @@ def test_dtype_and_memory_format_are_kept(layout: torch.memory_format, dtype: to
     assert model[0].weight.grad.is_contiguous(memory_format=layout)  # type: ignore[index, union-attr]
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_weight_in_either_memory_format_is_shared_with(layout: torch.memory_format) -> None:
+    gamma, x = torch.ones(4, requires_grad=True), torch.randn(IMAGES)
+    conv = nn.Conv2d(3, 4, 3).to(memory_format=layout)  # type: ignore[call-overload]
+    assert producer_of(conv(x), gamma, "always") is not None
+    volume = nn.Conv3d(3, 4, 3)
+    volume.weight.data = volume.weight.data.contiguous(
+        memory_format=torch.channels_last_3d if layout is torch.channels_last else layout
+    )
+    assert producer_of(volume(torch.randn(2, 3, 4, 4, 4)), gamma, "always") is not None
+    # The elements of a channel do not lie together here, and a kernel could not take them as rows.
+    crossed = nn.Conv2d(3, 4, 3)
+    crossed.weight.data = crossed.weight.data.transpose(2, 3)
+    assert producer_of(crossed(x), gamma, "always") is None
+
+
 # Memory, and when it pays
 
 
