@@ -198,10 +198,9 @@ def _choose(
         raise NoBatchNormMatched(complaint("model", type(model).__name__, "a model with BatchNorm layers", remedy))
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for site in sites for name in site.names):
-            known = ", ".join(site.names[0] for site in sites[:4])
-            raise NoBatchNormMatched(
-                complaint("layers", pattern, "a pattern that matches a BatchNorm layer", f"There are: {known}, ...")
-            )
+            known = ", ".join(site.names[0] or "(root)" for site in sites[:4]) + ", ..." * (len(sites) > 4)
+            remedy = f"There are: {known}."
+            raise NoBatchNormMatched(complaint("layers", pattern, "a pattern that matches a BatchNorm layer", remedy))
     chosen, alone = [], []
     for site in sites:
         name = site.names[0]

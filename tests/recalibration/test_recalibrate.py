@@ -6,6 +6,7 @@ import copy
 import random
 import socket
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -331,6 +332,16 @@ def test_a_batch_norm_on_vectors_and_one_as_root() -> None:
     x = torch.randn(64, 4) * 3 + 1
     fbn.recalibrate(root, x.split(9))
     torch.testing.assert_close(root.running_var, x.var(0))
+
+
+def test_an_error_names_the_layers_and_the_one_that_has_no_name() -> None:
+    root, x = nn.BatchNorm1d(4, track_running_stats=False), torch.randn(64, 4)
+    nested = nn.Sequential(OrderedDict(head=root))
+    for model, name in ((root, r"\(root\)"), (nested, "head")):
+        with pytest.raises(NoBatchNormMatched, match=f"{name} has no running statistics"):
+            fbn.recalibrate(model, x.split(9))
+        with pytest.raises(NoBatchNormMatched, match=f"There are: {name}\\.$"):
+            fbn.recalibrate(model, x.split(9), layers="layer*")
 
 
 def _input_of(model: nn.Module) -> tuple[int, ...]:
