@@ -155,3 +155,7 @@ def test_the_error_is_relative_to_the_spread_and_none_for_a_batch_norm_that_retu
     assert of_group_norm.error(ones, zeros) < 1e-6
     assert of_group_norm.error(zeros, of_group_norm.y_mean) == pytest.approx(1.0)  # that of a constant
     assert moments(torch.full_like(x, 3.0)).error(ones, zeros) == 0.0
+    # Relative: an output a thousand times smaller, with a scale that follows, is as far off.
+    y = F.group_norm(x, 2, eps=EPS) + 0.3 * images((6, 8, 3, 3), seed=1).double()
+    assert moments(1e-3 * y).error(1e-3 * ones, zeros) == pytest.approx(moments(y).error(ones, zeros), rel=1e-6)
+    assert moments(y).error(ones, zeros) > 0.1
