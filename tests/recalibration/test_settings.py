@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 
 import numpy
 import pytest
 
+import finetune_bn as fbn
 from finetune_bn.errors import FinetuneBNError
 from finetune_bn.recalibration.settings import RecalibrationSettings
 
@@ -45,6 +48,14 @@ def test_whole_numbers_of_numpy_are_taken_as_plain_ones() -> None:
     )
     assert (settings.max_samples, settings.batch_size, settings.prior, settings.min_samples) == (64, 4, 2.0, 3)
     assert {type(settings.max_samples), type(settings.batch_size), type(settings.min_samples)} == {int}
+
+
+def test_what_is_not_said_is_what_the_function_takes_for_it() -> None:
+    arguments = inspect.signature(fbn.recalibrate).parameters
+    settings = RecalibrationSettings()
+    for field in dataclasses.fields(settings):
+        assert getattr(settings, field.name) == arguments[field.name].default, field.name
+    assert settings.prior == 0  # the statistics are those of the data alone
 
 
 def test_eight_images_are_asked_for_where_nothing_is_said() -> None:
