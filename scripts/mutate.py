@@ -207,6 +207,14 @@ VERDICTS: dict[tuple[str, str], str] = {
         "constant: `7` -> `8`",
     ): "a bound that was chosen with room: half of it is as safe",
     (
+        "functional/moments.py",
+        "constant: `1` -> `2`",
+    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
+    (
+        "recalibration/collector.py",
+        "comparison: `part.start < images` -> `part.start <= images`",
+    ): "no result changes: moments of no images add nothing",
+    (
         "recalibration/collector.py",
         "negation: `not measures_faster(x)` -> `measures_faster(x)`",
     ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",

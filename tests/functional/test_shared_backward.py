@@ -515,6 +515,21 @@ def test_under_autocast_a_weight_written_to_before_backward_is_an_error_and_no_w
         held[0].sum().backward()
 
 
+def test_under_autocast_who_holds_the_output_of_a_convolution_gets_the_gradients_of_the_unshared_layer() -> None:
+    x, found = torch.randn(4, 3, 8, 8), []
+    for fold in ("always", "never"):
+        torch.manual_seed(0)
+        model = frozen(Branches(), fold=fold)
+        held: list[Tensor] = []
+        model.conv.register_forward_hook(lambda m, a, y, held=held: held.append(y))  # type: ignore[union-attr, misc]
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        (y.float().square().mean() + held[0].float().square().mean()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in found[1].items():
+        torch.testing.assert_close(found[0][name], expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
 def test_a_norm_of_lower_precision_than_the_convolution_is_left_to_autograd() -> None:
     model, x = frozen(Branches()), torch.randn(4, 3, 8, 8)
     for norm in (model.one, model.two):

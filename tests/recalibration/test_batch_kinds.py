@@ -210,8 +210,25 @@ def test_an_own_class_without_forward_leads_to_it() -> None:
 
 
 def test_too_few_values_of_uncounted_batches_are_an_error() -> None:
+    def recalibrated(least: int) -> fbn.Recalibration:
+        return fbn.recalibrate(GraphNet(), [graphs(Graphs)], forward=lambda net, batch: net(batch), min_samples=least)
+
     with pytest.raises(BadData, match="min_samples=100"):
-        fbn.recalibrate(GraphNet(), [graphs(Graphs)], forward=lambda net, batch: net(batch), min_samples=100)
+        recalibrated(100)
+    values = next(least for least in range(99, 0, -1) if not _refused(recalibrated, least))
+    seen: list[int] = []
+    net = GraphNet()
+    net.bn.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    net(graphs(Graphs))
+    assert values == seen[0]  # just so many are enough
+
+
+def _refused(recalibrated: Any, least: int) -> bool:
+    try:
+        recalibrated(least)
+    except BadData:
+        return True
+    return False
 
 
 class Speech(nn.Module):

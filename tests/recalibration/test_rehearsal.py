@@ -160,6 +160,14 @@ class Flat(nn.Module):
         return self.bn(self.lin(x).transpose(1, 2))
 
 
+def test_what_a_channel_that_does_not_vary_differs_by_is_seen_against_eps() -> None:
+    # BatchNorm divides by sqrt(var + eps): what is far smaller than that is not there for it.
+    x = torch.zeros(16, 2, 3, 3)
+    assert _near(x + 1e-4, x, 1e-2, 1e-3)
+    assert not _near(x + 1e-2, x, 1e-2, 1e-3)
+    assert not _near(x + 1e-4, x, 1e-2, 1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounding_of_half_precision_may_add_up_to_more_than_that_of_float32(dtype: torch.dtype) -> None:
     x = torch.randn(64, 4, 8, generator=torch.Generator().manual_seed(0))
