@@ -215,6 +215,14 @@ VERDICTS: dict[tuple[str, str], str] = {
         "comparison: `part.start < images` -> `part.start <= images`",
     ): "no result changes: moments of no images add nothing",
     (
+        "conversion/convert.py",
+        "constant: `True` -> `False`",
+    ): "no result changes: a check of lengths that are equal",
+    (
+        "recalibration/rehearsal.py",
+        "constant: `0.0` -> `1.0`",
+    ): "what stands for NaN on both sides alike: differs at one number alone",
+    (
         "recalibration/collector.py",
         "negation: `not measures_faster(x)` -> `measures_faster(x)`",
     ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",

@@ -47,6 +47,16 @@ def test_factors_are_signed_powers_of_two_that_lower_the_objective(groups: int) 
     assert objective(m, f, variance, importance, groups) < 0.5 * objective(m, np.ones(16), variance, importance, groups)
 
 
+@pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])
+def test_how_large_all_channels_are_changes_no_factor(scale: float) -> None:
+    m = means(16)
+    variance, importance = torch.from_numpy(4 * m.var(0)), torch.from_numpy(np.linspace(0.1, 3, 16))
+    covariance = torch.from_numpy(np.cov(m.T, bias=True))
+    f = balancing_factors(covariance, variance, importance)
+    assert torch.equal(balancing_factors(scale * covariance, scale * variance, importance), f)
+    assert f.unique().numel() > 2
+
+
 def test_a_search_of_all_factors_of_a_small_layer_finds_little_better() -> None:
     ratios = []
     for seed in range(5):
