@@ -223,6 +223,10 @@ VERDICTS: dict[tuple[str, str], str] = {
         "constant: `0.0` -> `1.0`",
     ): "what stands for NaN on both sides alike: differs at one number alone",
     (
+        "functional/frozen.py",
+        "arithmetic: `grad * 1` -> `grad / 1`",
+    ): "no result changes: the same number",
+    (
         "recalibration/collector.py",
         "negation: `not measures_faster(x)` -> `measures_faster(x)`",
     ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",

@@ -92,6 +92,7 @@ def test_second_derivatives_are_right(act: str) -> None:
         (0.0, 0.0, torch.float32, False),
         (0.0, 1.0, torch.float64, False),
         (1e-3, 0.0, torch.float16, False),
+        (0.01, 0.0, torch.float16, True),
         (float("nan"), 0.0, torch.float32, False),
     ],
 )
