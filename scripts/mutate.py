@@ -11,7 +11,7 @@ the rest: another seed draws others, none of them in the samples of the seeds be
     python scripts/mutate.py --seed 1           # others, for which no test was written
     python scripts/mutate.py --show 17          # the difference that a mutant makes
 
-Survivors are listed in results/mutation.md, each with the verdict of somebody who looked at it (`VERDICTS`).
+Survivors are listed in results/mutation.md, each with the verdict of somebody who looked at it (`JUDGED`).
 """
 
 from __future__ import annotations
@@ -111,134 +111,105 @@ ARITHMETIC = {
     ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,
 }  # fmt: skip
 SAME = "no result changes"
-# What somebody who looked at a survivor says of it, by file and text of the change.
-VERDICTS: dict[tuple[str, str], str] = {
-    (
-        "functional/image_spread.py",
-        "constant: `2` -> `3`",
-    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
-    (
-        "functional/batch.py",
-        "constant: `0.0` -> `1.0`",
-    ): "no result changes: the momentum of buffers that are thrown away",
-    (
-        "functional/shared_backward.py",
-        "constant: `0.0` -> `1.0`",
-    ): "no result changes: in evaluation the kernel does not look at the momentum",
-    (
-        "functional/group_norm.py",
-        "constant: `0` -> `1`",
-    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
-    ("functional/image_spread.py", "constant: `0` -> `1`"): "another seed of the permutations, as good as the first",
-    (
-        "functional/moments.py",
-        "condition: `if has_long_rows(x):` -> `if not has_long_rows(x):`",
-    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
-    (
-        "functional/moments.py",
-        "comparison: `x.device.type == 'cpu'` -> `x.device.type != 'cpu'`",
-    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
-    ("functional/moments.py", "constant: `True` -> `False`"): "nobody writes to a record that is frozen",
-    ("functional/frozen_act.py", "constant: `16.0` -> `17.0`"): "a bound that was chosen with room: 17 is as safe",
-    (
-        "functional/frozen_act.py",
-        "comparison: `bias.detach().abs() <= _EXCESS[dtype] * reach` -> `bias.detach().abs() < _EXCESS[dtype] * reach`",
-    ): "differs at one number alone, where both ways are right",
-    (
-        "functional/balancing.py",
-        "comparison: `values <= values.min() + _TIE * now` -> `values < values.min() + _TIE * now`",
-    ): "differs where nothing is left to gain, and the search ends",
-    (
-        "functional/eager_step.py",
-        "constant: `2` -> `3`",
-    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
-    (
-        "recalibration/collector.py",
-        "constant: `19` -> `20`",
-    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
-    (
-        "recalibration/collector.py",
-        "constant: `2` -> `3`",
-    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
-    (
-        "recalibration/collector.py",
-        "comparison: `device.type == 'cpu'` -> `device.type != 'cpu'`",
-    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
-    (
-        "recalibration/rehearsal.py",
-        "comparison: `((a - b).square().mean(1) / spread).max().sqrt() <= limit` -> `((a - b).square().mean(1) / spread).max().sqrt() < limit`",  # noqa: E501
-    ): "differs at one number alone",
-    (
-        "recalibration/rehearsal.py",
-        "comparison: `len(first) >= 2 * _IMAGES` -> `len(first) > 2 * _IMAGES`",
-    ): "with just so many images the parts come from two chunks: as good",
-    (
-        "recalibration/rehearsal.py",
-        "constant: `True` -> `False`",
-    ): "a check of lengths that the comparison before it has made",
-    (
-        "functional/frozen_act.py",
-        "constant: `17` -> `18`",
-    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
-    (
-        "functional/frozen_act.py",
-        "constant: `1` -> `2`",
-    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
-    ("functional/balancing.py", "constant: `0` -> `1`"): "another row of a matrix whose rows have one length",
-    (
-        "functional/balancing.py",
-        "arithmetic: `1 - _TIE` -> `1 + _TIE`",
-    ): "of two ends that are as good as each other the second is taken, and always the second",
-    ("recalibration/measurement.py", "constant: `0` -> `1`"): "a number that is sent and not read in this exchange",
-    (
-        "functional/eager_step.py",
-        "constant: `0.0` -> `1.0`",
-    ): "no result changes: in evaluation the kernel does not look at the momentum",
-    (
-        "functional/group_norm.py",
-        "constant: `1` -> `2`",
-    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
-    (
-        "functional/group_norm.py",
-        "arithmetic: `_BLOCK * x.shape[0] // x.numel()` -> `_BLOCK * x.shape[0] * x.numel()`",
-    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
-    (
-        "functional/frozen_act.py",
-        "constant: `7` -> `8`",
-    ): "a bound that was chosen with room: half of it is as safe",
-    (
-        "functional/moments.py",
-        "constant: `1` -> `2`",
-    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
-    (
-        "recalibration/collector.py",
-        "comparison: `part.start < images` -> `part.start <= images`",
-    ): "no result changes: moments of no images add nothing",
-    (
-        "conversion/convert.py",
-        "constant: `True` -> `False`",
-    ): "no result changes: a check of lengths that are equal",
-    (
-        "recalibration/rehearsal.py",
-        "constant: `0.0` -> `1.0`",
-    ): "what stands for NaN on both sides alike: differs at one number alone",
-    (
-        "functional/frozen.py",
-        "arithmetic: `grad * 1` -> `grad / 1`",
-    ): "no result changes: the same number",
-    (
-        "recalibration/collector.py",
-        "negation: `not measures_faster(x)` -> `measures_faster(x)`",
-    ): "no result changes: it decides which of two ways to the same figures is taken, for time or memory",
-    (
-        "recalibration/collector.py",
-        "comparison: `values > 1` -> `values >= 1`",
-    ): "no result changes: what the kernel makes of one value is not believed, and it is counted as before",
-    (
-        "recalibration/rehearsal.py",
-        "comparison: `len(parts) > 1` -> `len(parts) >= 1`",
-    ): "no result changes: a part by itself does not mix with another",
+# What somebody who looked at survivors says of them: file, text of the change, which one of that text.
+JUDGED: dict[str, list[tuple[str, str, int]]] = {
+    "differs at one number alone": [
+        (
+            "recalibration/rehearsal.py",
+            "comparison: `((a - b).square().mean(1) / spread).max().sqrt() <= limit` -> `((a - b).square().mean(1) / spread).max().sqrt() < limit`",  # noqa: E501  # noqa: E501
+            0,
+        ),
+    ],
+    "no result changes: it decides which of two ways to the same figures is taken, for time or memory": [
+        ("functional/eager_step.py", "constant: `2` -> `3`", 0),
+        ("functional/frozen_act.py", "constant: `17` -> `18`", 0),
+        ("functional/frozen_act.py", "constant: `1` -> `2`", 0),
+        (
+            "functional/group_norm.py",
+            "arithmetic: `_BLOCK * x.shape[0] // x.numel()` -> `_BLOCK * x.shape[0] * x.numel()`",
+            0,
+        ),
+        ("functional/group_norm.py", "constant: `0` -> `1`", 1),
+        ("functional/group_norm.py", "constant: `1` -> `2`", 0),
+        ("functional/image_spread.py", "constant: `2` -> `3`", 7),
+        ("functional/moments.py", "comparison: `x.device.type == 'cpu'` -> `x.device.type != 'cpu'`", 1),
+        ("functional/moments.py", "comparison: `x.device.type == 'cpu'` -> `x.device.type != 'cpu'`", 2),
+        ("functional/moments.py", "condition: `if has_long_rows(x):` -> `if not has_long_rows(x):`", 0),
+        ("functional/moments.py", "constant: `1` -> `2`", 1),
+        ("recalibration/collector.py", "comparison: `device.type == 'cpu'` -> `device.type != 'cpu'`", 0),
+        ("recalibration/collector.py", "constant: `19` -> `20`", 0),
+        ("recalibration/collector.py", "constant: `2` -> `3`", 0),
+        ("recalibration/collector.py", "negation: `not measures_faster(x)` -> `measures_faster(x)`", 0),
+    ],
+    "a check of lengths that the comparison before it has made": [
+        ("recalibration/rehearsal.py", "constant: `True` -> `False`", 7),
+    ],
+    "nobody writes to a record that is frozen": [
+        ("functional/moments.py", "constant: `True` -> `False`", 1),
+    ],
+    "differs where nothing is left to gain, and the search ends": [
+        (
+            "functional/balancing.py",
+            "comparison: `values <= values.min() + _TIE * now` -> `values < values.min() + _TIE * now`",
+            0,
+        ),
+    ],
+    "differs at one number alone, where both ways are right": [
+        (
+            "functional/frozen_act.py",
+            "comparison: `bias.detach().abs() <= _EXCESS[dtype] * reach` -> `bias.detach().abs() < _EXCESS[dtype] * reach`",  # noqa: E501  # noqa: E501
+            0,
+        ),
+    ],
+    "no result changes: the momentum of buffers that are thrown away": [
+        ("functional/batch.py", "constant: `0.0` -> `1.0`", 0),
+    ],
+    "another seed of the permutations, as good as the first": [
+        ("functional/image_spread.py", "constant: `0` -> `1`", 0),
+    ],
+    "of two ends that are as good as each other the second is taken, and always the second": [
+        ("functional/balancing.py", "arithmetic: `1 - _TIE` -> `1 + _TIE`", 0),
+    ],
+    "with just so many images the parts come from two chunks: as good": [
+        ("recalibration/rehearsal.py", "comparison: `len(first) >= 2 * _IMAGES` -> `len(first) > 2 * _IMAGES`", 0),
+    ],
+    "a bound that was chosen with room: 17 is as safe": [
+        ("functional/frozen_act.py", "constant: `16.0` -> `17.0`", 1),
+    ],
+    "no result changes: in evaluation the kernel does not look at the momentum": [
+        ("functional/eager_step.py", "constant: `0.0` -> `1.0`", 3),
+        ("functional/shared_backward.py", "constant: `0.0` -> `1.0`", 1),
+    ],
+    "another row of a matrix whose rows have one length": [
+        ("functional/balancing.py", "constant: `0` -> `1`", 3),
+        ("functional/balancing.py", "constant: `0` -> `1`", 4),
+    ],
+    "a number that is sent and not read in this exchange": [
+        ("recalibration/measurement.py", "constant: `0` -> `1`", 5),
+    ],
+    "no result changes: what the kernel makes of one value is not believed, and it is counted as before": [
+        ("recalibration/collector.py", "comparison: `values > 1` -> `values >= 1`", 0),
+    ],
+    "no result changes: a part by itself does not mix with another": [
+        ("recalibration/rehearsal.py", "comparison: `len(parts) > 1` -> `len(parts) >= 1`", 0),
+    ],
+    "a bound that was chosen with room: half of it is as safe": [
+        ("functional/frozen_act.py", "constant: `7` -> `8`", 0),
+    ],
+    "no result changes: moments of no images add nothing": [
+        ("recalibration/collector.py", "comparison: `part.start < images` -> `part.start <= images`", 0),
+    ],
+    "no result changes: a check of lengths that are equal": [
+        ("conversion/convert.py", "constant: `True` -> `False`", 6),
+    ],
+    "what stands for NaN on both sides alike: differs at one number alone": [
+        ("recalibration/rehearsal.py", "constant: `0.0` -> `1.0`", 2),
+    ],
+    "no result changes: the same number": [
+        ("functional/frozen.py", "arithmetic: `grad * 1` -> `grad / 1`", 0),
+    ],
 }
+VERDICTS = {mutant: said for said, mutants in JUDGED.items() for mutant in mutants}
 
 
 @dataclass(frozen=True)
@@ -393,6 +364,7 @@ def control(store: Store, files: list[str], tests: WarmTests) -> None:
 def table(rows: list[dict[str, object]], of: int, seed: int = 0) -> str:
     """Return the figures and the survivors as markdown; `of` is how many mutants the seed's sample has."""
     count, killed = len(rows), sum(row["verdict"] != "survived" for row in rows)
+    first = sum(row.get("at_first", row["verdict"]) != "survived" for row in rows)
     same = sum(row["verdict"] == "survived" and said_of(row).startswith(SAME) for row in rows)
     counts = Counter(str(row["change"]).partition(":")[0] for row in rows)
     kinds = ", ".join(f"{n} x {kind}" for kind, n in counts.most_common())
@@ -403,6 +375,7 @@ def table(rows: list[dict[str, object]], of: int, seed: int = 0) -> str:
         "",
         f"From `{command(seed)}`: {killed} of {count} mutants killed ({killed / count:.0%}). Drawn with",
         f"seed {seed} from all changes of {', '.join(PARTS)}: {kinds}.",
+        *([f"At first, before tests were written for its survivors, {first}."] if first < killed else []),
         *([f"{same} of the survivors change no result: without them {killed / (count - same):.0%}."] if same else []),
         *([f"They are the first {count} of a sample of {of}, in its order."] if count < of else []),
         "",
@@ -422,7 +395,7 @@ def table(rows: list[dict[str, object]], of: int, seed: int = 0) -> str:
 
 def said_of(row: dict[str, object]) -> str:
     """Return the verdict of somebody who looked at a survivor."""
-    return VERDICTS.get((str(row["file"]), str(row["change"])), "not looked at yet")
+    return VERDICTS.get((str(row["file"]), str(row["change"]), int(str(row["nth"]))), "not looked at yet")
 
 
 def checkout(folder: Path) -> Path:
@@ -474,18 +447,19 @@ def main() -> None:
     missing = []
     for mutant in mutants:
         known = store.find(**key_of(mutant))
-        judged = (mutant.file, mutant.change) in VERDICTS
+        judged = (mutant.file, mutant.change, mutant.nth) in VERDICTS
         if known is None or (args.again and known["verdict"] == "survived" and not judged):
             missing.append(mutant)
     if missing and not args.report_only:
         with tempfile.TemporaryDirectory() as folder, WarmTests(checkout(Path(folder))) as tests:
             for mutant in missing:
                 control(store, tests_of(mutant.file), tests)
-                began = time.monotonic()
+                known, began = store.find(**key_of(mutant)), time.monotonic()
                 found = verdict(mutant, tests)
                 store.drop(key_of(mutant))
                 seconds = round(time.monotonic() - began, 1)
-                store.add(key_of(mutant) | {"line": mutant.line, "verdict": found, "seconds": seconds})
+                row = key_of(mutant) | {"line": mutant.line, "verdict": found, "seconds": seconds}
+                store.add(row | ({"at_first": known["verdict"]} if known else {}))
                 print(found, f"{mutant.file}:{mutant.line}", mutant.change, f"{seconds} s", flush=True)
     report(store, mutants, output, args.seed)
 

@@ -121,12 +121,21 @@ def test_a_test_file_that_fails_on_the_unchanged_code_stops_the_script_and_one_t
 
 def test_the_table_gives_the_share_and_names_who_survived(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
-        {"file": "a.py", "line": 3, "change": "constant: `1` -> `2`", "verdict": "killed"},
-        {"file": "a.py", "line": 4, "change": "boolean: `x or y` -> `x and y`", "verdict": "survived"},
+        {
+            "file": "a.py",
+            "line": 3,
+            "change": "constant: `1` -> `2`",
+            "nth": 0,
+            "verdict": "killed",
+            "at_first": "survived",
+        },
+        {"file": "a.py", "line": 4, "change": "boolean: `x or y` -> `x and y`", "nth": 0, "verdict": "survived"},
     ]
-    monkeypatch.setitem(script.VERDICTS, ("a.py", "boolean: `x or y` -> `x and y`"), "equivalent: x is y")
+    monkeypatch.setitem(script.VERDICTS, ("a.py", "boolean: `x or y` -> `x and y`", 0), f"{script.SAME}: x is y")
     text = script.table(rows, 3)
     assert "1 of 2 mutants killed (50%)" in text
+    assert "At first, before tests were written for its survivors, 0." in text
+    assert "1 of the survivors change no result: without them 100%." in text
     assert "the first 2 of a sample of 3" in text
     assert "| a.py | 2 | 1 |" in text
-    assert "| a.py:4 | boolean: `x or y` -> `x and y` | equivalent: x is y |" in text
+    assert "| a.py:4 | boolean: `x or y` -> `x and y` | no result changes: x is y |" in text
