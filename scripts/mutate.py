@@ -141,10 +141,10 @@ JUDGED: dict[str, list[tuple[str, str, int]]] = {
         ("recalibration/collector.py", "constant: `2` -> `3`", 0),
         ("recalibration/collector.py", "negation: `not measures_faster(x)` -> `measures_faster(x)`", 0),
     ],
-    "a check of lengths that the comparison before it has made": [
+    "no result changes: a check of lengths that the comparison before it has made": [
         ("recalibration/rehearsal.py", "constant: `True` -> `False`", 7),
     ],
-    "nobody writes to a record that is frozen": [
+    "no result changes: nobody writes to a record that is frozen": [
         ("functional/moments.py", "constant: `True` -> `False`", 1),
     ],
     "differs where nothing is left to gain, and the search ends": [
@@ -180,11 +180,11 @@ JUDGED: dict[str, list[tuple[str, str, int]]] = {
         ("functional/eager_step.py", "constant: `0.0` -> `1.0`", 3),
         ("functional/shared_backward.py", "constant: `0.0` -> `1.0`", 1),
     ],
-    "another row of a matrix whose rows have one length": [
+    "no result changes: another row of a matrix whose rows have one length": [
         ("functional/balancing.py", "constant: `0` -> `1`", 3),
         ("functional/balancing.py", "constant: `0` -> `1`", 4),
     ],
-    "a number that is sent and not read in this exchange": [
+    "no result changes: a number that is sent and not read in this exchange": [
         ("recalibration/measurement.py", "constant: `0` -> `1`", 5),
     ],
     "no result changes: what the kernel makes of one value is not believed, and it is counted as before": [
