@@ -524,10 +524,16 @@ def test_under_autocast_who_holds_the_output_of_a_convolution_gets_the_gradients
         model.conv.register_forward_hook(lambda m, a, y, held=held: held.append(y))  # type: ignore[union-attr, misc]
         with torch.autocast("cpu", torch.bfloat16):
             y = model(x)
+        held[0].float().square().mean().backward(retain_graph=True)
+        of_held = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
         (y.float().square().mean() + held[0].float().square().mean()).backward()
-        found.append({name: p.grad for name, p in model.named_parameters()})
-    for name, expected in found[1].items():
-        torch.testing.assert_close(found[0][name], expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+        found.append((of_held, {name: p.grad for name, p in model.named_parameters()}))
+    (exact, of_all), (expected, expected_of_all) = found
+    assert all(torch.equal(exact[name], grad) for name, grad in expected.items())
+    assert exact.keys() == expected.keys() == {"stem.weight", "stem.bias", "conv.weight"}
+    for name, grad in expected_of_all.items():
+        torch.testing.assert_close(of_all[name], grad, rtol=0.02, atol=0.02 * float(grad.abs().max()))
 
 
 def test_a_norm_of_lower_precision_than_the_convolution_is_left_to_autograd() -> None:
