@@ -44,7 +44,7 @@ def load(
     """Return the images of one setting and seed.
 
     Args:
-        kind: `same`, `other`, `corrupted` or `digits`, see `study_advice.Setting`.
+        kind: `same`, `other`, `corrupted` or `digits`, see `compact.Setting`.
         images: training images.
         seed: decides the splits.
         pairs: labels are emoji, each by two vendors, in place of their categories.

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import study_advice as study
+import advice_arms
 import torch
 from compact import FAMILIES, LADDER
 from store import Store
@@ -18,7 +18,8 @@ from store import Store
 from finetune_bn.diagnosis import rule
 from finetune_bn.utilities.files import write_atomically
 
-SHIPPED = study.ROOT / "finetune_bn" / "diagnosis" / "measured.json"
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "finetune_bn" / "diagnosis" / "measured.json"
 GOOD = 1.0  # points: a treatment that is behind the best one by no more is as good
 OTHER_SEEDS = "the best arm by test figures of the other seeds"
 NESTED = "the advice, its two constants chosen without the setting too"
@@ -49,11 +50,11 @@ def write(store: Store, out: Path) -> None:
 def reached(store: Store, setting: str) -> dict[str, dict[int, float]]:
     """Return the test figure by seed of each arm of a setting whose rate is chosen."""
     found: dict[str, dict[int, float]] = {}
-    for arm in study.ARMS:
-        lr = study.chosen_rate(store, setting, arm)
+    for arm in advice_arms.ARMS:
+        lr = advice_arms.chosen_rate(store, setting, arm)
         trained, score = ("live", "test/recalibrated") if arm == "recalibrated" else (arm, "test")
         rows = [r for r in store.rows if (r["setting"], r["arm"], r["lr"]) == (setting, trained, lr)]
-        by_seed = {r["seed"]: r[score] for r in rows if r["seed"] in study.REPORT}
+        by_seed = {r["seed"]: r[score] for r in rows if r["seed"] in advice_arms.REPORT}
         if by_seed:
             found[arm] = by_seed
     return found
@@ -62,9 +63,9 @@ def reached(store: Store, setting: str) -> dict[str, dict[int, float]]:
 def finished(store: Store) -> dict[str, dict[str, dict[int, float]]]:
     """Return the settings all arms of which have two seeds or more, the same ones, with what they reached."""
     found = {}
-    for setting in study.SETTINGS:
+    for setting in advice_arms.SETTINGS:
         arms = reached(store, setting.name)
-        if set(arms) != set(study.ARMS):
+        if set(arms) != set(advice_arms.ARMS):
             continue
         seeds = set.intersection(*(set(by_seed) for by_seed in arms.values()))
         if len(seeds) >= 2:
@@ -76,7 +77,7 @@ def measured(store: Store, shifts: Mapping[str, Mapping[str, Any]]) -> list[rule
     """Return the finished settings as the rule reads them."""
     rows = []
     for name, arms in finished(store).items():
-        setting = study.BY_NAME[name]
+        setting = advice_arms.BY_NAME[name]
         means = {arm: fmean(by_seed.values()) for arm, by_seed in arms.items()}
         rows.append(
             rule.Measured(
@@ -92,7 +93,7 @@ def measured(store: Store, shifts: Mapping[str, Mapping[str, Any]]) -> list[rule
                 ),
                 scores=means,
                 seeds=len(next(iter(arms.values()))),
-                rates={arm: study.chosen_rate(store, name, arm) for arm in arms},
+                rates={arm: advice_arms.chosen_rate(store, name, arm) for arm in arms},
             )
         )
     return rows
@@ -102,14 +103,14 @@ def summarize(store: Store) -> dict[str, Any]:
     """Return the figures that the docs quote."""
     shifts = dict(store.summary.get("shifts", {}))
     for name in finished(store):
-        shifts.setdefault(name, study.shift_of(study.BY_NAME[name]))
+        shifts.setdefault(name, advice_arms.shift_of(advice_arms.BY_NAME[name]))
     rows = measured(store, shifts)
     table = []
     for name, arms in finished(store).items():
         lines = {}
         for arm, by_seed in arms.items():
             values = list(by_seed.values())
-            lr = study.chosen_rate(store, name, arm)
+            lr = advice_arms.chosen_rate(store, name, arm)
             edge = lr in (LADDER[0], LADDER[-1])
             lines[arm] = {"test": fmean(values), "sd": stdev(values), "lr": lr, "at_the_edge": edge}
         table.append({"setting": name, "seeds": len(values), **shifts[name], "arms": lines})
@@ -148,7 +149,7 @@ def regrets(
             followed[f"the first {first} of the advice compared, one seed"] = next(
                 arm for arm in compared[row.name] if arm in ranked[:first]
             )
-        followed |= {f"always {TITLES[arm]}": arm for arm in study.ARMS}
+        followed |= {f"always {TITLES[arm]}": arm for arm in advice_arms.ARMS}
         for name, arm in followed.items():
             lost.setdefault(name, []).append(row.lost[arm])
         lost.setdefault(OTHER_SEEDS, []).append(chosen_on_other_seeds(by_seed[row.name]))
@@ -191,7 +192,7 @@ def _followed(row: rule.Measured, others: list[rule.Measured], reach: float, pri
 
 def by_validation(store: Store, setting: str) -> list[str]:
     """Return the arms of a setting, the one first that is ahead on validation images of the choosing seed."""
-    return sorted(study.ARMS, key=lambda arm: -max(study.tried(store, setting, arm).values()))
+    return sorted(advice_arms.ARMS, key=lambda arm: -max(advice_arms.tried(store, setting, arm).values()))
 
 
 def chosen_on_other_seeds(arms: Mapping[str, Mapping[int, float]]) -> float:
@@ -233,12 +234,12 @@ def of_thumb(row: rule.Measured) -> rule.Arm:
 
 def arms_table(summary: Mapping[str, Any]) -> str:
     """Return what every arm reached, a row a setting."""
-    head = ["setting", "shift", "seeds", *(TITLES[arm] for arm in study.ARMS)]
+    head = ["setting", "shift", "seeds", *(TITLES[arm] for arm in advice_arms.ARMS)]
     lines = [head, ["---"] * len(head)]
     for row in summary["table"]:
         best = max(one["test"] for one in row["arms"].values())
         figures = []
-        for arm in study.ARMS:
+        for arm in advice_arms.ARMS:
             one = row["arms"][arm]
             text = f"{one['test']:.1f} ± {one['sd']:.1f}"
             text = f"**{text}**" if best - one["test"] <= GOOD else text

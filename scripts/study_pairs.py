@@ -15,8 +15,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import advice_arms
 import arms
-import study_advice
 from arms import Arm, Row, Rows
 from compact import LADDER, Setting
 
@@ -50,7 +50,7 @@ BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 def measure(setting: str, arm: str, lr: float, seed: int) -> dict[str, Any]:
     """Train one cell and return its figures."""
-    return study_advice.train_arm(BY_NAME[setting], arm, lr, seed)
+    return advice_arms.train_arm(BY_NAME[setting], arm, lr, seed)
 
 
 def margins(rows: Rows) -> list[Row]:

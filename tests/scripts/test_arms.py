@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import advice_arms
 import arms
 import compact
-import study_advice
 import study_group_norm_tuned as tuned
 import study_pairs as pairs
 from advice_pictures import Pictures
@@ -42,7 +42,7 @@ def test_group_norm_is_compared_with_frozen_layers_at_every_batch_size(
     assert text.count("\n") == 2 + len(tuned.PLAN) == 2 + 2 * 4 * 4
     assert "| lite0 | 1 | GroupNorm, eps own | 0.001 | 56.0 ± 1.0 | **-5.0 (-5.0 to -5.0)** | 3 |" in text
     assert {tuned.BY_NAME[name].batch for name in tuned.BY_NAME} == {1, 2, 4, 16}
-    assert study_advice.GROUP_NORM.keys() == tuned.TITLES.keys() - {"none"}
+    assert advice_arms.GROUP_NORM.keys() == tuned.TITLES.keys() - {"none"}
 
 
 def test_proxies_find_a_rate_below_the_usual_ladder_and_rows_of_the_advice_are_shared(
@@ -53,7 +53,7 @@ def test_proxies_find_a_rate_below_the_usual_ladder_and_rows_of_the_advice_are_s
     proxies = "lite0 pk 32 of 400 same by proxies"
     assert f"| {proxies} | live, recalibrated | 3e-07 | 56.0 ± 1.0 | **+5.0 (+5.0 to +5.0)** | 3 |" in text
     assert "lite0 pk 32 of 400 same at 128 px" in text
-    assert len([name for name in pairs.BY_NAME if name in study_advice.BY_NAME]) == 2
+    assert len([name for name in pairs.BY_NAME if name in advice_arms.BY_NAME]) == 2
 
 
 def test_a_search_that_starts_from_another_setting_waits_for_its_rate() -> None:

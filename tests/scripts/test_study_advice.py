@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import advice_arms
 import compact
 import study_advice as study
 import study_advice_report as report
@@ -24,7 +25,7 @@ BEST_RATE = {"affine": 1e-2, "live": 3e-3}  # the search has to leave the first 
 
 def figures(setting: str, arm: str, lr: float, seed: int) -> dict[str, float]:
     """What a training is made to reach: 60 % at an arm's best rate, live less where batches are small."""
-    rungs = abs(study.LADDER.index(lr) - study.LADDER.index(BEST_RATE.get(arm, 1e-3)))
+    rungs = abs(compact.LADDER.index(lr) - compact.LADDER.index(BEST_RATE.get(arm, 1e-3)))
     behind = {"live": 10.0 if " 4 " in setting else 0.0, "none": 1.0}.get(arm, 5.0)
     score = 60.0 - behind - 4.0 * rungs + 0.1 * (seed % 3)
     found = {"val": score, "test": score}
@@ -36,18 +37,19 @@ def figures(setting: str, arm: str, lr: float, seed: int) -> dict[str, float]:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """All cells of four settings, as the study asks for them."""
-    monkeypatch.setattr(study, "SETTINGS", SETTINGS)
+    for module in (study, advice_arms):
+        monkeypatch.setattr(module, "SETTINGS", SETTINGS)
     monkeypatch.setattr(study, "missing", lambda setting: None)
-    monkeypatch.setattr(study, "shift_of", lambda setting: {"shift": 0.5, "log_var": 0.1})
+    monkeypatch.setattr(advice_arms, "shift_of", lambda setting: {"shift": 0.5, "log_var": 0.1})
     monkeypatch.setattr(report, "SHIPPED", tmp_path / "measured.json")
-    found = Store(tmp_path / "study_advice.json", "python study.py", (study.CHOOSE, *study.REPORT), device="cpu")
+    found = Store(tmp_path / "study_advice.json", "python study.py", (compact.CHOOSE, *study.REPORT), device="cpu")
     while cell := next(study.next_cells(found), None):
         found.add(cell | figures(**cell))
     return found
 
 
 def test_the_seed_that_chooses_a_rate_reports_nothing(store: Store) -> None:
-    assert study.CHOOSE not in study.REPORT
+    assert compact.CHOOSE not in study.REPORT
     for arms in report.finished(store).values():
         assert all(set(by_seed) == set(study.REPORT) for by_seed in arms.values())
 
@@ -55,9 +57,9 @@ def test_the_seed_that_chooses_a_rate_reports_nothing(store: Store) -> None:
 def test_every_arm_has_its_best_rate_and_both_neighbors_of_it_were_run(store: Store) -> None:
     for setting in SETTINGS:
         for arm in study.ARMS:
-            best = study.LADDER.index(BEST_RATE["live"] if arm == "recalibrated" else BEST_RATE.get(arm, 1e-3))
-            assert study.chosen_rate(store, setting.name, arm) == study.LADDER[best]
-            assert {study.LADDER[best - 1], study.LADDER[best + 1]} <= set(study.tried(store, setting.name, arm))
+            best = compact.LADDER.index(BEST_RATE["live"] if arm == "recalibrated" else BEST_RATE.get(arm, 1e-3))
+            assert study.chosen_rate(store, setting.name, arm) == compact.LADDER[best]
+            assert {compact.LADDER[best - 1], compact.LADDER[best + 1]} <= set(study.tried(store, setting.name, arm))
 
 
 def test_regret_is_that_of_advice_which_did_not_see_the_setting(store: Store) -> None:

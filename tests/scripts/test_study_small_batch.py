@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import advice_arms
 import arms
-import study_advice
 import study_small_batch as study
 from compact import CHOOSE, FAMILIES, LADDER
 from store import Store
@@ -69,7 +69,7 @@ def test_cells_of_the_study_of_the_advice_are_not_measured_again(measured: Measu
     assert [key["seed"] for key in order[:3]] == [2, 3, 4]
     for batch in study.BATCHES:  # the cells are the same ones: name and steps
         mine = study.setting_of("usual", "lite0", batch)
-        assert study_advice.BY_NAME[mine.name] == mine
+        assert advice_arms.BY_NAME[mine.name] == mine
 
 
 def test_the_seed_that_chooses_reports_nothing_and_every_rate_has_its_neighbors(measured: Measured) -> None:
