@@ -5,6 +5,15 @@ from __future__ import annotations
 SAME = "no result changes"
 # What somebody who looked at survivors says of them: file, text of the change, which one of that text.
 JUDGED: dict[str, list[tuple[str, str, int]]] = {
+    "no result changes: whether something is traced was asked before": [
+        ("functional/shared_backward.py", "constant: `True` -> `False`", 1),
+    ],
+    "no result changes: sizes differ by 32 at most": [
+        ("functional/balancing.py", "arithmetic: `2.0 ** (-_LARGEST_POWER)` -> `2.0 * -_LARGEST_POWER`", 0),
+    ],
+    "no result changes: the same ten levels in another order": [
+        ("functional/balancing.py", "arithmetic: `sign * size` -> `sign / size`", 0),
+    ],
     "no result changes on a CPU, whose kernel takes a weight of the other dtype too": [
         (
             "functional/shared_backward.py",
@@ -99,6 +108,7 @@ JUDGED: dict[str, list[tuple[str, str, int]]] = {
         ("recalibration/collector.py", "comparison: `part.start < images` -> `part.start <= images`", 0),
     ],
     "no result changes: a check of lengths that are equal": [
+        ("recalibration/iid_test.py", "constant: `True` -> `False`", 0),
         ("conversion/convert.py", "constant: `True` -> `False`", 6),
     ],
     "what stands for NaN on both sides alike: differs at one number alone": [

@@ -11,7 +11,8 @@ the rest: another seed draws others, none of them in the samples of the seeds be
     python scripts/mutate.py --seed 1           # others, for which no test was written
     python scripts/mutate.py --show 17          # the difference that a mutant makes
 
-Survivors are listed in results/mutation.md, each with the verdict of somebody who looked at it (scripts/mutant_verdicts.py).
+Survivors are listed in results/mutation.md, each with the verdict of somebody who looked at it, from
+scripts/mutant_verdicts.py.
 """
 
 from __future__ import annotations

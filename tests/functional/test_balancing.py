@@ -47,6 +47,14 @@ def test_factors_are_signed_powers_of_two_that_lower_the_objective(groups: int) 
     assert objective(m, f, variance, importance, groups) < 0.5 * objective(m, np.ones(16), variance, importance, groups)
 
 
+def test_channels_get_the_size_of_the_others_and_those_that_hardly_vary_32_times_their_own_at_most() -> None:
+    variance = torch.tensor([1.0, 1.0, 1.0, 4.0**-2, 4.0**-10, 0.0]).double()
+    found = balancing_factors(torch.diag(variance), variance, torch.ones(6), groups=6)
+    assert found.tolist() == [1.0, 1.0, 1.0, 4.0, 32.0, 32.0]
+    largest = torch.tensor([1.0, 1.0, 1.0, 4.0**2, 4.0**4]).double()
+    assert balancing_factors(torch.diag(largest), largest, torch.ones(5), groups=5).tolist()[:4] == [1.0, 1.0, 1.0, 0.25]
+
+
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])
 def test_how_large_all_channels_are_changes_no_factor(scale: float) -> None:
     m = means(16)
