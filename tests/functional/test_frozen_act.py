@@ -78,6 +78,21 @@ def test_second_derivatives_are_right(act: str) -> None:
     assert torch.autograd.gradgradcheck(call, (x, weight, bias))
 
 
+@pytest.mark.parametrize("act", ["ReLU", *RECOMPUTED])
+def test_per_sample_gradients_by_vmap_are_those_of_each_image_by_itself(act: str) -> None:
+    images, (mean, var, weight, bias) = torch.randn(4, 2, 5, 3, 3).double(), statistics()
+
+    def loss(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+        return ours(x, (mean, var, weight, bias), act).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss, (0, 1)), (None, None, 0))(weight, bias, images)
+    for i, x in enumerate(images):
+        leaves = [t.detach().clone().requires_grad_() for t in (weight, bias)]
+        expected = torch.autograd.grad(loss(*leaves, x), leaves)
+        for all_images, one in zip(found, expected, strict=True):
+            torch.testing.assert_close(all_images[i], one, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("weight", "bias", "dtype", "safe"),
     [
