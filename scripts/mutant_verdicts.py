@@ -8,6 +8,9 @@ JUDGED: dict[str, list[tuple[str, str, int]]] = {
     "no result changes: whether something is traced was asked before": [
         ("functional/shared_backward.py", "constant: `True` -> `False`", 1),
     ],
+    "no result changes: it decides how many images are computed at a time": [
+        ("recalibration/collector.py", "constant: `1` -> `2`", 4),
+    ],
     "no result changes: sizes differ by 32 at most": [
         ("functional/balancing.py", "arithmetic: `2.0 ** (-_LARGEST_POWER)` -> `2.0 * -_LARGEST_POWER`", 0),
     ],
@@ -22,6 +25,7 @@ JUDGED: dict[str, list[tuple[str, str, int]]] = {
         ),
     ],
     "differs at one number alone": [
+        ("recalibration/measurement.py", "comparison: `p > _SUSPICIOUS` -> `p >= _SUSPICIOUS`", 0),
         (
             "recalibration/rehearsal.py",
             "comparison: `((a - b).square().mean(1) / spread).max().sqrt() <= limit` -> `((a - b).square().mean(1) / spread).max().sqrt() < limit`",  # noqa: E501  # noqa: E501

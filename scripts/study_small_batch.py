@@ -4,7 +4,8 @@
 those of scripts/study_advice.py, whose rows are read, and what they lack is measured here. Arms: live as trained, live
 with its statistics recalibrated on training images, frozen (`none`, fixed before the study), frozen with limited steps;
 each at its own learning rate. Beside the usual 4 epochs (8 at batch 64): four times as many at batch 4 and 2, and 100
-steps for every batch size. Five seeds; three for the other lengths, whose search of a rate starts from the usual one.
+steps for every batch size. Five seeds, three in 100 steps; the search of a rate at another length starts from the usual
+one.
 
 The best live arm is the one that is ahead on the validation images of the seed that chooses rates and reports nothing.
 Differences are taken seed by seed, with 95 % intervals by Student's t. One whose interval holds 0, or that is smaller
@@ -48,7 +49,9 @@ def setting_of(length: str, family: str, batch: int) -> Setting:
 def arm_of(length: str, family: str, batch: int, arm: str) -> Arm:
     """Return an arm of a length, network and batch size."""
     setting, usual = setting_of(length, family, batch), setting_of("usual", family, batch)
-    return Arm(setting, arm, SEEDS) if setting == usual else Arm(setting, arm, SEEDS[:3], after=usual)
+    if setting == usual:
+        return Arm(setting, arm, SEEDS)
+    return Arm(setting, arm, SEEDS if length == "long" else SEEDS[:3], after=usual)
 
 
 PLAN = [

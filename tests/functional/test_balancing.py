@@ -52,7 +52,12 @@ def test_channels_get_the_size_of_the_others_and_those_that_hardly_vary_32_times
     found = balancing_factors(torch.diag(variance), variance, torch.ones(6), groups=6)
     assert found.tolist() == [1.0, 1.0, 1.0, 4.0, 32.0, 32.0]
     largest = torch.tensor([1.0, 1.0, 1.0, 4.0**2, 4.0**4]).double()
-    assert balancing_factors(torch.diag(largest), largest, torch.ones(5), groups=5).tolist()[:4] == [1.0, 1.0, 1.0, 0.25]
+    assert balancing_factors(torch.diag(largest), largest, torch.ones(5), groups=5).tolist()[:4] == [
+        1.0,
+        1.0,
+        1.0,
+        0.25,
+    ]
 
 
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])

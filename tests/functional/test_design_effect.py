@@ -186,6 +186,11 @@ def test_a_smaller_last_batch_does_not_look_like_groups() -> None:
     assert found == pytest.approx(1.0, rel=0.15)
 
 
+def test_two_batches_of_two_labels_are_enough_to_tell_groups() -> None:
+    assert counted(torch.tensor(batch) for batch in ([0, 0], [1, 1])).group_size == pytest.approx(2.0)  # K = 2
+    assert counted(torch.tensor(batch) for batch in ([0, 1], [1, 0])).group_size == pytest.approx(0.0)  # stratified
+
+
 @pytest.mark.parametrize("batches", [[], [[0, 1, 1]], [[3, 3], [3, 3]]], ids=["none", "one", "one label"])
 def test_too_few_batches_or_labels_have_no_group_size(batches: list[list[int]]) -> None:
     assert counted(torch.tensor(batch) for batch in batches).group_size is None
