@@ -62,7 +62,7 @@ def test_few_independent_images_because_of_labels_are_named_with_what_the_study_
     assert text.startswith("BatchNorm normalizes by statistics worth fewer than 16 independent images in 2 of 3 layers")
     assert "10.0 in bn1, of 32 in the batch, as images of one label resemble each other (DEFF 3.2)" in text
     assert "policy Freeze" in text
-    assert "18.5 points, ghost groups none" in text  # they were often advised, and did not help
+    assert "15 to 21 points, ghost groups none" in text  # they were often advised, and did not help
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["labels", "no labels"])
