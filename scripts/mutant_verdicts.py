@@ -33,6 +33,9 @@ JUDGED: dict[str, list[tuple[str, str, int]]] = {
         ),
     ],
     "no result changes: it decides which of two ways to the same figures is taken, for time or memory": [
+        ("functional/eager_step.py", "boolean: `len(x) < 2 and (not x.is_cuda)` -> `len(x) < 2 or not x.is_cuda`", 0),
+        ("recalibration/collector.py", "constant: `1` -> `2`", 17),
+        ("recalibration/collector.py", "constant: `16` -> `17`", 0),
         ("functional/eager_step.py", "constant: `2` -> `3`", 0),
         ("functional/frozen_act.py", "constant: `17` -> `18`", 0),
         ("functional/frozen_act.py", "constant: `1` -> `2`", 0),
@@ -112,6 +115,7 @@ JUDGED: dict[str, list[tuple[str, str, int]]] = {
         ("recalibration/collector.py", "comparison: `part.start < images` -> `part.start <= images`", 0),
     ],
     "no result changes: a check of lengths that are equal": [
+        ("functional/group_norm.py", "constant: `True` -> `False`", 8),
         ("recalibration/iid_test.py", "constant: `True` -> `False`", 0),
         ("conversion/convert.py", "constant: `True` -> `False`", 6),
     ],

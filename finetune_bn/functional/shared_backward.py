@@ -241,7 +241,7 @@ class _Shared(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, kernel, conv_bias, weight)
         known, eps, producer = constants
-        ctx.y, ctx.bias_dtype = weakref.ref(y), None if bias is None else bias.dtype
+        ctx.y = weakref.ref(y)
         # Nothing that holds x: what is saved is let go after backward, and this is not.
         ctx.constants = known, eps, producer.geometry, producer.dtype, producer.hooks
         cudnn = torch._C._get_cudnn_enabled()

@@ -96,8 +96,14 @@ def test_unknown_domains_other_models_and_other_files_are_one_clear_error(tmp_pa
         bank.use("day", narrow)
     wider = net()
     wider.more = nn.BatchNorm2d(4)
-    with untouched(wider), pytest.raises(FinetuneBNError, match="the bank has no statistics of more"):
+    with untouched(wider), pytest.raises(FinetuneBNError, match="the bank has no statistics of more'"):
         bank.use("day", wider)
+    for count, told in ((3, "extra0, extra1, extra2'"), (4, r"extra0, extra1, extra2\.\.\.'")):
+        wider = net()
+        for i in range(count):
+            wider.add_module(f"extra{i}", nn.BatchNorm2d(4))
+        with untouched(wider), pytest.raises(FinetuneBNError, match=f"no statistics of {told}"):
+            bank.use("day", wider)
     with pytest.raises(FinetuneBNError, match="name: got ''"):
         bank.keep("", model)
     with pytest.raises(FinetuneBNError, match="a model whose BatchNorm layers have statistics"):

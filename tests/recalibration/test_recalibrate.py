@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import socket
 import warnings
 from collections import OrderedDict
@@ -342,6 +343,13 @@ def test_an_error_names_the_layers_and_the_one_that_has_no_name() -> None:
             fbn.recalibrate(model, x.split(9))
         with pytest.raises(NoBatchNormMatched, match=f"There are: {name}\\.$"):
             fbn.recalibrate(model, x.split(9), layers="layer*")
+
+
+def test_an_error_names_four_layers_and_says_where_there_are_more() -> None:
+    for layers, known in ((4, "0, 1, 2, 3"), (5, "0, 1, 2, 3, ...")):
+        model = nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(layers)))
+        with pytest.raises(NoBatchNormMatched, match=rf"There are: {re.escape(known)}\.$"):
+            fbn.recalibrate(model, [torch.randn(16, 4)], layers="layer*")
 
 
 def _input_of(model: nn.Module) -> tuple[int, ...]:
