@@ -1,20 +1,19 @@
 """What keeps frozen BatchNorm from collapsing at a large learning rate: one list of ways, each with the same rates.
 
-150 steps with batches of 4 of 400 emoji, by the protocol of scripts/compact.py, with EfficientNet-Lite0 and then with
-MobileNetV2.
-Every way looks for its rate on one ladder by one rule: it starts at 3e-4, near the best of frozen layers under AdamW,
-at 1e-3 and at 3e-3, where they collapse, and goes on while a neighbor of its best rate is untried. The seed that
+150 steps with batches of 4 of 400 emoji, by the protocol of scripts/compact.py, with EfficientNet-Lite0 and MobileNetV2.
+Every way looks for its rate on one ladder by one rule: it starts at 1e-4 and 3e-4, near the best of frozen layers under
+AdamW, at 1e-3 and at 3e-3, where they collapse, and goes on while a neighbor of its best rate is untried. The seed that
 chooses the rate on validation images is not among those that report on test images. Told are validation accuracy at the
-three starting rates, by how many running standard deviations the channel means of the last BatchNorm layer have drifted
+four starting rates, by how many running standard deviations the channel means of the last BatchNorm layer have drifted
 in training, the test accuracy at the rate that was chosen, and by how much it is ahead of AdamW as it is, seed by seed.
 
 AdamW and LAMB decouple their weight decay of 0.05. SGD and LARC add theirs to the gradient, where momentum makes it ten
 times as much, and frozen BatchNorm does not undo what that does to the weights: they have 1e-4 (He et al. 2016, section
 3.4).
 
-Order, for one network and then the other: all ways at 3e-3, at 1e-3, at 3e-4, the search, the reporting seeds; a run
-that is cut off has the first ones. Hardware: 2 CPU cores, a quarter of an hour a network. Resumes where it was cut
-off. Result: results/study_robust_freezing.{json,md}.
+Order, for one network and then the other: all ways at 3e-3, at 1e-3, at 3e-4, at 1e-4, the search, the reporting seeds;
+a run that is cut off has the first ones. Hardware: 2 CPU cores, a quarter of an hour a network. Resumes where it was
+cut off. Result: results/study_robust_freezing.{json,md}.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from finetune_bn.utilities.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 LADDER = (*USUAL, 0.1, 0.3, 1.0)  # SGD and LARC may want more
-FIRST_RUNGS = (3e-3, 1e-3, 3e-4)
+FIRST_RUNGS = (3e-3, 1e-3, 3e-4, 1e-4)
 SEEDS = (0, 1, 2)
 SETTINGS = {family: Setting(family, 4, 400, "same", length=150) for family in FAMILIES}
 COUPLED_DECAY = 1e-4
