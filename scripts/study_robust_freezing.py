@@ -1,6 +1,6 @@
 """What keeps frozen BatchNorm from collapsing at a large learning rate: one list of ways, each with the same rates.
 
-150 steps with batches of 4 of 400 emoji, by the protocol of scripts/compact.py, with EfficientNet-Lite0 and MobileNetV2.
+150 steps with batches of 4 of 400 emoji, by the protocol of scripts/compact.py, EfficientNet-Lite0 and MobileNetV2.
 Every way looks for its rate on one ladder by one rule: it starts at 1e-4 and 3e-4, near the best of frozen layers under
 AdamW, at 1e-3 and at 3e-3, where they collapse, and goes on while a neighbor of its best rate is untried. The seed that
 chooses the rate on validation images is not among those that report on test images. Told are validation accuracy at the
