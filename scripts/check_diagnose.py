@@ -89,7 +89,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append("")
         lines.append(
             f"A whole diagnosis of {row['images']} images takes {row['cpu_seconds']:.1f} seconds of one CPU core "
-            f"({row['wall_seconds']:.0f} by the clock, on a machine that was busy with other work)."
+            f"({row['wall_seconds']:.0f} by the clock)."
         )
     return "\n".join(lines) + "\n"
 
