@@ -88,6 +88,13 @@ def emoji(kind: str, images: int, seed: int, pairs: bool) -> list[tuple[Tensor, 
     return found
 
 
+def unseen(seed: int) -> Tensor:
+    """Return pixels of the other vendor's drawings of the emoji that a seed neither tests nor validates on."""
+    pixels, _ = all_emoji()
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+    return pixels[order[TEST + VALIDATION :]][:, 2]
+
+
 @cache
 def all_emoji() -> tuple[Tensor, Tensor]:
     """Return pixels [emoji, vendor, 3, 64, 64] as uint8, and the number of each emoji's category."""

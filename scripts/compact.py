@@ -75,10 +75,15 @@ class Setting:
         return doubled * EPOCHS[self.images] * self.images // self.batch
 
 
+def normalizes_by(family: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation by color that a family's weights ask for."""
+    return ((0.5,) * 3,) * 2 if family == "lite0" else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
 @lru_cache(maxsize=2)
 def pictures(setting: Setting, seed: int) -> Pictures:
     """Return the images of a setting, normalized as its weights ask."""
-    mean, std = ((0.5,) * 3,) * 2 if setting.family == "lite0" else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    mean, std = normalizes_by(setting.family)
     data = load(setting.pictures, setting.images, seed, pairs=setting.sampler == "pk", mean=mean, std=std)
     return data if setting.side == 64 else data.enlarged(setting.side)
 
