@@ -17,7 +17,7 @@ from store import Store
 
 
 def numbered(monkeypatch: pytest.MonkeyPatch, emoji: int = 1200) -> None:
-    """Let each emoji's drawings be of one gray, and of a size that is quick: two emoji in a thousand share one."""
+    """Let each emoji's drawings be of one gray, and small."""
     numbers = torch.arange(emoji).view(-1, 1, 1, 1, 1)
     vendors = torch.arange(3).view(1, -1, 1, 1, 1)
     pixels = torch.cat([numbers // 256, numbers % 256, 0 * numbers], 2).expand(-1, 3, -1, 4, 4).clone()
