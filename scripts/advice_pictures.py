@@ -71,8 +71,7 @@ def corrupted(pixels: Tensor) -> Tensor:
 def emoji(kind: str, images: int, seed: int, pairs: bool) -> list[tuple[Tensor, Tensor]]:
     """Return pixels and labels of training, validation and test; no emoji is in two of them."""
     pixels, categories = all_emoji()
-    order = torch.randperm(len(categories), generator=torch.Generator().manual_seed(seed))
-    test, val, train = order[:TEST], order[TEST : TEST + VALIDATION], order[TEST + VALIDATION :]
+    test, val, train = split(len(categories), seed)
     seen, tested = (0, 1), ((0, 2) if pairs else (2,)) if kind == "other" else (0, 1)
     if pairs:
         train = train[: images // 2]
@@ -91,8 +90,13 @@ def emoji(kind: str, images: int, seed: int, pairs: bool) -> list[tuple[Tensor, 
 def unseen(seed: int) -> Tensor:
     """Return pixels of the other vendor's drawings of the emoji that a seed neither tests nor validates on."""
     pixels, _ = all_emoji()
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
-    return pixels[order[TEST + VALIDATION :]][:, 2]
+    return pixels[split(len(pixels), seed)[2]][:, 2]
+
+
+def split(emoji: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which emoji a seed tests, validates and trains on."""
+    order = torch.randperm(emoji, generator=torch.Generator().manual_seed(seed))
+    return order[:TEST], order[TEST : TEST + VALIDATION], order[TEST + VALIDATION :]
 
 
 @cache

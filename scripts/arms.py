@@ -119,7 +119,6 @@ def against(rows: Rows, arm: Arm, other: Arm, among: set[int] | None = None) -> 
     seeds = sorted(seed for seed in mine.keys() & theirs.keys() if among is None or seed in among)
     if len(seeds) < 2:
         return None
-    points, low, high = cells.interval([mine[seed] - theirs[seed] for seed in seeds])
     return {
         "family": arm.setting.family,
         "batch": arm.setting.batch,
@@ -128,11 +127,14 @@ def against(rows: Rows, arm: Arm, other: Arm, among: set[int] | None = None) -> 
         "seeds": len(seeds),
         "before": fmean(theirs[seed] for seed in seeds),
         "after": fmean(mine[seed] for seed in seeds),
-        "points": points,
-        "low": low,
-        "high": high,
-        "decided": cells.decided(points, low, high, len(seeds)),
-    }
+    } | cells.gain([mine[seed] - theirs[seed] for seed in seeds])
+
+
+def preferred(rows: Rows, rivals: Sequence[Arm]) -> Arm | None:
+    """Return the arm that validation images of the choosing seed prefer, once all of them were searched."""
+    if any(arm.rate(rows) is None for arm in rivals):
+        return None
+    return max(rivals, key=lambda arm: arm.validation(rows))
 
 
 def difference(one: Row) -> str:

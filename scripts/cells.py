@@ -59,6 +59,13 @@ def decided(points: float, low: float, high: float, seeds: int) -> bool:
     return seeds > 2 and low * high > 0 and abs(points) >= MOVED_BY_CHANCE
 
 
+def gain(differences: Sequence[float]) -> dict[str, Any]:
+    """Return by how much something is ahead, from differences taken seed by seed: mean, interval, whether it is one."""
+    points, low, high = interval(differences)
+    seeds = len(differences)
+    return {"points": points, "low": low, "high": high, "seeds": seeds, "decided": decided(points, low, high, seeds)}
+
+
 def why_undecided(seeds: int) -> str:
     """Return what stands behind a difference that is none; two seeds that happen to agree make an interval tiny."""
     return ": undecided" if seeds > 2 else ": two seeds"

@@ -58,11 +58,9 @@ def margins(rows: Rows) -> list[Row]:
     found = []
     for setting in SETTINGS:
         mine = {arm.arm: arm for arm in PLAN if arm.setting == setting}
-        live = [mine["live"], mine["recalibrated"]]
-        if all(arm.rate(rows) for arm in live):
-            best = max(live, key=lambda arm: arm.validation(rows))
-            if one := arms.against(rows, mine["none"], best):
-                found.append(one | {"setting": setting.name, "other": TITLES[best.arm]})
+        best = arms.preferred(rows, [mine["live"], mine["recalibrated"]])
+        if best and (one := arms.against(rows, mine["none"], best)):
+            found.append(one | {"setting": setting.name, "other": TITLES[best.arm]})
     return found
 
 

@@ -263,11 +263,8 @@ def summarize(store: Store) -> list[dict[str, Any]]:
     for line in lines:
         plain = next((x["values"] for x in lines if (x["network"], x["way"]) == (line["network"], "none")), {})
         seeds = [] if line["way"] == "none" else sorted(plain.keys() & line["values"].keys())
-        line["ahead"] = None
-        if len(seeds) > 1:
-            points, low, high = cells.interval([line["values"][seed] - plain[seed] for seed in seeds])
-            decided = cells.decided(points, low, high, len(seeds))
-            line["ahead"] = {"points": points, "low": low, "high": high, "seeds": len(seeds), "decided": decided}
+        differences = [line["values"][seed] - plain[seed] for seed in seeds]
+        line["ahead"] = cells.gain(differences) if len(seeds) > 1 else None
     return lines
 
 

@@ -107,9 +107,7 @@ def summarize(store: Store) -> list[dict[str, Any]]:
             line["source"] = fmean(row[shift]["source"] for row in rows for shift in shifts)
             for key in (f"n {n}, prior {prior}" for n in SIZES for prior in PRIORS):
                 gains = [fmean(row[shift][key] - row[shift]["source"] for shift in shifts) for row in rows]
-                points, low, high = cells.interval(gains)
-                told = {"points": points, "low": low, "high": high, "seeds": len(rows)}
-                line["gains"][key] = told | {"decided": cells.decided(points, low, high, len(rows))}
+                line["gains"][key] = cells.gain(gains)
             lines.append(line)
     return lines
 

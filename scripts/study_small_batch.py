@@ -78,10 +78,7 @@ def measure(setting: str, arm: str, lr: float, seed: int) -> dict[str, Any]:
 
 def best_live(rows: Rows, family: str, batch: int) -> Arm | None:
     """Return the live arm that validation images of the choosing seed prefer, once both were searched."""
-    live = [arm_of("usual", family, batch, arm) for arm in LIVE]
-    if any(arm.rate(rows) is None for arm in live):
-        return None
-    return max(live, key=lambda arm: arm.validation(rows))
+    return arms.preferred(rows, [arm_of("usual", family, batch, arm) for arm in LIVE])
 
 
 def margins(rows: Rows) -> list[Row]:

@@ -215,20 +215,13 @@ def test_too_few_values_of_uncounted_batches_are_an_error() -> None:
 
     with pytest.raises(BadData, match="min_samples=100"):
         recalibrated(100)
-    values = next(least for least in range(99, 0, -1) if not _refused(recalibrated, least))
     seen: list[int] = []
     net = GraphNet()
     net.bn.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     net(graphs(Graphs))
-    assert values == seen[0]  # just so many are enough
-
-
-def _refused(recalibrated: Any, least: int) -> bool:
-    try:
-        recalibrated(least)
-    except BadData:
-        return True
-    return False
+    assert recalibrated(seen[0]).images == 1  # just so many are enough
+    with pytest.raises(BadData, match=f"min_samples={seen[0] + 1}"):
+        recalibrated(seen[0] + 1)
 
 
 class Speech(nn.Module):
